@@ -1,0 +1,3 @@
+//! Settings, plans, error codes and cost formulas. No syn, no candle: both the compiler and the runtime read it.
+
+pub mod codes;
