@@ -65,6 +65,13 @@ codes! {
         "A rank left the closure of the run without starting a collective that the others are in. Every rank must run the same number of steps: batches are counted per group, not per rank.";
     COLLECTIVE_ARGUMENT = "AS0406", "a collective got arguments that it does not take",
         "The number of parts is the size of the group, and shapes and types agree over its ranks.";
+
+    UNREADABLE_FILE = "AS0601", "a file named on the command line cannot be read",
+        "The path does not exist, is a folder, is not UTF-8 text, or may not be read. The message says which. `plan` and `expand` take one Rust source file.";
+    UNPARSABLE_FILE = "AS0602", "a file named on the command line is not Rust",
+        "The file could not be parsed as Rust source, at the line and column that the message names. `rustc` or `cargo check` says more about it.";
+    UNKNOWN_CODE = "AS0603", "unknown error code",
+        "`explain` takes a code as messages print it in square brackets, such as AS0101, in any case. Without an argument it lists all codes.";
 }
 
 /// Looks a code up by its printed form, in any case.

@@ -71,7 +71,7 @@ fn five_steps(golden: &Golden, expected: &[Norms], mut update: impl FnMut(&Varia
 fn five_steps_of_sgd() {
     let golden = Golden::load("llama-tiny").unwrap();
     five_steps(&golden, &golden.sgd(), |variables, gradients| {
-        sgd(variables, gradients, 0.1).unwrap()
+        sgd(variables, gradients, 0.1).unwrap();
     });
 }
 
@@ -80,6 +80,6 @@ fn five_steps_of_adamw() {
     let golden = Golden::load("llama-tiny").unwrap();
     let mut adam = Adam::new(1e-3, (0.9, 0.95), 1e-8, 0.1);
     five_steps(&golden, &golden.adamw(), |variables, gradients| {
-        adam.step(variables, gradients).unwrap()
+        adam.step(variables, gradients).unwrap();
     });
 }
