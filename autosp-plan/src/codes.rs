@@ -29,9 +29,68 @@ macro_rules! codes {
 codes! {
     UNKNOWN_ARGUMENT = "AS0101", "unknown attribute argument",
         "The attribute takes the arguments listed in the message. Anything else is refused, since a misspelt setting would otherwise be ignored.";
+
+    MESH = "AS0301", "the mesh does not fit",
+        "A run has dp x sp ranks. Every rank count is at least 1, and a model's heads must divide among the sp ranks of a group, or each kv head must be held by the same number of ranks.";
+    NESTED_RUN = "AS0302", "a run inside a run",
+        "`autosp::run` was called by a rank of another run. One run has all ranks that there are; give it the mesh you need and call what the inner closure called directly.";
+    LOCAL_LENGTH = "AS0303", "the length on this rank is not what was sharded",
+        "Inside a sharded scope each rank holds one shard of the sequence, as `sp.shard` cut it. The tensor that entered the model has another length: it was not sharded, was sharded for another batch, or was cut or padded on the way.";
+    CACHE_OFFSET = "AS0304", "a position offset inside a sharded scope",
+        "Training runs over whole sequences from position 0; a key-value cache that starts elsewhere has no meaning there. Generate outside the scope: the original function runs unchanged.";
+    NO_SCOPE = "AS0305", "a sharded scope is needed",
+        "This works only inside `trainer.step`, `trainer.evaluate` or `sp.scope(|| ..)`, after a sharded tensor has entered the model.";
+    RANKS_DISAGREE = "AS0306", "ranks of one group disagree",
+        "The ranks of an sp group share one sequence, so each must cut the same batch: same tokens, same length. Usually every rank reads its own data; read by `dp_rank`, not by `rank`.";
+    AMBIGUOUS_SHARD = "AS0307", "more than one shard has this length",
+        "Two batches of different valid lengths have the same length on a rank, and the tensor that entered the model is neither of the ones `sp.shard` returned. A guess could mask the wrong tokens.";
+    UNKNOWN_SETTING = "AS0308", "unknown setting",
+        "Only the listed settings exist. A misspelt one is refused, since it would otherwise be ignored.";
+    SETTING_VALUE = "AS0309", "a setting has a value that it does not take",
+        "Each setting has a type and a range; the message says where the value was read.";
+    SETTINGS_FILE = "AS0310", "a settings file cannot be read",
+        "A settings file is TOML: lines of `name = value`, strings in quotes, `#` for comments.";
+    CANDLE = "AS0311", "an operation of candle failed",
+        "The message is candle's own: an operation got shapes, types or devices that it does not take. Set RUST_BACKTRACE=1 to see where.";
+
+    RANK_FAILED = "AS0401", "a rank failed",
+        "The code of one rank panicked. The other ranks were stopped, since they would have waited for it. The message names the rank that failed first.";
+    MISMATCH = "AS0402", "ranks run different collectives",
+        "All ranks of a group must start the same collectives in the same order with the same shapes. A branch that depends on the rank or on its data usually makes them differ.";
+    DEADLINE = "AS0403", "a rank did not arrive in time",
+        "A collective waited longer than the setting `deadline`. The message names the ranks that did not arrive and what each rank did last. Either a rank is stuck, or the deadline is too short for the work between two collectives.";
+    STOPPED = "AS0404", "stopped because another rank failed",
+        "This rank was healthy; it stopped because it would have waited for a rank that failed.";
+    RANK_RETURNED = "AS0405", "a rank returned while others wait for it",
+        "A rank left the closure of the run without starting a collective that the others are in. Every rank must run the same number of steps: batches are counted per group, not per rank.";
+    COLLECTIVE_ARGUMENT = "AS0406", "a collective got arguments that it does not take",
+        "The number of parts is the size of the group, and shapes and types agree over its ranks.";
+
+    UNREADABLE_FILE = "AS0601", "a file named on the command line cannot be read",
+        "The path does not exist, is a folder, is not UTF-8 text, or may not be read. The message says which. `plan` and `expand` take one Rust source file.";
+    UNPARSABLE_FILE = "AS0602", "a file named on the command line is not Rust",
+        "The file could not be parsed as Rust source, at the line and column that the message names. `rustc` or `cargo check` says more about it.";
+    UNKNOWN_CODE = "AS0603", "unknown error code",
+        "`explain` takes a code as messages print it in square brackets, such as AS0101, in any case. Without an argument it lists all codes.";
 }
 
 /// Looks a code up by its printed form, in any case.
 pub fn find(id: &str) -> Option<&'static Code> {
     ALL.iter().find(|code| code.id.eq_ignore_ascii_case(id))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn codes_are_unique_and_well_formed() {
+        for (i, code) in ALL.iter().enumerate() {
+            let digits = code.id.strip_prefix("AS0").expect("codes begin with AS0");
+            assert!(digits.len() == 3 && digits.bytes().all(|b| b.is_ascii_digit()), "{}", code.id);
+            assert!(ALL[..i].iter().all(|other| other.id != code.id), "{} twice", code.id);
+            assert!(!code.title.ends_with('.') && code.explanation.ends_with('.'), "{}", code.id);
+            assert_eq!(find(&code.id.to_lowercase()), Some(code));
+        }
+    }
 }

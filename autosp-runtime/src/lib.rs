@@ -1,2 +1,19 @@
-//! placeholder
+//! The runtime of AutoSP: ranks, collectives, exchanges, attention and training, on candle tensors.
+//!
+//! Users name it as `autosp`; the code that the attribute emits names [`rt`].
+
+pub mod comm;
+pub mod error;
+pub mod ledger;
+pub mod mesh;
 pub mod ops;
+pub mod rt;
+pub mod run;
+pub mod scope;
+
+pub use autosp_plan::Settings;
+pub use error::{Error, Result};
+pub use ledger::{Bytes, Ledger};
+pub use mesh::Mesh;
+pub use run::{Sp, run, run_with};
+pub use scope::{Scope, Shard};

@@ -1,2 +1,124 @@
-//! placeholder
-fn main() {}
+//! The command line of AutoSP: what the attribute would do to a file, without building it.
+//!
+//! Works as `cargo autosp X` and as `cargo-autosp X`. Exit codes: 0 done, 1 the input could not be read or parsed, 2 the
+//! model is refused.
+
+use std::{
+    io::{self, ErrorKind, Write},
+    process::ExitCode,
+};
+
+use clap::{Parser, Subcommand};
+
+mod explain;
+mod failure;
+
+use failure::Failure;
+
+#[derive(Debug, Parser)]
+#[command(
+    name = "cargo autosp",
+    version,
+    about = "What AutoSP does to a model file, and why"
+)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Print what an error code means and what to do; without a code, all of them
+    Explain {
+        /// An error code, such as AS0203
+        code: Option<String>,
+        /// Print Markdown, as in docs/errors.md
+        #[arg(long)]
+        markdown: bool,
+    },
+}
+
+/// What a command prints, and how the process ends after it.
+struct Outcome {
+    text: String,
+    code: u8,
+}
+
+impl Outcome {
+    fn done(text: String) -> Self {
+        Self { text, code: 0 }
+    }
+}
+
+fn main() -> ExitCode {
+    let arguments = match Arguments::try_parse_from(command_line(std::env::args())) {
+        Ok(arguments) => arguments,
+        // clap's own exit code for wrong usage is 2, which means "refused" here.
+        Err(error) => {
+            let code = u8::from(error.use_stderr());
+            return if error.print().is_ok() {
+                ExitCode::from(code)
+            } else {
+                ExitCode::FAILURE
+            };
+        }
+    };
+    let outcome = match arguments.command {
+        Command::Explain { code, markdown } => explain::run(code.as_deref(), markdown),
+    };
+    let written = match &outcome {
+        Ok(outcome) => write(&mut io::stdout().lock(), &outcome.text),
+        Err(failure) => write(&mut io::stderr().lock(), &format!("{failure}\n")),
+    };
+    match (written, outcome) {
+        (Err(_), _) | (_, Err(_)) => ExitCode::FAILURE,
+        (Ok(()), Ok(outcome)) => ExitCode::from(outcome.code),
+    }
+}
+
+/// The arguments without the word that cargo puts in front of them.
+fn command_line(arguments: impl Iterator<Item = String>) -> Vec<String> {
+    let mut arguments: Vec<String> = arguments.collect();
+    if arguments.get(1).is_some_and(|word| word == "autosp") {
+        arguments.remove(1);
+    }
+    arguments
+}
+
+/// Writes everything; a reader that has seen enough (`| head`) is no error.
+fn write(to: &mut impl Write, text: &str) -> io::Result<()> {
+    match to.write_all(text.as_bytes()).and_then(|()| to.flush()) {
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
+        result => result,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn leading_word_is_optional() {
+        let words = |line: &str| command_line(line.split(' ').map(String::from));
+        assert_eq!(
+            words("cargo-autosp autosp explain AS0101"),
+            words("cargo-autosp explain AS0101")
+        );
+        assert_eq!(words("cargo-autosp explain autosp").len(), 3);
+    }
+
+    #[test]
+    fn a_closed_pipe_is_no_error_and_a_full_disk_is() {
+        struct Fails(ErrorKind);
+        impl Write for Fails {
+            fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+                Err(self.0.into())
+            }
+            fn flush(&mut self) -> io::Result<()> {
+                Ok(())
+            }
+        }
+        assert!(write(&mut Fails(ErrorKind::BrokenPipe), "x").is_ok());
+        assert!(write(&mut Fails(ErrorKind::StorageFull), "x").is_err());
+    }
+}

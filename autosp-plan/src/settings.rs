@@ -1,0 +1,322 @@
+//! Settings: how many ranks, how they exchange, what they keep.
+//!
+//! One static table, [`KEYS`], says everything about a setting: its name, type, default, meaning and when it is read. The file
+//! reader, the environment, the command line and the documentation all follow that table, so that a setting is added in
+//! one place.
+//!
+//! A value comes from the first of these that names it, and remembers which: a flag of the command line, a variable
+//! `AUTOSP_<NAME>`, the file `autosp.toml`, the program, the default.
+
+mod file;
+mod keys;
+mod value;
+
+use std::fmt;
+use std::time::Duration;
+
+pub use keys::{KEYS, Key, Kind, ReadAt, find};
+pub use value::Value;
+
+use crate::codes::{self, Code};
+
+/// Prefix of the environment variables: `AUTOSP_SP=4` sets `sp`.
+pub const VARIABLE_PREFIX: &str = "AUTOSP_";
+
+/// Which attention computes the heads of a rank.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Attention {
+    /// Tiles of keys with a running softmax: memory grows with the length, not with its square.
+    Tiled,
+    /// The whole score matrix at once: short to read, the yardstick of the others.
+    Reference,
+}
+
+/// What a forward keeps for its backward.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Policy {
+    /// Every activation.
+    All,
+    /// The input of each block, which is computed again in the backward.
+    Input,
+}
+
+/// Where the value of a setting came from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Source {
+    /// Nobody set it.
+    Default,
+    /// The program, through [`Settings::with`] or one of its typed forms.
+    Program,
+    /// A file, with the line that names it.
+    File {
+        /// The file as it was given.
+        path: String,
+        /// The line, from 1.
+        line: usize,
+    },
+    /// An environment variable, such as `AUTOSP_SP`.
+    Variable(String),
+    /// A flag of the command line, such as `--sp`.
+    Flag(String),
+}
+
+impl Source {
+    /// The stronger source wins: flag, variable, file, program, default.
+    fn strength(&self) -> u8 {
+        match self {
+            Self::Default => 0,
+            Self::Program => 1,
+            Self::File { .. } => 2,
+            Self::Variable(_) => 3,
+            Self::Flag(_) => 4,
+        }
+    }
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Default => write!(f, "default"),
+            Self::Program => write!(f, "the program"),
+            Self::File { path, line } => write!(f, "{path}:{line}"),
+            Self::Variable(name) => write!(f, "variable {name}"),
+            Self::Flag(name) => write!(f, "flag {name}"),
+        }
+    }
+}
+
+/// Why a setting was refused.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SettingsError {
+    /// The code that `cargo autosp explain` knows.
+    pub code: Code,
+    /// What is wrong, with the place it was read from.
+    pub message: String,
+    /// What to do, if there is something to type.
+    pub help: Option<String>,
+}
+
+impl fmt::Display for SettingsError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.message)?;
+        if let Some(help) = &self.help {
+            write!(f, "\n  help: {help}")?;
+        }
+        write!(f, " [{}]", self.code.id)
+    }
+}
+
+impl std::error::Error for SettingsError {}
+
+/// The settings of a run. Each value remembers its [`Source`].
+///
+/// ```
+/// use autosp_plan::Settings;
+///
+/// let settings = Settings::default().with_sp(4).with_groups(2);
+/// assert_eq!((settings.sp(), settings.dp(), settings.groups()), (4, 1, 2));
+/// ```
+#[derive(Debug, Clone, PartialEq)]
+pub struct Settings {
+    /// One entry a row of [`KEYS`], in its order.
+    values: Vec<(Value, Source)>,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self { values: KEYS.iter().map(|key| (key.default, Source::Default)).collect() }
+    }
+}
+
+impl Settings {
+    /// The defaults, overridden by the variables `AUTOSP_*` of this process.
+    ///
+    /// # Errors
+    /// A variable with the prefix that names no setting, or whose value does not fit its type.
+    pub fn from_env() -> Result<Self, SettingsError> {
+        Self::default().with_variables(std::env::vars_os().filter_map(|(name, value)| {
+            Some((name.into_string().ok()?, value.to_string_lossy().into_owned()))
+        }))
+    }
+
+    /// Takes the variables `AUTOSP_*` out of `variables`; others are left alone.
+    ///
+    /// # Errors
+    /// As [`from_env`](Self::from_env).
+    pub fn with_variables(
+        mut self,
+        variables: impl IntoIterator<Item = (String, String)>,
+    ) -> Result<Self, SettingsError> {
+        for (name, text) in variables {
+            if let Some(key) = name.strip_prefix(VARIABLE_PREFIX) {
+                self.set(&key.to_ascii_lowercase(), &text, Source::Variable(name.clone()))?;
+            }
+        }
+        Ok(self)
+    }
+
+    /// Takes the values of a settings file, given as its text; `path` is only named in messages.
+    ///
+    /// # Errors
+    /// The text is not TOML (with line and column), names no setting, or holds a value of the wrong type.
+    pub fn with_file(mut self, path: &str, text: &str) -> Result<Self, SettingsError> {
+        for entry in file::read(path, text)? {
+            let source = Source::File { path: path.to_owned(), line: entry.line };
+            let place = format!("{path}:{}:{}", entry.line, entry.column);
+            let index = lookup(&entry.name, &place)?;
+            let value = KEYS[index].accept(entry.value).map_err(|found| KEYS[index].refuse(&found, &place))?;
+            self.put(index, value, source);
+        }
+        Ok(self)
+    }
+
+    /// Sets `name` to the value written as `text`, unless a stronger source has set it.
+    ///
+    /// # Errors
+    /// No setting has that name, or the text does not fit its type.
+    pub fn set(&mut self, name: &str, text: &str, source: Source) -> Result<(), SettingsError> {
+        let index = lookup(name, &source.to_string())?;
+        let value = KEYS[index].parse(text).map_err(|found| KEYS[index].refuse(&found, &source.to_string()))?;
+        self.put(index, value, source);
+        Ok(())
+    }
+
+    /// Sets `name` from the program, as text.
+    ///
+    /// # Errors
+    /// As [`set`](Self::set).
+    pub fn with(mut self, name: &str, text: &str) -> Result<Self, SettingsError> {
+        self.set(name, text, Source::Program)?;
+        Ok(self)
+    }
+
+    /// Sets the number of ranks that share one sequence.
+    #[must_use]
+    pub fn with_sp(self, sp: usize) -> Self {
+        self.program("sp", Value::Count(sp))
+    }
+
+    /// Sets the number of replicas that share a batch.
+    #[must_use]
+    pub fn with_dp(self, dp: usize) -> Self {
+        self.program("dp", Value::Count(dp))
+    }
+
+    /// Sets the number of head groups of each site.
+    #[must_use]
+    pub fn with_groups(self, groups: usize) -> Self {
+        self.program("groups", Value::Count(groups))
+    }
+
+    /// Sets how long a rank waits for the others.
+    #[must_use]
+    pub fn with_deadline(self, deadline: Duration) -> Self {
+        self.program("deadline", Value::Seconds(deadline.as_secs_f64()))
+    }
+
+    /// Sets the attention.
+    #[must_use]
+    pub fn with_attention(self, attention: Attention) -> Self {
+        self.program("attention", Value::Choice(match attention {
+            Attention::Tiled => "tiled",
+            Attention::Reference => "reference",
+        }))
+    }
+
+    /// Sets what a forward keeps.
+    #[must_use]
+    pub fn with_policy(self, policy: Policy) -> Self {
+        self.program("policy", Value::Choice(match policy {
+            Policy::All => "all",
+            Policy::Input => "input",
+        }))
+    }
+
+    /// Ranks that share one sequence.
+    pub fn sp(&self) -> usize {
+        self.count("sp")
+    }
+
+    /// Replicas that share a batch.
+    pub fn dp(&self) -> usize {
+        self.count("dp")
+    }
+
+    /// Head groups of each site; a site with fewer heads on a rank uses fewer.
+    pub fn groups(&self) -> usize {
+        self.count("groups")
+    }
+
+    /// How long a rank waits for the others before it gives up.
+    pub fn deadline(&self) -> Duration {
+        match self.get("deadline").0 {
+            Value::Seconds(seconds) => Duration::from_secs_f64(seconds),
+            Value::Count(_) | Value::Choice(_) => Duration::ZERO,
+        }
+    }
+
+    /// The attention.
+    pub fn attention(&self) -> Attention {
+        if self.choice("attention") == "reference" { Attention::Reference } else { Attention::Tiled }
+    }
+
+    /// What a forward keeps.
+    pub fn policy(&self) -> Policy {
+        if self.choice("policy") == "input" { Policy::Input } else { Policy::All }
+    }
+
+    /// Every setting with its value and where it came from, in the order of [`KEYS`].
+    pub fn entries(&self) -> impl Iterator<Item = (&'static Key, Value, &Source)> {
+        KEYS.iter().zip(&self.values).map(|(key, (value, source))| (key, *value, source))
+    }
+
+    /// Where the value of `name` came from; `None` if there is no such setting.
+    pub fn source(&self, name: &str) -> Option<&Source> {
+        find(name).map(|index| &self.values[index].1)
+    }
+
+    fn program(mut self, name: &str, value: Value) -> Self {
+        if let Some(index) = find(name) {
+            self.put(index, value, Source::Program);
+        }
+        self
+    }
+
+    /// The last of equally strong sources wins.
+    fn put(&mut self, index: usize, value: Value, source: Source) {
+        if source.strength() >= self.values[index].1.strength() {
+            self.values[index] = (value, source);
+        }
+    }
+
+    /// The typed accessors name rows of the table; a test reads each once.
+    fn get(&self, name: &str) -> &(Value, Source) {
+        &self.values[find(name).expect("an accessor names a row of the table")]
+    }
+
+    fn count(&self, name: &str) -> usize {
+        match self.get(name).0 {
+            Value::Count(n) => n,
+            Value::Seconds(_) | Value::Choice(_) => 0,
+        }
+    }
+
+    fn choice(&self, name: &str) -> &'static str {
+        match self.get(name).0 {
+            Value::Choice(word) => word,
+            Value::Count(_) | Value::Seconds(_) => "",
+        }
+    }
+}
+
+/// The row of `name`, or a refusal that lists the rows.
+fn lookup(name: &str, place: &str) -> Result<usize, SettingsError> {
+    find(name).ok_or_else(|| SettingsError {
+        code: codes::UNKNOWN_SETTING,
+        message: format!("unknown setting `{name}` ({place}), expected one of {}", keys::names()),
+        help: keys::nearest(name).map(|known| format!("did you mean `{known}`?")),
+    })
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,171 @@
+//! The table of settings.
+
+use super::{SettingsError, Value};
+use crate::codes;
+
+/// What values a setting takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// A whole number, at least 1.
+    Count,
+    /// A time in seconds, more than 0.
+    Seconds,
+    /// One of some words.
+    Choice(&'static [&'static str]),
+}
+
+/// When a setting is read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ReadAt {
+    /// When `autosp::run` starts its ranks.
+    Start,
+    /// At each forward of a site.
+    Forward,
+}
+
+/// One setting.
+#[derive(Debug, Clone, Copy)]
+pub struct Key {
+    /// Its name in a file; `AUTOSP_` and the name in capitals as a variable.
+    pub name: &'static str,
+    /// What values it takes.
+    pub kind: Kind,
+    /// The value if nobody sets it.
+    pub default: Value,
+    /// What it means, with its unit.
+    pub doc: &'static str,
+    /// When it is read.
+    pub read: ReadAt,
+}
+
+/// All settings.
+pub static KEYS: &[Key] = &[
+    Key {
+        name: "sp",
+        kind: Kind::Count,
+        default: Value::Count(1),
+        doc: "ranks that share one sequence",
+        read: ReadAt::Start,
+    },
+    Key {
+        name: "dp",
+        kind: Kind::Count,
+        default: Value::Count(1),
+        doc: "replicas that share a batch; the world has dp x sp ranks",
+        read: ReadAt::Start,
+    },
+    Key {
+        name: "groups",
+        kind: Kind::Count,
+        default: Value::Count(2),
+        doc: "head groups of each site, whose exchanges overlap each other's attention; a site with fewer heads on a rank uses fewer",
+        read: ReadAt::Forward,
+    },
+    Key {
+        name: "deadline",
+        kind: Kind::Seconds,
+        default: Value::Seconds(120.0),
+        doc: "seconds that a rank waits for the others in a collective before the run fails",
+        read: ReadAt::Start,
+    },
+    Key {
+        name: "attention",
+        kind: Kind::Choice(&["tiled", "reference"]),
+        default: Value::Choice("tiled"),
+        doc: "which attention computes the heads of a rank: `tiled` needs memory in proportion to the length, `reference` to its square",
+        read: ReadAt::Forward,
+    },
+    Key {
+        name: "policy",
+        kind: Kind::Choice(&["all", "input"]),
+        default: Value::Choice("all"),
+        doc: "what a forward keeps for its backward: `all` activations, or the `input` of each block, which is then computed again",
+        read: ReadAt::Forward,
+    },
+];
+
+/// The row of `name`.
+pub fn find(name: &str) -> Option<usize> {
+    KEYS.iter().position(|key| key.name == name)
+}
+
+/// All names, for messages.
+pub(super) fn names() -> String {
+    KEYS.iter().map(|key| format!("`{}`", key.name)).collect::<Vec<_>>().join(", ")
+}
+
+/// The known name that was probably meant: at most two edits away, and fewer edits than letters.
+pub(super) fn nearest(name: &str) -> Option<&'static str> {
+    KEYS.iter()
+        .map(|key| (edits(name, key.name), key.name))
+        .filter(|&(distance, known)| distance <= 2 && distance < known.len().min(name.len()))
+        .min()
+        .map(|(_, known)| known)
+}
+
+/// Levenshtein distance: insertions, deletions and replacements of characters.
+fn edits(a: &str, b: &str) -> usize {
+    let b: Vec<char> = b.chars().collect();
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.chars().enumerate() {
+        let mut diagonal = std::mem::replace(&mut row[0], i + 1);
+        for (j, &y) in b.iter().enumerate() {
+            let replaced = diagonal + usize::from(x != y);
+            diagonal = row[j + 1];
+            row[j + 1] = replaced.min(diagonal + 1).min(row[j] + 1);
+        }
+    }
+    row[b.len()]
+}
+
+impl Key {
+    /// What the setting takes, for messages and documentation.
+    pub fn expected(&self) -> String {
+        match self.kind {
+            Kind::Count => "a whole number of at least 1".to_owned(),
+            Kind::Seconds => "a number of seconds above 0".to_owned(),
+            Kind::Choice(words) => {
+                words.iter().map(|word| format!("`{word}`")).collect::<Vec<_>>().join(" or ")
+            }
+        }
+    }
+
+    /// Reads a value written as text; the error is what was found.
+    pub(super) fn parse(&self, text: &str) -> Result<Value, String> {
+        let text = text.trim();
+        let value = match self.kind {
+            Kind::Count => text.parse().ok().map(Value::Count),
+            Kind::Seconds => text.parse().ok().map(Value::Seconds),
+            Kind::Choice(words) => words.iter().find(|&&word| word == text).map(|&word| Value::Choice(word)),
+        };
+        value.filter(|&value| self.allows(value)).ok_or_else(|| format!("`{text}`"))
+    }
+
+    /// Takes a value of a file, which has a type of its own; the error is what was found.
+    pub(super) fn accept(&self, found: super::file::Found) -> Result<Value, String> {
+        use super::file::Found;
+        match (self.kind, &found) {
+            (Kind::Count | Kind::Seconds, Found::Number(text)) | (Kind::Choice(_), Found::Text(text)) => self.parse(text),
+            (_, Found::Text(text)) => Err(format!("the string {text:?}")),
+            (_, Found::Number(text)) => Err(format!("the number {text}")),
+            (_, Found::Other(kind)) => Err((*kind).to_owned()),
+        }
+    }
+
+    fn allows(&self, value: Value) -> bool {
+        match value {
+            Value::Count(n) => n >= 1,
+            // The upper end keeps the conversion into a `Duration` exact and finite.
+            Value::Seconds(s) => s > 0.0 && s < 1e9,
+            Value::Choice(_) => true,
+        }
+    }
+
+    pub(super) fn refuse(&self, found: &str, place: &str) -> SettingsError {
+        SettingsError {
+            code: codes::SETTING_VALUE,
+            message: format!("setting `{}` ({place}): expected {}, found {found}", self.name, self.expected()),
+            help: Some(format!("the default is `{} = {}`", self.name, self.default)),
+        }
+    }
+}

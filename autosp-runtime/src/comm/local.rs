@@ -1,0 +1,169 @@
+//! The `local` engine: ranks are threads of one process, and a part is handed over by reference.
+//!
+//! Each rank has one mailbox. `start` puts an envelope with the tag into the mailbox of every peer, also where there is no part, so
+//! that every rank can compare what every other does. `wait` sleeps on the own mailbox until all envelopes are there.
+//!
+//! Four things end a wait otherwise, at once or in time, so that a run never hangs: another rank failed; a rank that is waited for
+//! has returned; all ranks wait and none can go on; the deadline. Each is a fault of the [`World`], which wakes everybody.
+
+mod world;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use autosp_plan::codes;
+use candle_core::Tensor;
+
+pub(crate) use world::{Fault, World};
+use world::{Envelope, Missing, list};
+
+use super::ring::short;
+use super::{Engine, Pending, Tag};
+use crate::{Error, Ledger, Result};
+
+/// A group of ranks.
+#[derive(Debug)]
+pub(crate) struct Group {
+    /// `sp`, `dp` or `world`, for messages.
+    pub(crate) kind: &'static str,
+    /// World ranks, in the group's order.
+    pub(crate) members: Vec<usize>,
+}
+
+/// A rank's handle on one group of threads.
+pub(crate) struct LocalEngine {
+    world: Arc<World>,
+    group: Group,
+    world_rank: usize,
+    rank: usize,
+    ledger: Arc<Ledger>,
+    next: AtomicU64,
+}
+
+impl LocalEngine {
+    /// The handle of the member `rank` of `group`.
+    pub(crate) fn new(world: Arc<World>, group: Group, rank: usize, ledger: Arc<Ledger>) -> Self {
+        Self { world, world_rank: group.members[rank], group, rank, ledger, next: AtomicU64::new(0) }
+    }
+
+    fn peers(&self) -> impl Iterator<Item = (usize, usize)> + '_ {
+        self.group.members.iter().copied().enumerate().filter(|&(place, _)| place != self.rank)
+    }
+
+    /// A fault that this rank found: it ends the run.
+    fn fault(&self, error: Error) -> Error {
+        let copy = error.copy();
+        self.world.raise(self.world_rank, error);
+        copy
+    }
+
+    fn mismatch(&self, own: Tag, rank: usize, other: Tag, sequence: u64) -> Error {
+        let Group { kind, members } = &self.group;
+        Error::new(
+            codes::MISMATCH,
+            format!(
+                "expected the same collective on all ranks of the {kind} group ({}), found {own} on rank {} and {other} on rank {rank} \
+                 (collective #{sequence} of the group)",
+                list(members),
+                self.world_rank,
+            ),
+        )
+    }
+
+    fn returned(&self, tag: Tag, ranks: &[usize]) -> Error {
+        let text = format!("rank {} waits in {tag} for {}, which has returned", self.world_rank, list(ranks));
+        Error::new(codes::RANK_RETURNED, text).with_help("run the same number of steps on every rank")
+    }
+
+    fn late(&self, tag: Tag, sequence: u64, missing: &[usize]) -> Error {
+        let Group { kind, members } = &self.group;
+        Error::new(
+            codes::DEADLINE,
+            format!(
+                "rank {} waited {} in {tag}, collective #{sequence} of the {kind} group ({}); missing: {}\n  the last collectives were:{}",
+                self.world_rank,
+                short(self.world.deadline),
+                list(members),
+                list(missing),
+                self.world.history(),
+            ),
+        )
+        .with_help("AUTOSP_DEADLINE=600 if the ranks only need longer")
+    }
+}
+
+impl Engine for LocalEngine {
+    fn rank(&self) -> usize {
+        self.rank
+    }
+
+    fn members(&self) -> &[usize] {
+        &self.group.members
+    }
+
+    fn world_rank(&self) -> usize {
+        self.world_rank
+    }
+
+    fn start(&self, tag: Tag, mut parts: Vec<Option<Tensor>>) -> Result<Pending> {
+        if parts.len() != self.size() {
+            let text = format!("{tag}: expected one part for each of {} ranks, found {}", self.size(), parts.len());
+            return Err(Error::new(codes::COLLECTIVE_ARGUMENT, text));
+        }
+        self.world.check(self.world_rank)?;
+        let sequence = self.next.fetch_add(1, Ordering::Relaxed);
+        let own = parts[self.rank].take();
+        if self.size() > 1 {
+            self.world.ring(self.world_rank, |ring| ring.start(self.group.kind, tag, sequence));
+        }
+        for (place, rank) in self.peers() {
+            let part = match parts[place].take() {
+                Some(part) => {
+                    let part = part.detach().contiguous()?;
+                    self.ledger.count((part.elem_count() * part.dtype().size_in_bytes()) as u64, tag.exchange);
+                    Some(part)
+                }
+                None => None,
+            };
+            let envelope = Envelope { tag, part };
+            self.world.post(rank, (self.group.kind, self.world_rank, sequence), envelope);
+        }
+        Ok(Pending { tag, sequence, own })
+    }
+
+    fn wait(&self, pending: Pending) -> Result<Vec<Option<Tensor>>> {
+        let Pending { tag, sequence, own } = pending;
+        let mut arrived: Vec<Option<Tensor>> = vec![None; self.size()];
+        arrived[self.rank] = own;
+        let mut missing: Vec<(usize, usize)> = self.peers().collect();
+        let until = Instant::now() + self.world.deadline;
+        let kind = self.group.kind;
+
+        while !missing.is_empty() {
+            let ranks: Vec<usize> = missing.iter().map(|&(_, rank)| rank).collect();
+            let keys: Vec<_> = ranks.iter().map(|&rank| (kind, rank, sequence)).collect();
+            let taken = self.world.take(self.world_rank, &Missing { tag, keys }, until)?;
+            match taken {
+                world::Taken::Late => return Err(self.fault(self.late(tag, sequence, &ranks))),
+                world::Taken::Returned(gone) => return Err(self.fault(self.returned(tag, &gone))),
+                world::Taken::Stuck(error) => return Err(self.fault(error)),
+                world::Taken::Envelopes(envelopes) => {
+                    for ((_, from, _), envelope) in envelopes {
+                        if envelope.tag != tag {
+                            return Err(self.fault(self.mismatch(tag, from, envelope.tag, sequence)));
+                        }
+                        if let Some(index) = missing.iter().position(|&(_, rank)| rank == from) {
+                            let (place, _) = missing.swap_remove(index);
+                            arrived[place] = envelope.part;
+                        }
+                    }
+                }
+            }
+        }
+        if self.size() > 1 {
+            self.world.ring(self.world_rank, |ring| ring.done(kind, sequence));
+        }
+        Ok(arrived)
+    }
+}

@@ -1,0 +1,66 @@
+//! The last collectives of a rank, printed when something hangs.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::time::{Duration, Instant};
+
+use super::Tag;
+
+/// Collectives that a ring remembers.
+const KEPT: usize = 16;
+
+/// One collective of one rank.
+#[derive(Debug, Clone, Copy)]
+struct Entry {
+    group: &'static str,
+    tag: Tag,
+    sequence: u64,
+    started: Instant,
+    /// When everything had arrived.
+    done: Option<Instant>,
+}
+
+/// The last collectives of one rank, oldest first.
+#[derive(Debug, Default)]
+pub(crate) struct Ring(VecDeque<Entry>);
+
+impl Ring {
+    /// Notes that a collective was started.
+    pub(crate) fn start(&mut self, group: &'static str, tag: Tag, sequence: u64) {
+        if self.0.len() == KEPT {
+            self.0.pop_front();
+        }
+        self.0.push_back(Entry { group, tag, sequence, started: Instant::now(), done: None });
+    }
+
+    /// Notes that it is complete.
+    pub(crate) fn done(&mut self, group: &'static str, sequence: u64) {
+        let entry = self.0.iter_mut().rev().find(|entry| entry.group == group && entry.sequence == sequence);
+        if let Some(entry) = entry {
+            entry.done = Some(Instant::now());
+        }
+    }
+
+    /// The last `count` collectives, newest first, one a line.
+    pub(crate) fn last(&self, count: usize, now: Instant) -> impl fmt::Display {
+        let mut text = String::new();
+        for entry in self.0.iter().rev().take(count) {
+            let Entry { group, tag, sequence, started, done } = entry;
+            let state = match done {
+                Some(at) => format!("complete {} ago", short(now.duration_since(*at))),
+                None => format!("started {} ago, not complete", short(now.duration_since(*started))),
+            };
+            text += &format!("\n    {group} #{sequence} {tag}: {state}");
+        }
+        if text.is_empty() { "\n    no collective yet".to_owned() } else { text }
+    }
+}
+
+/// A time with as many digits as one wants to read.
+pub(crate) fn short(time: Duration) -> String {
+    match time.as_secs_f64() {
+        s if s < 1.0 => format!("{:.0} ms", s * 1e3),
+        s if s < 10.0 => format!("{s:.1} s"),
+        s => format!("{s:.0} s"),
+    }
+}

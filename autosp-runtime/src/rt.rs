@@ -1,0 +1,43 @@
+//! What the code that the attribute emits names, as `autosp::rt`. Not for writing by hand.
+
+pub use candle_core::Result;
+
+use autosp_plan::codes;
+use candle_core::Tensor;
+
+use crate::{Error, scope};
+
+/// Whether this thread is in a sharded scope, where functions run their twins.
+pub fn sharded() -> bool {
+    scope::is_sharded()
+}
+
+/// A call from outside enters the model with sharded tensors: `(name, tensor, its sequence dim)`. Finds which shard they are, by the
+/// tensor that `sp.shard` returned, else by its length.
+///
+/// # Errors
+/// AS0303 if a length is not the length of a shard; AS0307 if it is that of several.
+pub fn enter(function: &str, inputs: &[(&str, &Tensor, usize)]) -> Result<()> {
+    Ok(scope::enter(function, inputs)?)
+}
+
+/// A sharded forward starts at position 0.
+///
+/// # Errors
+/// AS0304 if the argument `name` of `function` is not 0.
+pub fn no_offset(function: &str, name: &str, offset: usize) -> Result<()> {
+    if offset == 0 {
+        return Ok(());
+    }
+    let text = format!("`{function}`: expected `{name}` = 0 inside a sharded scope, found {offset}");
+    Err(Error::new(codes::CACHE_OFFSET, text).with_help("call the model outside `sp.scope` to generate").into())
+}
+
+/// The valid number of tokens for a size that a shard shows: `c` times the local length becomes `c` times S. Other sizes, and all sizes
+/// outside of a scope, stay as they are.
+pub fn valid(n: usize) -> usize {
+    match scope::current().map(|scope| scope.shard()) {
+        Some(Ok(shard)) if shard.len > 0 && n.is_multiple_of(shard.len) => n / shard.len * shard.valid,
+        _ => n,
+    }
+}

@@ -1,0 +1,35 @@
+//! Starting ranks: [`run`], [`run_with`], and the [`Sp`] that each rank gets.
+
+mod panics;
+mod sp;
+mod threads;
+
+pub use sp::Sp;
+
+use autosp_plan::Settings;
+
+use crate::Result;
+
+/// Runs `f` on every rank of the mesh that the environment asks for (`AUTOSP_SP`, `AUTOSP_DP`; one rank if it says nothing).
+///
+/// # Errors
+/// As [`run_with`]; also if a variable `AUTOSP_*` is no setting.
+pub fn run(f: impl Fn(&Sp) -> Result<()> + Sync) -> Result<()> {
+    run_with(Settings::from_env()?, f).map(drop)
+}
+
+/// Runs `f` on dp x sp threads, one a rank, and returns what each returned, in the order of the ranks.
+///
+/// A rank that returns an error or panics takes the others down: whoever waits for a collective is woken, and the run returns one
+/// error that names the first rank that failed. Threads cannot be killed: should a rank be stuck outside of collectives long after
+/// the run has failed (the deadline and half a minute), the process prints the error and exits with code 70.
+///
+/// # Errors
+/// The error of the first rank that failed, with its code; AS0401 if it panicked; AS0301 for a mesh that cannot be; AS0302 if a
+/// rank of another run calls this.
+pub fn run_with<T: Send>(settings: Settings, f: impl Fn(&Sp) -> Result<T> + Sync) -> Result<Vec<T>> {
+    threads::run(settings, &f)
+}
+
+#[cfg(test)]
+mod tests;

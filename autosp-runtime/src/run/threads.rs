@@ -1,0 +1,98 @@
+//! Ranks as threads of this process.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+
+use autosp_plan::{Settings, codes};
+
+use super::panics;
+use super::sp::{Groups, Sp};
+use crate::comm::{Engine, Fault, Group, LocalEngine, World};
+use crate::{Error, Ledger, Mesh, Result};
+
+/// Stack of a rank: candle's backward recurses once an operation. Pages that are not touched cost nothing.
+const STACK_BYTES: usize = 256 << 20;
+
+pub(super) fn run<T: Send>(settings: Settings, f: &(impl Fn(&Sp) -> Result<T> + Sync)) -> Result<Vec<T>> {
+    if panics::is_rank() {
+        return Err(Error::new(codes::NESTED_RUN, "expected one run at a time, found a run started by a rank of another")
+            .with_help("call the inner closure directly"));
+    }
+    panics::install_hook();
+    let mesh = Mesh::from_settings(&settings)?;
+    let size = mesh.world();
+    let world = Arc::new(World::new(size, settings.deadline()));
+
+    let results: Vec<Option<T>> = std::thread::scope(|scope| {
+        let mut threads = Vec::with_capacity(size);
+        for rank in 0..size {
+            let sp = connect(&world, mesh, rank, &settings);
+            let own_world = Arc::clone(&world);
+            let thread = std::thread::Builder::new().name(format!("rank {rank}")).stack_size(STACK_BYTES);
+            match thread.spawn_scoped(scope, move || rank_main(&own_world, &sp, f)) {
+                Ok(thread) => threads.push(thread),
+                Err(error) => {
+                    let text = format!("could not start a thread for rank {rank}: {error}");
+                    world.raise(rank, Error::new(codes::MESH, text));
+                    break;
+                }
+            }
+        }
+        threads.into_iter().map(|thread| thread.join().ok().flatten()).collect()
+    });
+
+    let faults = world.take_faults();
+    match report(faults, size) {
+        Some(error) => Err(error),
+        None => Ok(results.into_iter().flatten().collect()),
+    }
+}
+
+/// The three groups of `rank`, and its view of the run.
+fn connect(world: &Arc<World>, mesh: Mesh, rank: usize, settings: &Settings) -> Sp {
+    let ledger = Arc::new(Ledger::default());
+    let engine = |kind: &'static str, members: Vec<usize>, place: usize| -> Box<dyn Engine> {
+        Box::new(LocalEngine::new(Arc::clone(world), Group { kind, members }, place, Arc::clone(&ledger)))
+    };
+    let groups = Groups {
+        sp: engine("sp", mesh.sp_members(rank).collect(), mesh.sp_rank(rank)),
+        dp: engine("dp", mesh.dp_members(rank), mesh.dp_rank(rank)),
+        world: engine("world", (0..mesh.world()).collect(), rank),
+    };
+    Sp::new(mesh, rank, groups, settings.clone(), ledger)
+}
+
+/// The life of one rank. Whatever ends it, the others hear of it.
+fn rank_main<T>(world: &World, sp: &Sp, f: &impl Fn(&Sp) -> Result<T>) -> Option<T> {
+    panics::mark_rank();
+    let rank = sp.rank();
+    let result = match catch_unwind(AssertUnwindSafe(|| f(sp))) {
+        Ok(Ok(value)) => Some(value),
+        Ok(Err(error)) => {
+            if error.code() != codes::STOPPED {
+                world.raise(rank, error);
+            }
+            None
+        }
+        Err(payload) => {
+            world.raise(rank, Error::new(codes::RANK_FAILED, panics::describe(&*payload)));
+            None
+        }
+    };
+    world.leave(rank);
+    result
+}
+
+/// One error for all: the first that happened, and which rank it was if there are several.
+fn report(faults: Vec<Fault>, size: usize) -> Option<Error> {
+    let mut faults = faults.into_iter();
+    let Fault { rank, error } = faults.next()?;
+    if size == 1 && error.code() != codes::RANK_FAILED {
+        return Some(error);
+    }
+    let same = faults.filter(|other| other.error.to_string() == error.to_string()).count();
+    Some(match same + 1 {
+        all if all == size && size > 1 => error.context(format_args!("all {size} ranks failed")),
+        _ => error.context(format_args!("rank {rank} of {size} failed")),
+    })
+}
