@@ -2,6 +2,9 @@
 
 pub use candle_core::Result;
 
+pub use crate::ops;
+pub use crate::ops::{pick, slice};
+
 use autosp_plan::codes;
 use candle_core::Tensor;
 

@@ -10,11 +10,13 @@
 
 mod kernel;
 mod norm;
+mod positions;
 mod record;
 mod rope;
 mod softmax;
 
 pub use norm::{layer_norm, layer_norm_op, rms_norm, rms_norm_op};
+pub use positions::{pick, slice};
 pub use rope::{rope, rope_i, rope_thd};
 pub use softmax::{softmax, softmax_last_dim};
 
