@@ -2,6 +2,7 @@
 
 pub use candle_core::Result;
 
+pub use crate::memory::checkpoint;
 pub use crate::ops;
 pub use crate::ops::{pick, slice};
 

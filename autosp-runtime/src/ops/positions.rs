@@ -3,7 +3,7 @@
 use autosp_plan::codes;
 use candle_core::{Result, Tensor};
 
-use super::{record1, tracked};
+use super::{owned, record1, tracked};
 use crate::comm::{Tag, all_to_all, broadcast};
 use crate::scope::{self, Shard};
 use crate::{Error, Sp};
@@ -64,10 +64,7 @@ pub fn pick(x: &Tensor, dim: usize, global_index: usize) -> Result<Tensor> {
     if !tracked(x) {
         return Ok(token);
     }
-    let (storage, layout) = token.storage_and_layout();
-    let result = (storage.try_clone(layout)?, token.shape().clone());
-    drop(storage);
-    record1("pick", x, result, move |[x], _, grad| Ok([Some(place.give_back(&sp, x, grad)?)]))
+    record1("pick", x, owned(&token)?, move |[x], _, grad| Ok([Some(place.give_back(&sp, x, grad)?)]))
 }
 
 /// Where a picked token lies.
@@ -102,3 +99,6 @@ impl Place {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -7,7 +7,7 @@
 use std::sync::{Mutex, PoisonError};
 
 use candle_core::{
-    CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, Layout, MetalStorage, Result, Shape, Storage, Tensor, bail,
+    CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, InplaceOp1, Layout, MetalStorage, Result, Shape, Storage, Tensor, bail,
     op::BackpropOp,
 };
 
@@ -124,6 +124,37 @@ recorder!(
     /// Records `result` as a function of three operands.
     record3, CustomOp3, apply_op3, 3, [a, b, c], [_s1, _s2, _s3], (Option<Tensor>, Option<Tensor>, Option<Tensor>)
 );
+
+/// The values of `x` in a storage of their own, contiguous, ready to be recorded. One copy.
+pub(crate) fn owned(x: &Tensor) -> Result<(Storage, Shape)> {
+    let copy = x.detach().force_contiguous()?;
+    let shape = copy.shape().clone();
+    if copy.device().is_cpu() {
+        let taken = Take(Mutex::new(None));
+        copy.inplace_op1(&taken)?;
+        return match taken.0.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            Some(storage) => Ok((Storage::Cpu(storage), shape)),
+            None => bail!("the storage of a copy was not given"),
+        };
+    }
+    let (storage, layout) = copy.storage_and_layout();
+    Ok((storage.try_clone(layout)?, shape))
+}
+
+/// Moves the storage out of a tensor that nothing else holds and that is dropped next.
+struct Take(Mutex<Option<CpuStorage>>);
+
+impl InplaceOp1 for Take {
+    fn name(&self) -> &'static str {
+        "take"
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, _: &Layout) -> Result<()> {
+        let taken = std::mem::replace(storage, CpuStorage::U8(Vec::new()));
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(taken);
+        Ok(())
+    }
+}
 
 /// A detached tensor around a finished storage.
 pub(crate) fn tensor(result: (Storage, Shape)) -> Tensor {

@@ -21,7 +21,7 @@ pub use rope::{rope, rope_i, rope_thd};
 pub use softmax::{softmax, softmax_last_dim};
 
 pub(crate) use kernel::{Kernel, Real, Rows, compute, per_row};
-pub(crate) use record::{record1, record2, record3, tracked};
+pub(crate) use record::{owned, record1, record2, record3, tracked};
 
 #[cfg(test)]
 mod tests;
