@@ -5,6 +5,7 @@
 pub mod comm;
 pub mod error;
 pub mod ledger;
+pub mod loss;
 pub mod memory;
 pub mod mesh;
 pub mod ops;
