@@ -5,7 +5,11 @@
 pub mod comm;
 pub mod error;
 pub mod ledger;
+pub mod memory;
 pub mod mesh;
+pub mod ops;
+pub mod parameters;
+mod random;
 pub mod rt;
 pub mod run;
 pub mod scope;
@@ -14,5 +18,6 @@ pub use autosp_plan::Settings;
 pub use error::{Error, Result};
 pub use ledger::{Bytes, Ledger};
 pub use mesh::Mesh;
+pub use parameters::{Parameters, load_trainable};
 pub use run::{Sp, run, run_with};
 pub use scope::{Scope, Shard};

@@ -2,6 +2,10 @@
 
 pub use candle_core::Result;
 
+pub use crate::memory::checkpoint;
+pub use crate::ops;
+pub use crate::ops::{pick, slice};
+
 use autosp_plan::codes;
 use candle_core::Tensor;
 

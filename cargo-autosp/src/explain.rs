@@ -14,10 +14,9 @@ pub(crate) fn run(code: Option<&str>, markdown: bool) -> Result<Outcome, Failure
     let text = match chosen.as_slice() {
         _ if markdown => Errors::new(chosen.iter().map(|code| entry(code))).to_string(),
         [code] => Explanation { entry: entry(code) }.to_string(),
-        _ => chosen
-            .iter()
-            .map(|code| format!("{}  {}\n", code.id, code.title))
-            .collect(),
+        all => all.iter().fold(String::new(), |list, code| {
+            list + code.id + "  " + code.title + "\n"
+        }),
     };
     Ok(Outcome::done(text))
 }

@@ -1,0 +1,87 @@
+//! What can be asked of the program, and what it refuses before anything runs.
+
+use std::{ffi::OsString, path::PathBuf};
+
+use clap::{Parser, error::ErrorKind};
+
+use crate::{Failure, failure};
+
+/// Trains a small byte-level Llama on text, each sequence spread over several ranks (threads of this process).
+#[derive(Debug, Clone, Parser)]
+#[command(name = "train", version)]
+pub struct Options {
+    /// Text files, or folders of them [default: the sources and documents of this workspace]
+    #[arg(long, value_name = "PATH", num_args = 1..)]
+    pub data: Vec<PathBuf>,
+    /// Ranks that share one sequence
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    pub sp: usize,
+    /// Replicas that share a batch
+    #[arg(long, value_name = "M", default_value_t = 1)]
+    pub dp: usize,
+    /// Tokens (bytes) of a sequence
+    #[arg(long, value_name = "S", default_value_t = 512)]
+    pub seq_len: usize,
+    /// Sequences of a step, over all ranks
+    #[arg(long, value_name = "B", default_value_t = 4)]
+    pub batch: usize,
+    /// Optimizer steps
+    #[arg(long, value_name = "K", default_value_t = 80)]
+    pub steps: usize,
+    /// Decides the first parameters and the order of the text, whatever the number of ranks
+    #[arg(long, value_name = "X", default_value_t = 1)]
+    pub seed: u64,
+    /// Learning rate at its peak
+    #[arg(long, value_name = "R", default_value_t = 3e-3)]
+    pub lr: f64,
+    /// Head groups of each attention: the next group's exchange overlaps this group's attention
+    #[arg(long, value_name = "G", default_value_t = 2)]
+    pub groups: usize,
+    /// One JSON object a step goes here
+    #[arg(long, value_name = "FILE")]
+    pub log: Option<PathBuf>,
+    /// The trained model goes here, as safetensors
+    #[arg(long, value_name = "FILE", default_value = "out/llama.safetensors")]
+    pub save: PathBuf,
+}
+
+impl Options {
+    /// Reads the command line. `Ok(Err(text))` is a text that was asked for, such as the help.
+    ///
+    /// # Errors
+    /// An unknown flag or a value that makes no sense, in one line.
+    pub fn read(arguments: impl IntoIterator<Item = OsString>) -> Result<Result<Self, String>, Failure> {
+        let options = match Self::try_parse_from(arguments) {
+            Ok(options) => options,
+            Err(error) if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) => {
+                return Ok(Err(error.to_string()));
+            }
+            Err(error) => {
+                let text = error.to_string();
+                let line = text.lines().next().unwrap_or_default().trim_start_matches("error: ");
+                return Err(failure(format!("{line} (--help lists the options)")));
+            }
+        };
+        options.check()?;
+        Ok(Ok(options))
+    }
+
+    fn check(&self) -> Result<(), Failure> {
+        for (flag, value) in [
+            ("--sp", self.sp),
+            ("--dp", self.dp),
+            ("--seq-len", self.seq_len),
+            ("--batch", self.batch),
+            ("--steps", self.steps),
+            ("--groups", self.groups),
+        ] {
+            if value == 0 {
+                return Err(failure(format!("expected {flag} of at least 1, found 0")));
+            }
+        }
+        if !(self.lr.is_finite() && self.lr > 0.0) {
+            return Err(failure(format!("expected --lr above 0, found {}", self.lr)));
+        }
+        Ok(())
+    }
+}
