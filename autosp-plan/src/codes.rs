@@ -104,6 +104,8 @@ codes! {
         "A rank left the closure of the run without starting a collective that the others are in. Every rank must run the same number of steps: batches are counted per group, not per rank.";
     COLLECTIVE_ARGUMENT = "AS0406", "a collective got arguments that it does not take",
         "The number of parts is the size of the group, and shapes and types agree over its ranks.";
+    UNFINISHED = "AS0407", "a collective was never waited for",
+        "A rank started a collective and returned without waiting for it. What the others sent was lost; on a GPU the stream would hang.";
 
     FILE_UNREADABLE = "AS0501", "a model or data file cannot be read",
         "The path does not exist, is a folder where a file is needed, or may not be read. The message says which.";
