@@ -21,7 +21,13 @@ pub struct Refusal {
 
 impl Refusal {
     pub(crate) fn new(code: Code, span: Span, message: impl Into<String>) -> Self {
-        Self { code, span, message: message.into(), notes: Vec::new(), help: None }
+        Self {
+            code,
+            span,
+            message: message.into(),
+            notes: Vec::new(),
+            help: None,
+        }
     }
 
     pub(crate) fn note(mut self, note: impl Into<String>) -> Self {
@@ -48,7 +54,8 @@ impl Refusal {
     /// The whole text: message, notes, help, code. `place` stands before it where the span cannot show the position.
     pub fn text(&self, place: Option<&str>) -> String {
         let mut lines = vec![self.message.clone()];
-        lines.extend(place.map(|file| format!("   = at: {file}:{}:{}", self.line(), self.column())));
+        lines
+            .extend(place.map(|file| format!("   = at: {file}:{}:{}", self.line(), self.column())));
         lines.extend(self.notes.iter().map(|n| format!("   = note: {n}")));
         lines.extend(self.help.iter().map(|h| format!("   = help: {h}")));
         format!("{} [{}]", lines.join("\n"), self.code.id)

@@ -7,6 +7,9 @@
 //!
 //! [`plan`]: autosp_plan::plan
 
+// A refusal ends the run: its size does not matter.
+#![allow(clippy::result_large_err)]
+
 mod decide;
 mod emit;
 mod error;
@@ -55,7 +58,11 @@ impl std::error::Error for ParseError {}
 impl From<syn::Error> for ParseError {
     fn from(e: syn::Error) -> Self {
         let start = e.span().start();
-        Self { line: start.line, column: start.column + 1, message: e.to_string() }
+        Self {
+            line: start.line,
+            column: start.column + 1,
+            message: e.to_string(),
+        }
     }
 }
 
@@ -66,7 +73,12 @@ impl From<syn::Error> for ParseError {
 pub fn analyse(source: &str) -> Result<Analysis, ParseError> {
     let file = syn::parse_file(source)?;
     let (name, items) = module_of(&file);
-    Ok(analyse_items(&name, items, Span::call_site(), ops::candle()))
+    Ok(analyse_items(
+        &name,
+        items,
+        Span::call_site(),
+        ops::candle(),
+    ))
 }
 
 /// The same with another operation table.
@@ -98,7 +110,12 @@ pub fn expand(source: &str) -> Result<Result<syn::File, Vec<Refusal>>, ParseErro
 fn module_of(file: &syn::File) -> (String, &[syn::Item]) {
     for item in &file.items {
         if let syn::Item::Mod(m) = item {
-            let annotated = m.attrs.iter().any(|a| a.path().segments.last().is_some_and(|s| s.ident == "sequence_parallel"));
+            let annotated = m.attrs.iter().any(|a| {
+                a.path()
+                    .segments
+                    .last()
+                    .is_some_and(|s| s.ident == "sequence_parallel")
+            });
             if let (true, Some((_, items))) = (annotated, &m.content) {
                 return (m.ident.to_string(), items);
             }
@@ -107,7 +124,12 @@ fn module_of(file: &syn::File) -> (String, &[syn::Item]) {
     (String::new(), &file.items)
 }
 
-fn analyse_items(name: &str, items: &[syn::Item], span: Span, table: &'static ops::Table) -> Analysis {
+fn analyse_items(
+    name: &str,
+    items: &[syn::Item],
+    span: Span,
+    table: &'static ops::Table,
+) -> Analysis {
     let scope = syntax::Scope::new(name, items);
     let (plan, mut refusals) = decide::decide(&scope, table, span);
     refusals.sort_by_key(|r| (r.line(), r.column()));
@@ -118,7 +140,11 @@ fn analyse_items(name: &str, items: &[syn::Item], span: Span, table: &'static op
 ///
 /// `source` is the file that holds the attribute, for finding files that the module includes. On errors the item stays in
 /// the output, so that editors keep working.
-pub fn sequence_parallel(args: TokenStream, item: TokenStream, source: Option<&Path>) -> TokenStream {
+pub fn sequence_parallel(
+    args: TokenStream,
+    item: TokenStream,
+    source: Option<&Path>,
+) -> TokenStream {
     let args = match syntax::args::Args::parse(args) {
         Ok(args) => args,
         Err(refusal) => return refused(&[refusal], None, &item),
@@ -133,19 +159,28 @@ pub fn sequence_parallel(args: TokenStream, item: TokenStream, source: Option<&P
     };
     let Some((_, items)) = &module.content else {
         let name = &module.ident;
-        let refusal = Refusal::new(codes::FILE_MODULE, name.span(), format!("the attribute does not see the file of `mod {name};`"))
-            .help(format!("mod {name} {{ include!(\"{name}.rs\"); }}"));
+        let refusal = Refusal::new(
+            codes::FILE_MODULE,
+            name.span(),
+            format!("the attribute does not see the file of `mod {name};`"),
+        )
+        .help(format!("mod {name} {{ include!(\"{name}.rs\"); }}"));
         return refused(&[refusal], None, &item);
     };
-    if let [only] = items.as_slice() {
-        if let Some(lit) = syntax::include::included_path(only) {
-            return match syntax::include::read(&lit, source) {
-                Ok(included) => include_module(&args, &module, &lit, &included, &item),
-                Err(refusal) => refused(&[refusal], None, &item),
-            };
-        }
+    if let [only] = items.as_slice()
+        && let Some(lit) = syntax::include::included_path(only)
+    {
+        return match syntax::include::read(&lit, source) {
+            Ok(included) => include_module(&args, &module, &lit, &included, &item),
+            Err(refusal) => refused(&[refusal], None, &item),
+        };
     }
-    let analysis = analyse_items(&module.ident.to_string(), items, module.ident.span(), ops::candle());
+    let analysis = analyse_items(
+        &module.ident.to_string(),
+        items,
+        module.ident.span(),
+        ops::candle(),
+    );
     if !analysis.refusals.is_empty() {
         return refused(&analysis.refusals, None, &item);
     }
@@ -155,7 +190,9 @@ pub fn sequence_parallel(args: TokenStream, item: TokenStream, source: Option<&P
 
 /// The module's attributes, visibility and name round other items.
 fn with_body(module: &syn::ItemMod, body: &TokenStream) -> TokenStream {
-    let syn::ItemMod { attrs, vis, ident, .. } = module;
+    let syn::ItemMod {
+        attrs, vis, ident, ..
+    } = module;
     quote!(#(#attrs)* #vis mod #ident { #body })
 }
 
@@ -178,24 +215,42 @@ fn not_a_module(item: &syn::Item) -> Refusal {
 
 /// A module whose items stand in another file. Everything is computed with positions of that file; the tokens that come
 /// out carry the attribute's.
-fn include_module(args: &syntax::args::Args, module: &syn::ItemMod, lit: &syn::LitStr, included: &syntax::include::Included, item: &TokenStream) -> TokenStream {
+fn include_module(
+    args: &syntax::args::Args,
+    module: &syn::ItemMod,
+    lit: &syn::LitStr,
+    included: &syntax::include::Included,
+    item: &TokenStream,
+) -> TokenStream {
     let name = module.ident.to_string();
     let facade = args.facade().to_string();
     let outcome = positions(|| -> Result<String, Vec<(String, &'static str)>> {
         let file = syn::parse_file(&included.text).map_err(|e| {
             let e = ParseError::from(e);
-            vec![(format!("{}\n   = at: {}:{}:{}", e.message, included.path, e.line, e.column), codes::PARSE.id)]
+            vec![(
+                format!(
+                    "{}\n   = at: {}:{}:{}",
+                    e.message, included.path, e.line, e.column
+                ),
+                codes::PARSE.id,
+            )]
         })?;
         let analysis = analyse_items(&name, &file.items, Span::call_site(), ops::candle());
         if !analysis.refusals.is_empty() {
-            return Err(analysis.refusals.iter().map(|r| (r.text(Some(&included.path)), "")).collect());
+            return Err(analysis
+                .refusals
+                .iter()
+                .map(|r| (r.text(Some(&included.path)), ""))
+                .collect());
         }
         let facade: TokenStream = facade.parse().map_err(|_| Vec::new())?;
         Ok(emit::items(&file.items, &analysis.plan, &facade).to_string())
     });
     // Cargo builds again when the included file changes.
     let tracked = included.file.to_string_lossy();
-    let tracking = quote!(const _: &[u8] = include_bytes!(#tracked););
+    let tracking = quote!(
+        const _: &[u8] = include_bytes!(#tracked);
+    );
     match outcome {
         Ok(text) => match text.parse::<TokenStream>() {
             Ok(body) => with_body(module, &quote!(#tracking #body)),
@@ -206,7 +261,11 @@ fn include_module(args: &syntax::args::Args, module: &syn::ItemMod, lit: &syn::L
         },
         Err(messages) => {
             let errors = messages.into_iter().map(|(text, code)| {
-                let text = if code.is_empty() { text } else { format!("{text} [{code}]") };
+                let text = if code.is_empty() {
+                    text
+                } else {
+                    format!("{text} [{code}]")
+                };
                 let error = quote::quote_spanned!(lit.span()=> ::core::compile_error!(#text););
                 error
             });

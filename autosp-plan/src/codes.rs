@@ -163,9 +163,21 @@ mod tests {
     fn codes_are_unique_and_well_formed() {
         for (i, code) in ALL.iter().enumerate() {
             let digits = code.id.strip_prefix("AS0").expect("codes begin with AS0");
-            assert!(digits.len() == 3 && digits.bytes().all(|b| b.is_ascii_digit()), "{}", code.id);
-            assert!(ALL[..i].iter().all(|other| other.id != code.id), "{} twice", code.id);
-            assert!(!code.title.ends_with('.') && code.explanation.ends_with('.'), "{}", code.id);
+            assert!(
+                digits.len() == 3 && digits.bytes().all(|b| b.is_ascii_digit()),
+                "{}",
+                code.id
+            );
+            assert!(
+                ALL[..i].iter().all(|other| other.id != code.id),
+                "{} twice",
+                code.id
+            );
+            assert!(
+                !code.title.ends_with('.') && code.explanation.ends_with('.'),
+                "{}",
+                code.id
+            );
             assert_eq!(find(&code.id.to_lowercase()), Some(code));
         }
     }

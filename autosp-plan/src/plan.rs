@@ -73,7 +73,11 @@ pub struct Operands {
 
 /// Which key head serves a query head, with H query heads and G key heads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize), serde(rename_all = "snake_case"))]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize),
+    serde(rename_all = "snake_case")
+)]
 pub enum HeadMap {
     /// Query head h uses key head h / (H / G).
     #[default]
@@ -141,7 +145,11 @@ pub struct Twin {
 
 /// What a tensor type becomes in a twin.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize), serde(rename_all = "snake_case"))]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize),
+    serde(rename_all = "snake_case")
+)]
 pub enum Kind {
     /// Stays what it is.
     Data,
@@ -165,7 +173,11 @@ pub struct Edit {
 
 /// What becomes of an expression.
 #[derive(Debug, Clone, PartialEq, Eq)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize), serde(rename_all = "snake_case"))]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize),
+    serde(rename_all = "snake_case")
+)]
 pub enum Action {
     /// A call: the replacement below `rt::`, with the receiver as the first argument.
     Replace(String),

@@ -1,6 +1,6 @@
 //! Recognises the band of a mask rule, `lo <= j - i <= hi`, from its condition.
 
-use std::collections::HashMap;
+use std::collections::HashSet;
 use std::rc::Rc;
 
 use autosp_plan::plan::{Band, Bound, MaskRule};
@@ -21,7 +21,9 @@ struct Set {
 
 /// The rule of a host array over (query, key).
 pub(super) fn rule(trace: &Trace<'_, '_>, host: &Host, act: ActId) -> Option<MaskRule> {
-    let [query, key] = host.axes.as_slice() else { return None };
+    let [query, key] = host.axes.as_slice() else {
+        return None;
+    };
     Some(MaskRule {
         ends: (query.end_expr, key.end_expr),
         closures: (query.closure, key.closure),
@@ -30,17 +32,28 @@ pub(super) fn rule(trace: &Trace<'_, '_>, host: &Host, act: ActId) -> Option<Mas
 }
 
 fn band(trace: &Trace<'_, '_>, host: &Host, act: ActId) -> Option<Band> {
-    let Value::Select(cond, then, other) = &host.elem else { return None };
+    let Value::Select(cond, then, other) = &host.elem else {
+        return None;
+    };
     let (then, other) = (number_text(then)?, number_text(other)?);
     let set = set(trace, cond, host)?;
-    let (inside, outside) = if set.complement { (other, then) } else { (then, other) };
+    let (inside, outside) = if set.complement {
+        (other, then)
+    } else {
+        (then, other)
+    };
     let bound = |p: Option<&Poly>| -> Option<Option<Bound>> {
         match p {
             None => Some(None),
             Some(p) => self::bound(trace, p, host, act).map(Some),
         }
     };
-    Some(Band { lo: bound(set.lo.as_ref())?, hi: bound(set.hi.as_ref())?, inside, outside })
+    Some(Band {
+        lo: bound(set.lo.as_ref())?,
+        hi: bound(set.hi.as_ref())?,
+        inside,
+        outside,
+    })
 }
 
 /// A number as a literal whose type is inferred: the element type is not written anywhere.
@@ -55,15 +68,25 @@ fn number_text(value: &Value) -> Option<String> {
 }
 
 fn set(trace: &Trace<'_, '_>, cond: &Cond, host: &Host) -> Option<Set> {
-    let not = |s: Set| Set { complement: !s.complement, ..s };
+    let not = |s: Set| Set {
+        complement: !s.complement,
+        ..s
+    };
     match cond {
         Cond::Compare(l, cmp, r) => {
             // l - r, with the offset into a cache left out: it is zero inside a sharded scope
             let diff = trace.atoms.without_offsets(&l.sub(r), &mut Vec::new());
-            let (i, j) = (Poly::atom(host.axes[0].index), Poly::atom(host.axes[1].index));
+            let (i, j) = (
+                Poly::atom(host.axes[0].index),
+                Poly::atom(host.axes[1].index),
+            );
             let rest_up = diff.sub(&j).add(&i);
             let rest_down = diff.sub(&i).add(&j);
-            let free = |p: &Poly| !p.contains(host.axes[0].index) && !p.contains(host.axes[1].index) && !trace.atoms.anchored(p);
+            let free = |p: &Poly| {
+                !p.contains(host.axes[0].index)
+                    && !p.contains(host.axes[1].index)
+                    && !trace.atoms.anchored(p)
+            };
             // (j - i) + c cmp 0, or -(j - i) + c cmp 0 with the comparison turned round
             let (c, cmp) = if free(&rest_up) {
                 (rest_up.neg(), *cmp)
@@ -74,12 +97,36 @@ fn set(trace: &Trace<'_, '_>, cond: &Cond, host: &Host) -> Option<Set> {
             };
             let one = Poly::one();
             Some(match cmp {
-                Cmp::Le => Set { lo: None, hi: Some(c), complement: false },
-                Cmp::Lt => Set { lo: None, hi: Some(c.sub(&one)), complement: false },
-                Cmp::Ge => Set { lo: None, hi: Some(c.sub(&one)), complement: true },
-                Cmp::Gt => Set { lo: None, hi: Some(c), complement: true },
-                Cmp::Eq => Set { lo: Some(c.clone()), hi: Some(c), complement: false },
-                Cmp::Ne => Set { lo: Some(c.clone()), hi: Some(c), complement: true },
+                Cmp::Le => Set {
+                    lo: None,
+                    hi: Some(c),
+                    complement: false,
+                },
+                Cmp::Lt => Set {
+                    lo: None,
+                    hi: Some(c.sub(&one)),
+                    complement: false,
+                },
+                Cmp::Ge => Set {
+                    lo: None,
+                    hi: Some(c.sub(&one)),
+                    complement: true,
+                },
+                Cmp::Gt => Set {
+                    lo: None,
+                    hi: Some(c),
+                    complement: true,
+                },
+                Cmp::Eq => Set {
+                    lo: Some(c.clone()),
+                    hi: Some(c),
+                    complement: false,
+                },
+                Cmp::Ne => Set {
+                    lo: Some(c.clone()),
+                    hi: Some(c),
+                    complement: true,
+                },
             })
         }
         Cond::Not(inner) => set(trace, inner, host).map(not),
@@ -116,7 +163,11 @@ fn intersect(a: Set, b: Set) -> Option<Set> {
         (Some(_), Some(_)) => None,
         (x, y) => Some(x.or(y)),
     };
-    Some(Set { lo: one_of(a_lo, b_lo)?, hi: one_of(a_hi, b_hi)?, complement: false })
+    Some(Set {
+        lo: one_of(a_lo, b_lo)?,
+        hi: one_of(a_hi, b_hi)?,
+        complement: false,
+    })
 }
 
 /// A bound as a constant plus expressions that stand in the closure.
@@ -144,22 +195,44 @@ fn bound(trace: &Trace<'_, '_>, p: &Poly, host: &Host, act: ActId) -> Option<Bou
 
 /// The masks of a site, in words.
 pub(super) fn describe(trace: &Trace<'_, '_>, site: &Site) -> String {
-    let mut seen: HashMap<*const Host, ()> = HashMap::new();
+    let mut seen: HashSet<*const Host> = HashSet::new();
     let mut words = Vec::new();
     for node in &site.masks {
-        let Op::Mask(host) = &trace.nodes[*node].op else { continue };
-        if seen.insert(Rc::as_ptr(host), ()).is_some() {
+        let Op::Mask(host) = &trace.nodes[*node].op else {
+            continue;
+        };
+        if !seen.insert(Rc::as_ptr(host)) {
             continue;
         }
         let act = trace.nodes[*node].at.act;
         words.push(match rule(trace, host, act).and_then(|r| r.band) {
-            Some(Band { lo: None, hi: Some(hi), .. }) if hi == Bound::default() => "causal: key <= query".to_string(),
+            Some(Band {
+                lo: None,
+                hi: Some(hi),
+                ..
+            }) if hi == Bound::default() => "causal: key <= query".to_string(),
             Some(band) => {
-                let show = |b: &Option<Bound>, none: &str| b.as_ref().map_or(none.to_string(), |b| if b.terms.is_empty() { b.constant.to_string() } else { format!("{}+..", b.constant) });
-                format!("band: {} <= key - query <= {}", show(&band.lo, "-inf"), show(&band.hi, "inf"))
+                let show = |b: &Option<Bound>, none: &str| {
+                    b.as_ref().map_or(none.to_string(), |b| {
+                        if b.terms.is_empty() {
+                            b.constant.to_string()
+                        } else {
+                            format!("{}+..", b.constant)
+                        }
+                    })
+                };
+                format!(
+                    "band: {} <= key - query <= {}",
+                    show(&band.lo, "-inf"),
+                    show(&band.hi, "inf")
+                )
             }
             None => "a rule over (query, key), evaluated tile by tile".to_string(),
         });
     }
-    if words.is_empty() { "none".to_string() } else { words.join(" and ") }
+    if words.is_empty() {
+        "none".to_string()
+    } else {
+        words.join(" and ")
+    }
 }

@@ -18,8 +18,15 @@ use crate::trace::Trace;
 use crate::trace::shape::show;
 
 /// A plan, or every refusal. A module without attention is refused too.
-pub(crate) fn decide(scope: &Scope<'_>, table: &'static Table, module_span: proc_macro2::Span) -> (plan::Plan, Vec<Refusal>) {
-    let mut plan = plan::Plan { module: scope.name.clone(), ..plan::Plan::default() };
+pub(crate) fn decide(
+    scope: &Scope<'_>,
+    table: &'static Table,
+    module_span: proc_macro2::Span,
+) -> (plan::Plan, Vec<Refusal>) {
+    let mut plan = plan::Plan {
+        module: scope.name.clone(),
+        ..plan::Plan::default()
+    };
     let mut refusals: Vec<Refusal> = Vec::new();
     let mut fallback: Vec<Refusal> = Vec::new();
     for root in roots(scope, table) {
@@ -76,25 +83,44 @@ fn roots(scope: &Scope<'_>, table: &'static Table) -> Vec<usize> {
         }
         let trace = Trace::run(scope, table, id);
         called.extend(trace.acts.iter().skip(1).map(|a| a.function));
-        let interesting = (0..trace.nodes.len()).any(|n| trace.nodes[n].row().is_some_and(|r| r.name().starts_with("softmax")));
+        let interesting = (0..trace.nodes.len()).any(|n| {
+            trace.nodes[n]
+                .row()
+                .is_some_and(|r| r.name().starts_with("softmax"))
+        });
         if interesting {
             candidates.push(id);
         }
     }
-    let free: Vec<usize> = candidates.iter().copied().filter(|id| !called.contains(id)).collect();
-    let public: Vec<usize> = free.iter().copied().filter(|id| scope.functions[*id].public).collect();
+    let free: Vec<usize> = candidates
+        .iter()
+        .copied()
+        .filter(|id| !called.contains(id))
+        .collect();
+    let public: Vec<usize> = free
+        .iter()
+        .copied()
+        .filter(|id| scope.functions[*id].public)
+        .collect();
     if public.is_empty() { free } else { public }
 }
 
 /// The first thing on the way that could not be followed.
 fn first_unknown(trace: &Trace<'_, '_>) -> Option<Refusal> {
     trace.nodes.iter().find_map(|n| match &n.op {
-        crate::trace::graph::Op::Unknown(r) => Some(Refusal::new(r.code, n.at.span, r.message.clone()).help(r.help.clone())),
+        crate::trace::graph::Op::Unknown(r) => {
+            Some(Refusal::new(r.code, n.at.span, r.message.clone()).help(r.help.clone()))
+        }
         _ => None,
     })
 }
 
-fn add(plan: &mut plan::Plan, trace: &Trace<'_, '_>, placed: &Placed, root: usize) -> Result<(), Vec<Refusal>> {
+fn add(
+    plan: &mut plan::Plan,
+    trace: &Trace<'_, '_>,
+    placed: &Placed,
+    root: usize,
+) -> Result<(), Vec<Refusal>> {
     let first_site = plan.sites.len();
     let mut elided = Vec::new();
     let mut site_ids = Vec::new();
@@ -132,10 +158,15 @@ fn add(plan: &mut plan::Plan, trace: &Trace<'_, '_>, placed: &Placed, root: usiz
     };
     let f = &trace.scope.functions[root];
     let inputs = f.sig.inputs.iter().filter_map(|input| match input {
-        syn::FnArg::Typed(t) => Some((crate::trace::param_name(&t.pat), trace.scope.ty(&t.ty, f.owner.as_deref()))),
+        syn::FnArg::Typed(t) => Some((
+            crate::trace::param_name(&t.pat),
+            trace.scope.ty(&t.ty, f.owner.as_deref()),
+        )),
         syn::FnArg::Receiver(_) => None,
     });
-    let inputs = inputs.filter(|(_, ty)| *ty == Ty::Tensor).filter_map(|(name, _)| sharded_dim(trace, placed, &name).map(|d| (name, d)));
+    let inputs = inputs
+        .filter(|(_, ty)| *ty == Ty::Tensor)
+        .filter_map(|(name, _)| sharded_dim(trace, placed, &name).map(|d| (name, d)));
     plan.roots.push(plan::Root {
         function: trace.scope.full_name(root),
         line: f.line(),
@@ -148,9 +179,15 @@ fn add(plan: &mut plan::Plan, trace: &Trace<'_, '_>, placed: &Placed, root: usiz
 
 /// The sequence dimension of a root's parameter.
 fn sharded_dim(trace: &Trace<'_, '_>, placed: &Placed, name: &str) -> Option<usize> {
-    let node = trace.nodes.iter().position(|n| matches!(&n.op, crate::trace::graph::Op::Param(p) if p == name))?;
+    let node = trace
+        .nodes
+        .iter()
+        .position(|n| matches!(&n.op, crate::trace::graph::Op::Param(p) if p == name))?;
     let dims = trace.nodes[node].shape.known()?;
-    dims.iter().position(|d| d.0.iter().any(|f| trace.atoms.normal(&f.size).contains(placed.sequence)))
+    dims.iter().position(|d| {
+        d.0.iter()
+            .any(|f| trace.atoms.normal(&f.size).contains(placed.sequence))
+    })
 }
 
 fn describe(
@@ -160,11 +197,20 @@ fn describe(
     bases: Option<(crate::trace::graph::NodeId, crate::trace::graph::NodeId)>,
 ) -> plan::Site {
     let n = &trace.nodes[site.matmul];
-    let shape = |node: usize| trace.nodes[node].shape.known().map_or_else(|| "?".to_string(), |d| show(&trace.atoms, d));
+    let shape = |node: usize| {
+        trace.nodes[node]
+            .shape
+            .known()
+            .map_or_else(|| "?".to_string(), |d| show(&trace.atoms, d))
+    };
     plan::Site {
         function: trace.scope.full_name(trace.acts[n.at.act].function),
         line: n.at.span.start().line,
-        layout: plan::Layout { q: site.layout.q.clone(), k: site.layout.k.clone(), v: site.layout.v.clone() },
+        layout: plan::Layout {
+            q: site.layout.q.clone(),
+            k: site.layout.k.clone(),
+            v: site.layout.v.clone(),
+        },
         operands: plan::Operands {
             q: shape(site.q.node),
             k: shape(bases.map_or(site.k.node, |b| b.0)),

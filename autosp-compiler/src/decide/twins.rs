@@ -23,7 +23,11 @@ pub(super) fn build(
     elided: &[(ActId, u32, u32)],
     blocks: &[Found],
 ) -> Result<usize, Refusal> {
-    let mut builder = Builder { trace, placed, edits: vec![Vec::new(); trace.acts.len()] };
+    let mut builder = Builder {
+        trace,
+        placed,
+        edits: vec![Vec::new(); trace.acts.len()],
+    };
     builder.facts();
     builder.nodes(site_ids)?;
     for u in &placed.valid {
@@ -72,7 +76,10 @@ impl Builder<'_, '_, '_> {
     fn nodes(&mut self, site_ids: &[usize]) -> Result<(), Refusal> {
         let (trace, placed) = (self.trace, self.placed);
         for (site, id) in placed.sites.iter().zip(site_ids) {
-            for (node, action) in [(site.matmul, Action::Scores(*id)), (site.softmax, Action::Softmax)] {
+            for (node, action) in [
+                (site.matmul, Action::Scores(*id)),
+                (site.softmax, Action::Softmax),
+            ] {
                 let at = trace.nodes[node].at;
                 self.push(at.act, at.expr, action);
             }
@@ -106,8 +113,12 @@ impl Builder<'_, '_, '_> {
                 Conversion::Pick { dim } => self.push(n.at.act, n.at.expr, Action::Pick(*dim)),
                 Conversion::Slice { input, dim } => {
                     let Some(expr) = n.inputs[*input].expr else {
-                        return Err(Refusal::new(codes::NOT_FOLLOWED, n.at.span, format!("cannot cut the table in `{}`", n.text))
-                            .help("give each operand as an expression of its own"));
+                        return Err(Refusal::new(
+                            codes::NOT_FOLLOWED,
+                            n.at.span,
+                            format!("cannot cut the table in `{}`", n.text),
+                        )
+                        .help("give each operand as an expression of its own"));
                     };
                     self.push(n.at.act, expr, Action::Slice(*dim));
                 }
@@ -117,14 +128,23 @@ impl Builder<'_, '_, '_> {
     }
 
     fn expr(&self, act: ActId, expr: u32) -> Option<&syn::Expr> {
-        self.trace.scope.functions[self.trace.acts[act].function].numbers.get(expr)
+        self.trace.scope.functions[self.trace.acts[act].function]
+            .numbers
+            .get(expr)
     }
 
     /// Wraps the parts of a size expression that are multiples of the sequence.
     fn valid(&mut self, u: &SizeUse) -> Result<(), Refusal> {
         let refuse = || {
-            Refusal::new(codes::SIZE_USE, u.span, format!("cannot turn the size `{}` of a shard into one of the sequence", self.trace.atoms.show(&u.size.poly)))
-                .help("compute it from the tensor's own dimension where it is used")
+            Refusal::new(
+                codes::SIZE_USE,
+                u.span,
+                format!(
+                    "cannot turn the size `{}` of a shard into one of the sequence",
+                    self.trace.atoms.show(&u.size.poly)
+                ),
+            )
+            .help("compute it from the tensor's own dimension where it is used")
         };
         let numbers = &self.trace.scope.functions[self.trace.acts[u.act].function].numbers;
         let e = numbers.get(u.expr).ok_or_else(refuse)?;
@@ -152,7 +172,14 @@ impl Builder<'_, '_, '_> {
             }
             let mut dropped = Vec::new();
             let poly = self.trace.atoms.without_offsets(&poly, &mut dropped);
-            let leaf = matches!(e, syn::Expr::Path(_) | syn::Expr::MethodCall(_) | syn::Expr::Try(_) | syn::Expr::Field(_) | syn::Expr::Index(_));
+            let leaf = matches!(
+                e,
+                syn::Expr::Path(_)
+                    | syn::Expr::MethodCall(_)
+                    | syn::Expr::Try(_)
+                    | syn::Expr::Field(_)
+                    | syn::Expr::Index(_)
+            );
             if poly.is_multiple_of(sequence) && (leaf || dropped.is_empty()) {
                 out.push(id);
                 return true;
@@ -201,8 +228,16 @@ impl Builder<'_, '_, '_> {
         }
         let a = &self.trace.acts[act];
         let f = &self.trace.scope.functions[a.function];
-        let ruled: Vec<u32> = self.edits[act].iter().filter(|e| matches!(e.action, Action::Rule(_))).map(|e| e.expr).collect();
-        let lazy: Vec<(u32, bool)> = a.values.iter().map(|(e, v)| (*e, self.kind(v) != Kind::Data || ruled.contains(e))).collect();
+        let ruled: Vec<u32> = self.edits[act]
+            .iter()
+            .filter(|e| matches!(e.action, Action::Rule(_)))
+            .map(|e| e.expr)
+            .collect();
+        let lazy: Vec<(u32, bool)> = a
+            .values
+            .iter()
+            .map(|(e, v)| (*e, self.kind(v) != Kind::Data || ruled.contains(e)))
+            .collect();
         let mut find = Find(&lazy, Vec::new(), &f.numbers);
         syn::visit::Visit::visit_block(&mut find, f.block);
         for expr in find.1 {
@@ -219,10 +254,20 @@ impl Builder<'_, '_, '_> {
                 // A call that a later round of a loop evaluated again is named once.
                 if let Some(twin) = twin_of.get(&callee) {
                     let name = plan.twins[*twin].name.clone();
-                    let taken = self.edits[act].iter().any(|e| e.expr == expr && matches!(&e.action, Action::Twin(n) if *n != name));
+                    let taken = self.edits[act].iter().any(|e| {
+                        e.expr == expr && matches!(&e.action, Action::Twin(n) if *n != name)
+                    });
                     if taken {
-                        return Err(Refusal::new(codes::TWO_WAYS, crate::syntax::span(&self.trace.scope.functions[self.trace.acts[act].function].sig.ident), "one call stands for two different evaluations")
-                            .help("call the function in two places"));
+                        return Err(Refusal::new(
+                            codes::TWO_WAYS,
+                            crate::syntax::span(
+                                &self.trace.scope.functions[self.trace.acts[act].function]
+                                    .sig
+                                    .ident,
+                            ),
+                            "one call stands for two different evaluations",
+                        )
+                        .help("call the function in two places"));
                     }
                     self.push(act, expr, Action::Twin(name));
                 }
@@ -230,7 +275,7 @@ impl Builder<'_, '_, '_> {
             self.untyped(act);
             let needed = act == 0 || !self.edits[act].is_empty() || self.lazy_signature(act);
             if needed {
-                let twin = self.twin(plan, act)?;
+                let twin = self.twin(plan, act);
                 twin_of.insert(act, twin);
             }
         }
@@ -239,31 +284,61 @@ impl Builder<'_, '_, '_> {
 
     fn lazy_signature(&self, act: ActId) -> bool {
         let a = &self.trace.acts[act];
-        a.params.iter().any(|(_, v)| self.kind(v) != Kind::Data) || self.kind(&a.result) != Kind::Data
+        a.params.iter().any(|(_, v)| self.kind(v) != Kind::Data)
+            || self.kind(&a.result) != Kind::Data
     }
 
-    fn twin(&mut self, plan: &mut Plan, act: ActId) -> Result<usize, Refusal> {
+    fn twin(&mut self, plan: &mut Plan, act: ActId) -> usize {
         let a = &self.trace.acts[act];
         let f = &self.trace.scope.functions[a.function];
         let mut edits = std::mem::take(&mut self.edits[act]);
         drop_moved(&mut edits, &f.numbers);
         edits.sort_by_key(|e| e.expr);
-        let params = a.params.iter().filter(|(n, _)| n != "self").map(|(_, v)| self.kind(v)).collect();
-        let mut twin = Twin { function: f.path.clone(), name: String::new(), place: f.place, params, result: self.kind(&a.result), edits };
+        let params = a
+            .params
+            .iter()
+            .filter(|(n, _)| n != "self")
+            .map(|(_, v)| self.kind(v))
+            .collect();
+        let mut twin = Twin {
+            function: f.path.clone(),
+            name: String::new(),
+            place: f.place,
+            params,
+            result: self.kind(&a.result),
+            edits,
+        };
         for (i, other) in plan.twins.iter().enumerate() {
-            if (Twin { name: String::new(), ..other.clone() }) == twin {
-                return Ok(i);
+            if (Twin {
+                name: String::new(),
+                ..other.clone()
+            }) == twin
+            {
+                return i;
             }
         }
         let clashes = |name: &str| {
-            let in_plan = plan.twins.iter().any(|t| t.function.rsplit_once("::").map(|x| x.0) == f.path.rsplit_once("::").map(|x| x.0) && t.name == name);
-            let in_scope = self.trace.scope.functions.iter().any(|g| g.owner == f.owner && g.name == name);
+            let in_plan = plan.twins.iter().any(|t| {
+                t.function.rsplit_once("::").map(|x| x.0) == f.path.rsplit_once("::").map(|x| x.0)
+                    && t.name == name
+            });
+            let in_scope = self
+                .trace
+                .scope
+                .functions
+                .iter()
+                .any(|g| g.owner == f.owner && g.name == name);
             in_plan || in_scope
         };
         let base = format!("{}__sp", f.name);
-        twin.name = std::iter::once(base.clone()).chain((2..).map(|k| format!("{base}{k}"))).find(|n| !clashes(n)).unwrap_or(base);
+        twin.name.clone_from(&base);
+        let mut k = 1;
+        while clashes(&twin.name) {
+            k += 1;
+            twin.name = format!("{base}{k}");
+        }
         plan.twins.push(twin);
-        Ok(plan.twins.len() - 1)
+        plan.twins.len() - 1
     }
 }
 
@@ -271,13 +346,26 @@ impl Builder<'_, '_, '_> {
 fn drop_moved(edits: &mut Vec<Edit>, numbers: &number::Numbers<'_>) {
     let mut gone: Vec<u32> = Vec::new();
     for edit in edits.iter() {
-        let Some(e) = numbers.get(edit.expr) else { continue };
+        let Some(e) = numbers.get(edit.expr) else {
+            continue;
+        };
         match &edit.action {
             Action::Inner(inner) => {
-                let kept = numbers.get(*inner).map(|e| number::within(numbers, e)).unwrap_or_default();
-                gone.extend(number::within(numbers, e).into_iter().filter(|id| *id != edit.expr && !kept.contains(id)));
+                let kept = numbers
+                    .get(*inner)
+                    .map(|e| number::within(numbers, e))
+                    .unwrap_or_default();
+                gone.extend(
+                    number::within(numbers, e)
+                        .into_iter()
+                        .filter(|id| *id != edit.expr && !kept.contains(id)),
+                );
             }
-            Action::Drop => gone.extend(number::within(numbers, e).into_iter().filter(|id| *id != edit.expr)),
+            Action::Drop => gone.extend(
+                number::within(numbers, e)
+                    .into_iter()
+                    .filter(|id| *id != edit.expr),
+            ),
             _ => {}
         }
     }

@@ -18,7 +18,14 @@ use crate::trace::shape::{Dim, Shape};
 /// Holds the plan against the trace.
 pub(crate) fn check(plan: &Plan, trace: &Trace<'_, '_>, placed: &Placed) -> Result<(), Refusal> {
     let fault = |node: NodeId, what: &str| {
-        Refusal::new(codes::VERIFY, trace.nodes[node].at.span, format!("the plan does not hold at `{}`: {what}", trace.nodes[node].text))
+        Refusal::new(
+            codes::VERIFY,
+            trace.nodes[node].at.span,
+            format!(
+                "the plan does not hold at `{}`: {what}",
+                trace.nodes[node].text
+            ),
+        )
     };
     for node in placed.live.iter().copied() {
         property(trace, placed, node).map_err(|what| fault(node, &what))?;
@@ -35,12 +42,17 @@ fn property(trace: &Trace<'_, '_>, placed: &Placed, node: NodeId) -> Result<(), 
     if in_site {
         return Ok(());
     }
-    let sequence = |d: &Dim| d.0.iter().any(|f| trace.atoms.normal(&f.size).contains(placed.sequence));
+    let sequence = |d: &Dim| {
+        d.0.iter()
+            .any(|f| trace.atoms.normal(&f.size).contains(placed.sequence))
+    };
     let ranges = |m: NodeId| matches!(&trace.nodes[m].shape, Shape::Known(dims) if dims.iter().any(sequence));
     let sharded = |i: usize| {
         let input = n.inputs[i].node;
         matches!(placed.place[input], Place::Sharded | Place::Either)
-            || placed.conversions.iter().any(|(m, c)| *m == node && matches!(c, Conversion::Slice { input, .. } if *input == i))
+            || placed.conversions.iter().any(|(m, c)| {
+                *m == node && matches!(c, Conversion::Slice { input, .. } if *input == i)
+            })
     };
     let any = (0..n.inputs.len()).any(sharded);
     if !any {
@@ -57,15 +69,21 @@ fn property(trace: &Trace<'_, '_>, placed: &Placed, node: NodeId) -> Result<(), 
     }
     // Nothing is computed along the sequence.
     for (i, d) in &n.touches {
-        let Some(input) = n.inputs.get(*i) else { continue };
-        if let Shape::Known(dims) = &trace.nodes[input.node].shape {
-            if sharded(*i) && dims.get(*d).is_some_and(sequence) && !matches!(row.shape, ShapeRule::Rope | ShapeRule::RopeThd) {
-                return Err(format!("it computes along dimension {d}, the sequence"));
-            }
+        let Some(input) = n.inputs.get(*i) else {
+            continue;
+        };
+        if let Shape::Known(dims) = &trace.nodes[input.node].shape
+            && sharded(*i)
+            && dims.get(*d).is_some_and(sequence)
+            && !matches!(row.shape, ShapeRule::Rope | ShapeRule::RopeThd)
+        {
+            return Err(format!("it computes along dimension {d}, the sequence"));
         }
     }
     match &n.shape {
-        Shape::Known(dims) if dims.iter().filter(|d| sequence(d)).count() > 1 => Err("its result would pair all tokens".to_string()),
+        Shape::Known(dims) if dims.iter().filter(|d| sequence(d)).count() > 1 => {
+            Err("its result would pair all tokens".to_string())
+        }
         Shape::Unknown(why) => Err(format!("its shape is not known: {why}")),
         _ => Ok(()),
     }
@@ -73,9 +91,16 @@ fn property(trace: &Trace<'_, '_>, placed: &Placed, node: NodeId) -> Result<(), 
 
 /// Every site is entered once, and a softmax stands in its way.
 fn sites(plan: &Plan) -> Result<(), String> {
-    let all: Vec<&Action> = plan.twins.iter().flat_map(|t| t.edits.iter().map(|e| &e.action)).collect();
+    let all: Vec<&Action> = plan
+        .twins
+        .iter()
+        .flat_map(|t| t.edits.iter().map(|e| &e.action))
+        .collect();
     for id in 0..plan.sites.len() {
-        if !all.iter().any(|a| matches!(a, Action::Scores(k) if *k == id)) {
+        if !all
+            .iter()
+            .any(|a| matches!(a, Action::Scores(k) if *k == id))
+        {
             return Err(format!("site {id} is never entered"));
         }
     }
@@ -90,10 +115,13 @@ fn calls(plan: &Plan) -> Result<(), String> {
     let names: HashSet<&str> = plan.twins.iter().map(|t| t.name.as_str()).collect();
     for twin in &plan.twins {
         for edit in &twin.edits {
-            if let Action::Twin(name) = &edit.action {
-                if !names.contains(name.as_str()) {
-                    return Err(format!("`{}` calls `{name}`, which is not planned", twin.function));
-                }
+            if let Action::Twin(name) = &edit.action
+                && !names.contains(name.as_str())
+            {
+                return Err(format!(
+                    "`{}` calls `{name}`, which is not planned",
+                    twin.function
+                ));
             }
         }
     }

@@ -45,19 +45,31 @@ impl Paths {
             })
         }
         let taken = items.iter().any(|i| mentions(i.to_token_stream(), "rt"));
-        Self { full: quote!(#facade::rt), short: format_ident!("{}", if taken { "autosp_rt" } else { "rt" }) }
+        Self {
+            full: quote!(#facade::rt),
+            short: format_ident!("{}", if taken { "autosp_rt" } else { "rt" }),
+        }
     }
 
     /// `use ::autosp::rt;`
     fn import(&self) -> syn::Stmt {
         let Self { full, short } = self;
-        if short == "rt" { syn::parse_quote!(use #full;) } else { syn::parse_quote!(use #full as #short;) }
+        if short == "rt" {
+            syn::parse_quote!(use #full;)
+        } else {
+            syn::parse_quote!(use #full as #short;)
+        }
     }
 }
 
 /// The item as it was written; functions that a user calls go to their twin inside a sharded scope.
 fn original(item: &syn::Item, index: usize, plan: &Plan, names: &Paths) -> TokenStream {
-    let roots: Vec<(&Root, &Twin)> = plan.roots.iter().map(|r| (r, &plan.twins[r.twin])).filter(|(_, t)| t.place.0 == index).collect();
+    let roots: Vec<(&Root, &Twin)> = plan
+        .roots
+        .iter()
+        .map(|r| (r, &plan.twins[r.twin]))
+        .filter(|(_, t)| t.place.0 == index)
+        .collect();
     if roots.is_empty() {
         return item.to_token_stream();
     }
@@ -106,7 +118,12 @@ fn argument(pat: &syn::Pat) -> TokenStream {
     }
 }
 
-fn emit_twins(item: &syn::Item, twins: &[(usize, &Twin)], plan: &Plan, names: &Paths) -> TokenStream {
+fn emit_twins(
+    item: &syn::Item,
+    twins: &[(usize, &Twin)],
+    plan: &Plan,
+    names: &Paths,
+) -> TokenStream {
     if twins.is_empty() {
         return TokenStream::new();
     }
@@ -120,10 +137,15 @@ fn emit_twins(item: &syn::Item, twins: &[(usize, &Twin)], plan: &Plan, names: &P
             })
             .collect(),
         syn::Item::Impl(imp) => {
-            let functions = twins.iter().filter_map(|(id, twin)| match imp.items.get(twin.place.1?) {
-                Some(syn::ImplItem::Fn(f)) => Some(twin_fn(&f.sig, &f.block, twin, root(*id), names)),
-                _ => None,
-            });
+            let functions =
+                twins
+                    .iter()
+                    .filter_map(|(id, twin)| match imp.items.get(twin.place.1?) {
+                        Some(syn::ImplItem::Fn(f)) => {
+                            Some(twin_fn(&f.sig, &f.block, twin, root(*id), names))
+                        }
+                        _ => None,
+                    });
             let (generics, _, bounds) = imp.generics.split_for_impl();
             let ty = &imp.self_ty;
             quote!(impl #generics #ty #bounds { #(#functions)* })
@@ -132,7 +154,13 @@ fn emit_twins(item: &syn::Item, twins: &[(usize, &Twin)], plan: &Plan, names: &P
     }
 }
 
-fn twin_fn(sig: &syn::Signature, block: &syn::Block, twin: &Twin, root: Option<&Root>, names: &Paths) -> TokenStream {
+fn twin_fn(
+    sig: &syn::Signature,
+    block: &syn::Block,
+    twin: &Twin,
+    root: Option<&Root>,
+    names: &Paths,
+) -> TokenStream {
     let rt = &names.short;
     let twin_sig = signature::twin(sig, twin, &names.full);
     let mut block = rewrite::block(block, twin, rt);
@@ -144,16 +172,20 @@ fn twin_fn(sig: &syn::Signature, block: &syn::Block, twin: &Twin, root: Option<&
             let by_ref = sig.inputs.iter().any(|i| matches!(i, syn::FnArg::Typed(t) if matches!(&*t.ty, syn::Type::Reference(_)) && matches!(&*t.pat, syn::Pat::Ident(p) if p.ident == *name)));
             if by_ref { quote!((#name, #ident, #dim)) } else { quote!((#name, &#ident, #dim)) }
         });
-        let checks = std::iter::once(quote!(#rt::enter(#function, &[#(#inputs),*])?;))
-            .chain(root.offsets.iter().map(|name| {
+        let checks = std::iter::once(quote!(#rt::enter(#function, &[#(#inputs),*])?;)).chain(
+            root.offsets.iter().map(|name| {
                 let ident = format_ident!("{name}");
                 quote!(#rt::no_offset(#function, #name, #ident)?;)
-            }));
+            }),
+        );
         let checks: Vec<syn::Stmt> = checks.map(|c| syn::parse_quote!(#c)).collect();
         block.stmts.splice(0..0, checks);
     }
     block.stmts.insert(0, names.import());
-    let doc = format!(" [`{}`] on one rank's shard of the sequence.", sig_name(twin));
+    let doc = format!(
+        " [`{}`] on one rank's shard of the sequence.",
+        sig_name(twin)
+    );
     quote! {
         #[doc = #doc]
         #[doc(hidden)]
@@ -163,7 +195,14 @@ fn twin_fn(sig: &syn::Signature, block: &syn::Block, twin: &Twin, root: Option<&
 }
 
 fn sig_name(twin: &Twin) -> String {
-    twin.function.rsplit("::").next().map_or_else(String::new, |name| {
-        if twin.place.1.is_some() { format!("Self::{name}") } else { name.to_string() }
-    })
+    twin.function
+        .rsplit("::")
+        .next()
+        .map_or_else(String::new, |name| {
+            if twin.place.1.is_some() {
+                format!("Self::{name}")
+            } else {
+                name.to_string()
+            }
+        })
 }

@@ -29,7 +29,15 @@ pub(super) fn block(block: &syn::Block, twin: &Twin, rt: &syn::Ident) -> syn::Bl
             _ => {}
         }
     }
-    let mut rewriter = Rewriter { next: 0, edits, wanted, inputs, saved: HashMap::new(), untyped: HashSet::new(), rt };
+    let mut rewriter = Rewriter {
+        next: 0,
+        edits,
+        wanted,
+        inputs,
+        saved: HashMap::new(),
+        untyped: HashSet::new(),
+        rt,
+    };
     let mut block = block.clone();
     rewriter.visit_block_mut(&mut block);
     block
@@ -60,7 +68,8 @@ impl VisitMut for Rewriter<'_> {
     fn visit_expr_mut(&mut self, e: &mut Expr) {
         let id = self.next;
         self.next += 1;
-        let receiver_is_ref = matches!(e, Expr::MethodCall(m) if matches!(&*m.receiver, Expr::Reference(_)));
+        let receiver_is_ref =
+            matches!(e, Expr::MethodCall(m) if matches!(&*m.receiver, Expr::Reference(_)));
         visit_mut::visit_expr_mut(self, e);
         if let (Expr::MethodCall(m), false) = (&mut *e, receiver_is_ref) {
             // A conversion put `&` before what stands in front of a dot.
@@ -68,7 +77,7 @@ impl VisitMut for Rewriter<'_> {
                 *m.receiver = (*r.expr).clone();
             }
         }
-        self.tidy(e);
+        tidy(e);
         for action in self.edits.remove(&id).unwrap_or_default() {
             self.apply(e, action, id);
         }
@@ -87,10 +96,10 @@ impl VisitMut for Rewriter<'_> {
     fn visit_local_mut(&mut self, local: &mut syn::Local) {
         let first = self.next;
         visit_mut::visit_local_mut(self, local);
-        if self.untyped.contains(&first) {
-            if let syn::Pat::Type(t) = &local.pat {
-                local.pat = (*t.pat).clone();
-            }
+        if self.untyped.contains(&first)
+            && let syn::Pat::Type(t) = &local.pat
+        {
+            local.pat = (*t.pat).clone();
         }
     }
 
@@ -113,26 +122,12 @@ impl VisitMut for Rewriter<'_> {
 }
 
 impl Rewriter<'_> {
-    /// A branch that became empty, and exclusive borrows of what is not written any more.
-    fn tidy(&mut self, e: &mut Expr) {
-        match e {
-            Expr::If(i) => {
-                let pure = matches!(&*i.cond, Expr::Path(_) | Expr::Field(_) | Expr::Unary(_));
-                if i.then_branch.stmts.is_empty() && i.else_branch.is_none() && pure {
-                    *e = nothing();
-                }
-            }
-            Expr::MethodCall(m) if m.method == "iter_mut" => m.method = format_ident!("iter", span = m.method.span()),
-            Expr::Reference(r) => r.mutability = None,
-            _ => {}
-        }
-    }
-
     fn apply(&mut self, e: &mut Expr, action: &Action, id: u32) {
         let rt = &self.rt.clone();
         match action {
             Action::Replace(path) => {
-                let path: syn::Path = syn::parse_str(path).unwrap_or_else(|_| parse_quote!(unknown));
+                let path: syn::Path =
+                    syn::parse_str(path).unwrap_or_else(|_| parse_quote!(unknown));
                 *e = call(&quote!(#rt::#path), e);
             }
             Action::Twin(name) => twin_call(e, name),
@@ -152,7 +147,11 @@ impl Rewriter<'_> {
             Action::Valid => *e = parse_quote!(#rt::valid(#e)),
             Action::Slice(dim) => {
                 let dim = dimension(*dim, rt);
-                let operand: Expr = if matches!(e, Expr::Reference(_)) { e.clone() } else { parse_quote!(&#e) };
+                let operand: Expr = if matches!(e, Expr::Reference(_)) {
+                    e.clone()
+                } else {
+                    parse_quote!(&#e)
+                };
                 *e = parse_quote!(&#rt::slice(#operand, #dim)?);
             }
             Action::Pick(dim) => {
@@ -177,7 +176,9 @@ impl Rewriter<'_> {
                 if let Expr::If(i) = &mut *e {
                     if matches!(&*i.cond, Expr::Let(_)) {
                         if let Some((_, other)) = &mut i.else_branch {
-                            **other = parse_quote!({ unreachable!("decided when the module was compiled") });
+                            **other = parse_quote!({
+                                unreachable!("decided when the module was compiled")
+                            });
                         }
                     } else {
                         let block = &i.then_branch;
@@ -197,11 +198,11 @@ impl Rewriter<'_> {
             Action::Drop => *e = nothing(),
             Action::Rule(rule) => *e = self.rule(rule, rt),
             Action::Mask => {
-                if let Expr::Call(c) = &mut *e {
-                    if let Expr::Path(p) = &*c.func {
-                        let name = p.path.segments.last().map(|s| s.ident.clone());
-                        *c.func = parse_quote!(#rt::Mask::#name);
-                    }
+                if let Expr::Call(c) = &mut *e
+                    && let Expr::Path(p) = &*c.func
+                {
+                    let name = p.path.segments.last().map(|s| s.ident.clone());
+                    *c.func = parse_quote!(#rt::Mask::#name);
                 }
             }
             Action::Untyped => {
@@ -215,7 +216,11 @@ impl Rewriter<'_> {
     fn rule(&self, rule: &MaskRule, rt: &syn::Ident) -> Expr {
         let get = |id: u32| self.saved.get(&id).cloned().unwrap_or_else(nothing);
         let (rows, keys) = (get(rule.ends.0), get(rule.ends.1));
-        let (Expr::Closure(outer), Expr::Closure(inner)) = (get(rule.closures.0), get(rule.closures.1)) else { return nothing() };
+        let (Expr::Closure(outer), Expr::Closure(inner)) =
+            (get(rule.closures.0), get(rule.closures.1))
+        else {
+            return nothing();
+        };
         let (i, j) = (outer.inputs.first(), inner.inputs.first());
         let body = &inner.body;
         // What the outer closure computes once per query is computed with every element.
@@ -241,7 +246,11 @@ impl Rewriter<'_> {
                         }
                     });
                     let constant = proc_macro2::Literal::i64_unsuffixed(b.constant.abs());
-                    let constant = if b.constant < 0 { quote!(-#constant) } else { quote!(#constant) };
+                    let constant = if b.constant < 0 {
+                        quote!(-#constant)
+                    } else {
+                        quote!(#constant)
+                    };
                     quote!(Some(#constant #(#terms)*))
                 }
             }
@@ -250,6 +259,23 @@ impl Rewriter<'_> {
         let value = |text: &str| syn::parse_str::<Expr>(text).unwrap_or_else(|_| nothing());
         let (inside, outside) = (value(&band.inside), value(&band.outside));
         parse_quote!(#base.band(#rt::Band { lo: #lo, hi: #hi }, #inside, #outside))
+    }
+}
+
+/// A branch that became empty, and exclusive borrows of what is not written any more.
+fn tidy(e: &mut Expr) {
+    match e {
+        Expr::If(i) => {
+            let pure = matches!(&*i.cond, Expr::Path(_) | Expr::Field(_) | Expr::Unary(_));
+            if i.then_branch.stmts.is_empty() && i.else_branch.is_none() && pure {
+                *e = nothing();
+            }
+        }
+        Expr::MethodCall(m) if m.method == "iter_mut" => {
+            m.method = format_ident!("iter", span = m.method.span());
+        }
+        Expr::Reference(r) => r.mutability = None,
+        _ => {}
     }
 }
 
@@ -274,7 +300,11 @@ fn strip(e: &Expr) -> Expr {
 }
 
 fn by_reference(e: &Expr) -> Expr {
-    if matches!(e, Expr::Reference(_)) { e.clone() } else { parse_quote!(&#e) }
+    if matches!(e, Expr::Reference(_)) {
+        e.clone()
+    } else {
+        parse_quote!(&#e)
+    }
 }
 
 /// The call with another callee: a receiver becomes the first argument, and `x.apply(&layer)` is `f(&layer, &x)`.
@@ -305,10 +335,10 @@ fn twin_call(e: &mut Expr, name: &str) {
         }
         Expr::MethodCall(m) => m.method = format_ident!("{name}", span = m.method.span()),
         Expr::Call(c) => {
-            if let Expr::Path(p) = &mut *c.func {
-                if let Some(last) = p.path.segments.last_mut() {
-                    last.ident = format_ident!("{name}", span = last.ident.span());
-                }
+            if let Expr::Path(p) = &mut *c.func
+                && let Some(last) = p.path.segments.last_mut()
+            {
+                last.ident = format_ident!("{name}", span = last.ident.span());
             }
         }
         _ => {}
@@ -318,10 +348,14 @@ fn twin_call(e: &mut Expr, name: &str) {
 /// The arm that is always taken; where its pattern binds nothing, its body alone.
 fn arm(e: &mut Expr, k: usize) {
     let Expr::Match(m) = &mut *e else { return };
-    let Some(arm) = m.arms.get(k).cloned() else { return };
-    let binds = !matches!(&arm.pat, syn::Pat::Wild(_)) && !matches!(&arm.pat, syn::Pat::Ident(i) if i.ident == "None");
+    let Some(arm) = m.arms.get(k).cloned() else {
+        return;
+    };
+    let binds = !matches!(&arm.pat, syn::Pat::Wild(_))
+        && !matches!(&arm.pat, syn::Pat::Ident(i) if i.ident == "None");
     if binds {
-        let rest: syn::Arm = parse_quote!(_ => unreachable!("decided when the module was compiled"),);
+        let rest: syn::Arm =
+            parse_quote!(_ => unreachable!("decided when the module was compiled"),);
         m.arms = vec![arm, rest];
     } else {
         *e = *arm.body;
@@ -333,7 +367,14 @@ fn checkpoint(e: &mut Expr, scope: &Checkpoint, rt: &syn::Ident) {
     for arg in &mut m.args {
         match arg {
             // A variable that held a reference is a value in the closure.
-            Expr::Path(p) if scope.captures.iter().any(|(name, by_ref)| *by_ref && p.path.is_ident(name)) => *arg = parse_quote!(&#arg),
+            Expr::Path(p)
+                if scope
+                    .captures
+                    .iter()
+                    .any(|(name, by_ref)| *by_ref && p.path.is_ident(name)) =>
+            {
+                *arg = parse_quote!(&#arg);
+            }
             _ => {}
         }
     }

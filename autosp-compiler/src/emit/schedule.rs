@@ -9,7 +9,11 @@ pub(super) fn sites(plan: &Plan, facade: &TokenStream) -> TokenStream {
     if plan.sites.is_empty() {
         return TokenStream::new();
     }
-    let types = plan.sites.iter().enumerate().map(|(id, site)| one(id, site));
+    let types = plan
+        .sites
+        .iter()
+        .enumerate()
+        .map(|(id, site)| one(id, site));
     quote! {
         /// The attention sites of this module: what is exchanged when, forward and backward.
         #[allow(unused, clippy::all, clippy::pedantic, clippy::restriction, clippy::nursery)]
@@ -28,7 +32,10 @@ fn one(id: usize, site: &Site) -> TokenStream {
         HeadMap::Blocked => quote!(Blocked),
         HeadMap::Interleaved => quote!(Interleaved),
     };
-    let doc = format!(" Attention in `{}`, line {}; mask: {}.", site.function, site.line, site.mask);
+    let doc = format!(
+        " Attention in `{}`, line {}; mask: {}.",
+        site.function, site.line, site.mask
+    );
     quote! {
         #[doc = #doc]
         #[derive(Debug, Clone, Copy)]

@@ -36,11 +36,11 @@ fn retype(ty: &mut syn::Type, kind: Kind, rt: &TokenStream) {
     struct Retype(syn::Type);
     impl VisitMut for Retype {
         fn visit_type_mut(&mut self, ty: &mut syn::Type) {
-            if let syn::Type::Path(p) = ty {
-                if p.path.segments.last().is_some_and(|s| s.ident == "Tensor") {
-                    *ty = self.0.clone();
-                    return;
-                }
+            if let syn::Type::Path(p) = ty
+                && p.path.segments.last().is_some_and(|s| s.ident == "Tensor")
+            {
+                *ty = self.0.clone();
+                return;
             }
             visit_mut::visit_type_mut(self, ty);
         }

@@ -146,10 +146,14 @@ impl Table {
     /// A message naming the row, if the text is no TOML or a row has an unknown rule or lacks a key.
     pub fn parse(text: &str) -> Result<Self, String> {
         let table = DeTable::parse(text).map_err(|e| e.to_string())?;
-        let list = table.get_ref().get("op").and_then(|v| v.get_ref().as_array()).ok_or("expected an array `op`")?;
+        let list = table
+            .get_ref()
+            .get("op")
+            .and_then(|v| v.get_ref().as_array())
+            .ok_or("expected an array `op`")?;
         let mut rows = Vec::with_capacity(list.len());
-        for value in list.iter() {
-            let get = |key: &str| value.get_ref().get(key).map(|v| v.get_ref());
+        for value in list {
+            let get = |key: &str| value.get_ref().get(key).map(toml::Spanned::get_ref);
             let text = |key: &str| get(key).and_then(DeValue::as_str);
             let flag = |key: &str| get(key).and_then(DeValue::as_bool).unwrap_or(false);
             let shape = text("shape").and_then(ShapeRule::parse);
@@ -157,7 +161,10 @@ impl Table {
             let owner = text("owner").unwrap_or_default();
             let names = get("names").and_then(DeValue::as_array);
             let (Some(names), Some(shape), Some(place)) = (names, shape, place) else {
-                return Err(format!("expected `owner`, `names` and known rules for `shape` and `place`, found {:?}", value.get_ref()));
+                return Err(format!(
+                    "expected `owner`, `names` and known rules for `shape` and `place`, found {:?}",
+                    value.get_ref()
+                ));
             };
             for name in names.iter().filter_map(|n| n.get_ref().as_str()) {
                 rows.push(Row {
@@ -170,7 +177,11 @@ impl Table {
                 });
             }
         }
-        let index = rows.iter().enumerate().map(|(i, row)| (row.path.clone(), i)).collect();
+        let index = rows
+            .iter()
+            .enumerate()
+            .map(|(i, row)| (row.path.clone(), i))
+            .collect();
         Ok(Self { rows, index })
     }
 
@@ -191,7 +202,8 @@ impl Table {
 pub fn candle() -> &'static Table {
     static TABLE: OnceLock<Table> = OnceLock::new();
     TABLE.get_or_init(|| {
-        Table::parse(include_str!("../../ops/candle.toml")).unwrap_or_else(|e| panic!("ops/candle.toml: {e}"))
+        Table::parse(include_str!("../../ops/candle.toml"))
+            .unwrap_or_else(|e| panic!("ops/candle.toml: {e}"))
     })
 }
 
@@ -204,12 +216,17 @@ mod tests {
         let table = candle();
         assert!(table.rows().len() > 90);
         assert_eq!(table.index.len(), table.rows.len(), "a path stands twice");
-        assert_eq!(table.get("candle_core::Tensor::matmul").map(Row::name), Some("matmul"));
+        assert_eq!(
+            table.get("candle_core::Tensor::matmul").map(Row::name),
+            Some("matmul")
+        );
     }
 
     #[test]
     fn a_broken_row_is_named() {
-        let err = Table::parse("[[op]]\nowner = 'a'\nnames = ['b']\nshape = 'nonsense'\nplace = 'each'").unwrap_err();
+        let err =
+            Table::parse("[[op]]\nowner = 'a'\nnames = ['b']\nshape = 'nonsense'\nplace = 'each'")
+                .unwrap_err();
         assert!(err.contains("nonsense"), "{err}");
     }
 }

@@ -77,11 +77,23 @@ pub(crate) struct Placed {
 /// Everything that cannot be done and matters, in the order of the source.
 pub(crate) fn place(trace: &Trace<'_, '_>) -> Result<Placed, Vec<Refusal>> {
     let (sites, sequence) = sites::find(trace)?;
-    let mut placer = Placer { trace, sequence, place: vec![Place::Replicated; trace.nodes.len()], conversions: Vec::new(), problems: HashMap::new() };
+    let mut placer = Placer {
+        trace,
+        sequence,
+        place: vec![Place::Replicated; trace.nodes.len()],
+        conversions: Vec::new(),
+        problems: HashMap::new(),
+    };
     for site in &sites {
-        site.scores.iter().for_each(|n| placer.place[*n] = Place::Scores);
-        site.weights.iter().for_each(|n| placer.place[*n] = Place::Weights);
-        site.masks.iter().for_each(|n| placer.place[*n] = Place::Mask);
+        site.scores
+            .iter()
+            .for_each(|n| placer.place[*n] = Place::Scores);
+        site.weights
+            .iter()
+            .for_each(|n| placer.place[*n] = Place::Weights);
+        site.masks
+            .iter()
+            .for_each(|n| placer.place[*n] = Place::Mask);
     }
     let outputs: HashSet<NodeId> = sites.iter().map(|s| s.out).collect();
     // A value carried round a loop is placed as it comes in; a second round sees what the loop made of it.
@@ -90,26 +102,49 @@ pub(crate) fn place(trace: &Trace<'_, '_>) -> Result<Placed, Vec<Refusal>> {
         placer.problems.clear();
         for node in 0..trace.nodes.len() {
             if !placer.place[node].lazy() {
-                placer.place[node] = if outputs.contains(&node) { Place::Sharded } else { placer.node(node) };
+                placer.place[node] = if outputs.contains(&node) {
+                    Place::Sharded
+                } else {
+                    placer.node(node)
+                };
             }
         }
     }
     let live = live(trace, &sites);
     let mut refusals: Vec<Refusal> = Vec::new();
-    let mut nodes: Vec<&NodeId> = placer.problems.keys().filter(|n| live.contains(n)).collect();
+    let mut nodes: Vec<&NodeId> = placer
+        .problems
+        .keys()
+        .filter(|n| live.contains(n))
+        .collect();
     nodes.sort_unstable();
     for node in nodes {
         // What follows from an earlier problem is not said again.
-        let behind = trace.nodes[*node].inputs.iter().any(|i| placer.problems.contains_key(&i.node));
+        let behind = trace.nodes[*node]
+            .inputs
+            .iter()
+            .any(|i| placer.problems.contains_key(&i.node));
         if !behind {
             refusals.push(placer.problems[node].clone());
         }
     }
     let valid = placer.sizes(&mut refusals);
     if refusals.is_empty() {
-        let Placer { place, conversions, .. } = placer;
-        let conversions = conversions.into_iter().filter(|(n, _)| live.contains(n)).collect();
-        Ok(Placed { sequence, place, conversions, valid, sites, live })
+        let Placer {
+            place, conversions, ..
+        } = placer;
+        let conversions = conversions
+            .into_iter()
+            .filter(|(n, _)| live.contains(n))
+            .collect();
+        Ok(Placed {
+            sequence,
+            place,
+            conversions,
+            valid,
+            sites,
+            live,
+        })
     } else {
         Err(refusals)
     }
@@ -141,16 +176,29 @@ impl Placer<'_, '_, '_> {
     fn sequence_dims(&self, node: NodeId) -> Vec<usize> {
         match &self.trace.nodes[node].shape {
             Shape::Known(dims) => (0..dims.len()).filter(|d| self.in_dim(&dims[*d])).collect(),
-            Shape::Partial(known) => known.iter().filter(|(_, dim)| self.in_dim(dim)).map(|(d, _)| *d).collect(),
+            Shape::Partial(known) => known
+                .iter()
+                .filter(|(_, dim)| self.in_dim(dim))
+                .map(|(d, _)| *d)
+                .collect(),
             _ => Vec::new(),
         }
     }
 
     fn in_dim(&self, dim: &Dim) -> bool {
-        dim.0.iter().any(|f| self.trace.atoms.normal(&f.size).contains(self.sequence))
+        dim.0
+            .iter()
+            .any(|f| self.trace.atoms.normal(&f.size).contains(self.sequence))
     }
 
-    fn refuse(&mut self, node: NodeId, code: codes::Code, message: String, note: Option<String>, help: &str) -> Place {
+    fn refuse(
+        &mut self,
+        node: NodeId,
+        code: codes::Code,
+        message: String,
+        note: Option<String>,
+        help: &str,
+    ) -> Place {
         let mut refusal = Refusal::new(code, self.trace.nodes[node].at.span, message);
         refusal.notes.extend(note);
         self.problems.insert(node, refusal.help(help));
@@ -158,20 +206,37 @@ impl Placer<'_, '_, '_> {
     }
 
     fn shape_note(&self, node: NodeId, dim: usize) -> Option<String> {
-        let Shape::Known(dims) = &self.trace.nodes[node].shape else { return None };
+        let Shape::Known(dims) = &self.trace.nodes[node].shape else {
+            return None;
+        };
         let shape = crate::trace::shape::show(&self.trace.atoms, dims);
-        Some(format!("`{}` is {shape}; dimension {dim} is the sequence, of which each rank holds a part", self.trace.nodes[node].text))
+        Some(format!(
+            "`{}` is {shape}; dimension {dim} is the sequence, of which each rank holds a part",
+            self.trace.nodes[node].text
+        ))
     }
 
     fn node(&mut self, node: NodeId) -> Place {
         let n = &self.trace.nodes[node];
         let inputs: Vec<Place> = n.inputs.iter().map(|i| self.place[i.node]).collect();
-        let sharded = inputs.iter().any(|p| matches!(p, Place::Sharded | Place::Either));
+        let sharded = inputs
+            .iter()
+            .any(|p| matches!(p, Place::Sharded | Place::Either));
         match &n.op {
-            Op::Param(_) => if self.sequence_dims(node).is_empty() { Place::Replicated } else { Place::Sharded },
+            Op::Param(_) => {
+                if self.sequence_dims(node).is_empty() {
+                    Place::Replicated
+                } else {
+                    Place::Sharded
+                }
+            }
             Op::Field | Op::Mask(_) => Place::Replicated,
             Op::Phi { .. } => {
-                let mut places = inputs.iter().enumerate().filter(|(i, _)| n.inputs[*i].node < node || inputs.len() == 1 || self.place[n.inputs[*i].node] != Place::Replicated);
+                let mut places = inputs.iter().enumerate().filter(|(i, _)| {
+                    n.inputs[*i].node < node
+                        || inputs.len() == 1
+                        || self.place[n.inputs[*i].node] != Place::Replicated
+                });
                 let first = places.next().map_or(Place::Replicated, |(_, p)| *p);
                 places.fold(first, |acc, (_, p)| acc.join(*p))
             }
@@ -179,7 +244,8 @@ impl Placer<'_, '_, '_> {
             Op::Unknown(reason) => {
                 let lazy = inputs.iter().any(|p| p.lazy());
                 if sharded || lazy || self.depends_on_input(node) {
-                    let (code, message, help) = (reason.code, reason.message.clone(), reason.help.clone());
+                    let (code, message, help) =
+                        (reason.code, reason.message.clone(), reason.help.clone());
                     return self.refuse(node, code, message, None, &help);
                 }
                 Place::Replicated
@@ -206,7 +272,11 @@ impl Placer<'_, '_, '_> {
     fn pick(&mut self, node: NodeId, dim: usize, sharded: bool) -> Place {
         let input = self.trace.nodes[node].inputs[0].node;
         if !sharded || !self.sequence_dims(input).contains(&dim) {
-            return if sharded { Place::Sharded } else { Place::Replicated };
+            return if sharded {
+                Place::Sharded
+            } else {
+                Place::Replicated
+            };
         }
         self.conversions.push((node, Conversion::Pick { dim }));
         Place::Replicated
@@ -221,25 +291,70 @@ impl Placer<'_, '_, '_> {
                 Place::Scores => "attention scores",
                 _ => "attention weights",
             };
-            return self.refuse(node, codes::SCORES_USED, format!("`{}` uses {what} outside the attention", n.text), Some("scores of all tokens against all are never made on a rank".into()), "use the attention's result instead");
+            return self.refuse(
+                node,
+                codes::SCORES_USED,
+                format!("`{}` uses {what} outside the attention", n.text),
+                Some("scores of all tokens against all are never made on a rank".into()),
+                "use the attention's result instead",
+            );
         }
         if !sharded {
             return self.uniform(node, row);
         }
         match row.place {
             PlaceRule::Random if row.name().contains("dropout") || row.path.contains("Dropout") => {
-                return self.refuse(node, codes::RANDOM, format!("`{}` draws random numbers, which differ between ranks", n.text), None, "set the probability to 0 or leave the dropout out while training in parallel");
+                return self.refuse(
+                    node,
+                    codes::RANDOM,
+                    format!(
+                        "`{}` draws random numbers, which differ between ranks",
+                        n.text
+                    ),
+                    None,
+                    "set the probability to 0 or leave the dropout out while training in parallel",
+                );
             }
             PlaceRule::Random => {
-                return self.refuse(node, codes::RANDOM, format!("`{}` draws random numbers, which differ between ranks", n.text), None, "make the numbers before the model runs and pass them in");
+                return self.refuse(
+                    node,
+                    codes::RANDOM,
+                    format!(
+                        "`{}` draws random numbers, which differ between ranks",
+                        n.text
+                    ),
+                    None,
+                    "make the numbers before the model runs and pass them in",
+                );
             }
             PlaceRule::Host => {
-                return self.refuse(node, codes::HOST_READ, format!("`{}` reads a sharded tensor to the host", n.text), self.first_note(node), "keep the computation in tensors");
+                return self.refuse(
+                    node,
+                    codes::HOST_READ,
+                    format!("`{}` reads a sharded tensor to the host", n.text),
+                    self.first_note(node),
+                    "keep the computation in tensors",
+                );
             }
             _ => {}
         }
-        if inputs.contains(&Place::Either) && !(n.inputs.len() == 1 && matches!(row.shape, ShapeRule::Same | ShapeRule::Linear | ShapeRule::AlongLast)) {
-            return self.refuse(node, codes::NOT_FOLLOWED, format!("cannot follow `{}`: its operand is one token or all of them, by a condition", n.text), None, "end the function in both branches");
+        if inputs.contains(&Place::Either)
+            && !(n.inputs.len() == 1
+                && matches!(
+                    row.shape,
+                    ShapeRule::Same | ShapeRule::Linear | ShapeRule::AlongLast
+                ))
+        {
+            return self.refuse(
+                node,
+                codes::NOT_FOLLOWED,
+                format!(
+                    "cannot follow `{}`: its operand is one token or all of them, by a condition",
+                    n.text
+                ),
+                None,
+                "end the function in both branches",
+            );
         }
         if inputs.contains(&Place::Either) {
             return Place::Either;
@@ -255,26 +370,48 @@ impl Placer<'_, '_, '_> {
             }
         }
         for (i, input) in n.inputs.iter().enumerate() {
-            if inputs[i] == Place::Replicated {
-                if let Some(dim) = self.sequence_dims(input.node).first() {
-                    self.conversions.push((node, Conversion::Slice { input: i, dim: *dim as i64 }));
-                }
+            if inputs[i] == Place::Replicated
+                && let Some(dim) = self.sequence_dims(input.node).first()
+            {
+                self.conversions.push((
+                    node,
+                    Conversion::Slice {
+                        input: i,
+                        dim: *dim as i64,
+                    },
+                ));
             }
         }
         match &n.shape {
             Shape::Unknown(why) => {
                 let why = why.clone();
-                self.refuse(node, codes::NOT_FOLLOWED, format!("cannot follow `{}`: {why}", n.text), None, "write the operation with sizes that come from the tensor's own dimensions")
+                self.refuse(
+                    node,
+                    codes::NOT_FOLLOWED,
+                    format!("cannot follow `{}`: {why}", n.text),
+                    None,
+                    "write the operation with sizes that come from the tensor's own dimensions",
+                )
             }
-            Shape::Known(_) if self.sequence_dims(node).len() > 1 => {
-                self.refuse(node, codes::MIXES_TOKENS, format!("`{}` pairs every token with every token, outside a softmax attention", n.text), None, "an attention that can be sharded is `softmax(q k^T) v`")
-            }
+            Shape::Known(_) if self.sequence_dims(node).len() > 1 => self.refuse(
+                node,
+                codes::MIXES_TOKENS,
+                format!(
+                    "`{}` pairs every token with every token, outside a softmax attention",
+                    n.text
+                ),
+                None,
+                "an attention that can be sharded is `softmax(q k^T) v`",
+            ),
             _ => Place::Sharded,
         }
     }
 
     fn first_note(&self, node: NodeId) -> Option<String> {
-        let input = self.trace.nodes[node].inputs.iter().find(|i| self.place[i.node] == Place::Sharded)?;
+        let input = self.trace.nodes[node]
+            .inputs
+            .iter()
+            .find(|i| self.place[i.node] == Place::Sharded)?;
         let dim = *self.sequence_dims(input.node).first()?;
         self.shape_note(input.node, dim)
     }
@@ -282,10 +419,26 @@ impl Placer<'_, '_, '_> {
     fn mixes(&mut self, node: NodeId, row: &Row, note: Option<String>) -> Place {
         let text = &self.trace.nodes[node].text;
         let (message, help) = match row.shape {
-            ShapeRule::Matmul => (format!("`{text}` sums over tokens of different ranks, outside a softmax attention"), "an attention that can be sharded is `softmax(q k^T) v`"),
-            ShapeRule::Cat => (format!("`{text}` puts tokens behind tokens, so that a shard is no longer a range of positions"), "put prompts or prefixes into the tokens before the model"),
-            ShapeRule::Narrow | ShapeRule::Chunk | ShapeRule::Index => (format!("`{text}` takes some of the tokens, which other ranks hold"), "take the tokens before they are sharded, or all of them"),
-            _ => (format!("`{text}` mixes tokens of different ranks"), "compute it for each token, or over another dimension"),
+            ShapeRule::Matmul => (
+                format!(
+                    "`{text}` sums over tokens of different ranks, outside a softmax attention"
+                ),
+                "an attention that can be sharded is `softmax(q k^T) v`",
+            ),
+            ShapeRule::Cat => (
+                format!(
+                    "`{text}` puts tokens behind tokens, so that a shard is no longer a range of positions"
+                ),
+                "put prompts or prefixes into the tokens before the model",
+            ),
+            ShapeRule::Narrow | ShapeRule::Chunk | ShapeRule::Index => (
+                format!("`{text}` takes some of the tokens, which other ranks hold"),
+                "take the tokens before they are sharded, or all of them",
+            ),
+            _ => (
+                format!("`{text}` mixes tokens of different ranks"),
+                "compute it for each token, or over another dimension",
+            ),
         };
         self.refuse(node, codes::MIXES_TOKENS, message, note, help)
     }
@@ -298,13 +451,26 @@ impl Placer<'_, '_, '_> {
         if let Shape::Known(dims) = &self.trace.nodes[x].shape {
             let expected = dims.len().checked_sub(from_end);
             if inputs[0] == Place::Sharded && self.sequence_dims(x).first().copied() != expected {
-                return self.refuse(node, codes::MIXES_TOKENS, format!("`{}` rotates along another dimension than the sequence", n.text), self.first_note(node), "transpose the operand so that the sequence is where this operation expects it");
+                return self.refuse(
+                    node,
+                    codes::MIXES_TOKENS,
+                    format!(
+                        "`{}` rotates along another dimension than the sequence",
+                        n.text
+                    ),
+                    self.first_note(node),
+                    "transpose the operand so that the sequence is where this operation expects it",
+                );
             }
         }
         for (i, input) in n.inputs.iter().enumerate().skip(1) {
             if inputs[i] == Place::Replicated {
-                let dim = self.sequence_dims(input.node).first().map_or(-2, |d| *d as i64);
-                self.conversions.push((node, Conversion::Slice { input: i, dim }));
+                let dim = self
+                    .sequence_dims(input.node)
+                    .first()
+                    .map_or(-2, |d| *d as i64);
+                self.conversions
+                    .push((node, Conversion::Slice { input: i, dim }));
             }
         }
         Place::Sharded
@@ -316,7 +482,10 @@ impl Placer<'_, '_, '_> {
         let alike = match row.shape {
             ShapeRule::Filled => true,
             ShapeRule::Expand => match &self.trace.nodes[node].shape {
-                Shape::Known(dims) => dims.iter().filter(|d| self.in_dim(d)).all(|d| d.0.iter().all(|f| f.repeat)),
+                Shape::Known(dims) => dims
+                    .iter()
+                    .filter(|d| self.in_dim(d))
+                    .all(|d| d.0.iter().all(|f| f.repeat)),
                 _ => false,
             },
             _ => false,
@@ -324,20 +493,39 @@ impl Placer<'_, '_, '_> {
         if !alike || self.sequence_dims(node).is_empty() {
             return Place::Replicated;
         }
-        let sized = self.trace.sizes.iter().filter(|u| u.role == Role::SizeOf(node));
-        let from_shard = sized.flat_map(|u| u.size.origins.iter()).any(|o| self.place[*o] == Place::Sharded);
+        let sized = self
+            .trace
+            .sizes
+            .iter()
+            .filter(|u| u.role == Role::SizeOf(node));
+        let from_shard = sized
+            .flat_map(|u| u.size.origins.iter())
+            .any(|o| self.place[*o] == Place::Sharded);
         let like_shard = self.trace.nodes[node].inputs.is_empty() || from_shard;
-        if from_shard && like_shard { Place::Sharded } else { Place::Replicated }
+        if from_shard && like_shard {
+            Place::Sharded
+        } else {
+            Place::Replicated
+        }
     }
 
     /// Classifies every use of a size.
     fn sizes(&self, refusals: &mut Vec<Refusal>) -> Vec<SizeUse> {
         let mut valid = Vec::new();
         for u in &self.trace.sizes {
-            if !self.trace.atoms.normal(&u.size.poly).contains(self.sequence) {
+            if !self
+                .trace
+                .atoms
+                .normal(&u.size.poly)
+                .contains(self.sequence)
+            {
                 continue;
             }
-            let local = u.size.origins.is_empty() || u.size.origins.iter().any(|o| matches!(self.place[*o], Place::Sharded | Place::Either));
+            let local = u.size.origins.is_empty()
+                || u.size
+                    .origins
+                    .iter()
+                    .any(|o| matches!(self.place[*o], Place::Sharded | Place::Either));
             let wants_local = match &u.role {
                 Role::SizeOf(node) => matches!(self.place[*node], Place::Sharded | Place::Either),
                 Role::Valid => false,
@@ -356,8 +544,12 @@ impl Placer<'_, '_, '_> {
             match (local, wants_local) {
                 (true, false) => valid.push(u.clone()),
                 (false, true) => refusals.push(
-                    Refusal::new(codes::SIZE_USE, u.span, "a size of a whole tensor is used for a shard")
-                        .help("read the size from the tensor that is reshaped"),
+                    Refusal::new(
+                        codes::SIZE_USE,
+                        u.span,
+                        "a size of a whole tensor is used for a shard",
+                    )
+                    .help("read the size from the tensor that is reshaped"),
                 ),
                 _ => {}
             }

@@ -42,21 +42,31 @@ type Found = Result<(Vec<Site>, AtomId), Vec<Refusal>>;
 
 /// All sites of a trace and the sequence dimension that they share.
 pub(crate) fn find(trace: &Trace<'_, '_>) -> Found {
-    let mut finder = Finder { trace, refusals: Vec::new() };
+    let mut finder = Finder {
+        trace,
+        refusals: Vec::new(),
+    };
     let mut sites: Vec<(Site, AtomId)> = Vec::new();
     for softmax in 0..trace.nodes.len() {
         if is_softmax(trace, softmax) {
             sites.extend(finder.site(softmax));
         }
     }
-    if let Some((first, sequence)) = sites.first().cloned() {
-        if let Some((other, _)) = sites.iter().find(|(_, s)| *s != sequence) {
-            finder.refusals.push(
-                Refusal::new(codes::CROSS_ATTENTION, trace.nodes[other.matmul].at.span, "this attention runs over another sequence than the first one")
-                    .note(format!("the first one is `{}`", trace.nodes[first.matmul].text))
-                    .help("annotate the two models in modules of their own"),
-            );
-        }
+    if let Some((first, sequence)) = sites.first().cloned()
+        && let Some((other, _)) = sites.iter().find(|(_, s)| *s != sequence)
+    {
+        finder.refusals.push(
+            Refusal::new(
+                codes::CROSS_ATTENTION,
+                trace.nodes[other.matmul].at.span,
+                "this attention runs over another sequence than the first one",
+            )
+            .note(format!(
+                "the first one is `{}`",
+                trace.nodes[first.matmul].text
+            ))
+            .help("annotate the two models in modules of their own"),
+        );
     }
     if finder.refusals.is_empty() {
         match sites.first().map(|(_, s)| *s) {
@@ -69,7 +79,9 @@ pub(crate) fn find(trace: &Trace<'_, '_>) -> Found {
 }
 
 fn is_softmax(trace: &Trace<'_, '_>, node: NodeId) -> bool {
-    trace.nodes[node].row().is_some_and(|r| matches!(r.name(), "softmax_last_dim" | "softmax") && r.path.starts_with("candle_nn::ops::"))
+    trace.nodes[node].row().is_some_and(|r| {
+        matches!(r.name(), "softmax_last_dim" | "softmax") && r.path.starts_with("candle_nn::ops::")
+    })
 }
 
 struct Finder<'t, 's, 'a> {
@@ -93,13 +105,20 @@ impl Finder<'_, '_, '_> {
 
     /// The batch or sequence atom that a dimension is, alone.
     fn atom(&self, dim: &Dim) -> Option<AtomId> {
-        let [factor] = dim.0.as_slice() else { return None };
+        let [factor] = dim.0.as_slice() else {
+            return None;
+        };
         let atom = self.trace.atoms.normal(&factor.size).as_atom()?;
         matches!(self.trace.atoms.kind(atom), AtomKind::Dim(..)).then_some(atom)
     }
 
     /// Walks back to the product of queries and keys.
-    fn scores(&self, node: NodeId, chain: &mut Chain, seen: &mut HashSet<NodeId>) -> Option<NodeId> {
+    fn scores(
+        &self,
+        node: NodeId,
+        chain: &mut Chain,
+        seen: &mut HashSet<NodeId>,
+    ) -> Option<NodeId> {
         if !seen.insert(node) {
             return None;
         }
@@ -115,10 +134,19 @@ impl Finder<'_, '_, '_> {
                 })
             }
             Op::Row(row) if matches!(row.place, PlaceRule::Each | PlaceRule::Move) => {
-                let hit = n.inputs.iter().enumerate().find_map(|(i, input)| self.scores(input.node, chain, seen).map(|m| (i, m)));
+                let hit =
+                    n.inputs.iter().enumerate().find_map(|(i, input)| {
+                        self.scores(input.node, chain, seen).map(|m| (i, m))
+                    });
                 let (i, matmul) = hit?;
                 chain.nodes.push(node);
-                chain.others.extend(n.inputs.iter().enumerate().filter(|(k, _)| *k != i).map(|(_, input)| input.node));
+                chain.others.extend(
+                    n.inputs
+                        .iter()
+                        .enumerate()
+                        .filter(|(k, _)| *k != i)
+                        .map(|(_, input)| input.node),
+                );
                 if !row.scores {
                     chain.foreign = Some(node);
                 }
@@ -152,9 +180,13 @@ impl Finder<'_, '_, '_> {
             let current = nodes[at];
             at += 1;
             for (node, n) in self.trace.nodes.iter().enumerate() {
-                let Some(i) = n.inputs.iter().position(|i| i.node == current) else { continue };
+                let Some(i) = n.inputs.iter().position(|i| i.node == current) else {
+                    continue;
+                };
                 match &n.op {
-                    Op::Row(row) if row.shape == ShapeRule::Matmul && i == 0 => out = out.or(Some(node)),
+                    Op::Row(row) if row.shape == ShapeRule::Matmul && i == 0 => {
+                        out = out.or(Some(node));
+                    }
                     Op::Row(row) if row.place == PlaceRule::Random => {
                         self.refusals.push(
                             Refusal::new(codes::RANDOM, n.at.span, format!("`{}` drops attention weights at random", n.text))
@@ -163,7 +195,9 @@ impl Finder<'_, '_, '_> {
                         );
                         return None;
                     }
-                    Op::Row(row) if row.scores && n.inputs.len() == 1 && !nodes.contains(&node) => nodes.push(node),
+                    Op::Row(row) if row.scores && n.inputs.len() == 1 && !nodes.contains(&node) => {
+                        nodes.push(node);
+                    }
                     Op::Phi { carried: false } if !nodes.contains(&node) => nodes.push(node),
                     _ => {}
                 }
@@ -182,20 +216,33 @@ impl Finder<'_, '_, '_> {
         let rank = dims.len();
         let along = n.touches.first().map(|(_, d)| *d);
         if along != Some(rank - 1) {
-            let which = along.map_or("another dimension".to_string(), |d| format!("dimension {d} of {}", show(&trace.atoms, &dims)));
+            let which = along.map_or("another dimension".to_string(), |d| {
+                format!("dimension {d} of {}", show(&trace.atoms, &dims))
+            });
             self.refusals.push(
-                Refusal::new(codes::SOFTMAX_AXIS, n.at.span, format!("`{}` normalises over {which}, not over the keys", n.text))
-                    .note(format!("the scores are `{}`; keys are the last dimension", trace.nodes[matmul].text))
-                    .help("`candle_nn::ops::softmax_last_dim(&scores)`"),
+                Refusal::new(
+                    codes::SOFTMAX_AXIS,
+                    n.at.span,
+                    format!("`{}` normalises over {which}, not over the keys", n.text),
+                )
+                .note(format!(
+                    "the scores are `{}`; keys are the last dimension",
+                    trace.nodes[matmul].text
+                ))
+                .help("`candle_nn::ops::softmax_last_dim(&scores)`"),
             );
             return None;
         }
         let (rows, keys) = (self.atom(&dims[rank - 2]), self.atom(&dims[rank - 1]));
         let (Some(sequence), true) = (rows, rows == keys) else {
             self.refusals.push(
-                Refusal::new(codes::CROSS_ATTENTION, trace.nodes[matmul].at.span, "queries and keys run over different sequences")
-                    .note(format!("the scores are {}", show(&trace.atoms, &dims)))
-                    .help("only self-attention is sharded: queries and keys of the same tokens"),
+                Refusal::new(
+                    codes::CROSS_ATTENTION,
+                    trace.nodes[matmul].at.span,
+                    "queries and keys run over different sequences",
+                )
+                .note(format!("the scores are {}", show(&trace.atoms, &dims)))
+                .help("only self-attention is sharded: queries and keys of the same tokens"),
             );
             return None;
         };
@@ -211,18 +258,40 @@ impl Finder<'_, '_, '_> {
         let Some((out, weights)) = self.weights(softmax) else {
             if self.refusals.is_empty() {
                 self.refusals.push(
-                    Refusal::new(codes::SCORES_USED, n.at.span, format!("the weights of `{}` are not multiplied with values", n.text))
-                        .help("an attention that can be sharded is `softmax(q k^T) v`"),
+                    Refusal::new(
+                        codes::SCORES_USED,
+                        n.at.span,
+                        format!("the weights of `{}` are not multiplied with values", n.text),
+                    )
+                    .help("an attention that can be sharded is `softmax(q k^T) v`"),
                 );
             }
             return None;
         };
         let masks = self.masks(&chain, sequence)?;
-        let (q, k, v) = (trace.nodes[matmul].inputs[0], trace.nodes[matmul].inputs[1], trace.nodes[out].inputs[1]);
+        let (q, k, v) = (
+            trace.nodes[matmul].inputs[0],
+            trace.nodes[matmul].inputs[1],
+            trace.nodes[out].inputs[1],
+        );
         let layout = self.layout(matmul, out, sequence)?;
         chain.nodes.sort_unstable();
         chain.nodes.dedup();
-        Some((Site { matmul, softmax, out, q, k, v, scores: chain.nodes, weights, masks, layout }, sequence))
+        Some((
+            Site {
+                matmul,
+                softmax,
+                out,
+                q,
+                k,
+                v,
+                scores: chain.nodes,
+                weights,
+                masks,
+                layout,
+            },
+            sequence,
+        ))
     }
 
     /// The tensors that make up the masks: everything that ranges over queries or keys.
@@ -230,7 +299,10 @@ impl Finder<'_, '_, '_> {
         let mut masks: Vec<NodeId> = Vec::new();
         let mut stack: Vec<NodeId> = chain.others.clone();
         let ranges = |node: NodeId| match &self.trace.nodes[node].shape {
-            Shape::Known(dims) => dims.iter().any(|d| d.0.iter().any(|f| self.trace.atoms.normal(&f.size).contains(sequence))),
+            Shape::Known(dims) => dims.iter().any(|d| {
+                d.0.iter()
+                    .any(|f| self.trace.atoms.normal(&f.size).contains(sequence))
+            }),
             _ => false,
         };
         while let Some(node) = stack.pop() {
@@ -254,9 +326,16 @@ impl Finder<'_, '_, '_> {
             masks.push(node);
             if matches!(n.op, Op::Phi { .. } | Op::Row(_)) {
                 if let Some(row) = n.row().filter(|r| !r.scores) {
-                    let refusal = Refusal::new(codes::MASK, n.at.span, format!("`{}` is not an operation that a mask can pass through", n.text))
-                        .note(format!("`{}` would need the whole mask", row.name()))
-                        .help("build the mask as it is used");
+                    let refusal = Refusal::new(
+                        codes::MASK,
+                        n.at.span,
+                        format!(
+                            "`{}` is not an operation that a mask can pass through",
+                            n.text
+                        ),
+                    )
+                    .note(format!("`{}` would need the whole mask", row.name()))
+                    .help("build the mask as it is used");
                     self.refusals.push(refusal);
                     return None;
                 }
@@ -268,7 +347,9 @@ impl Finder<'_, '_, '_> {
 
     fn reaches_rule(&self, node: NodeId) -> bool {
         let n = &self.trace.nodes[node];
-        matches!(n.op, Op::Mask(_)) || (matches!(n.op, Op::Row(_) | Op::Phi { carried: false }) && n.inputs.iter().any(|i| self.reaches_rule(i.node)))
+        matches!(n.op, Op::Mask(_))
+            || (matches!(n.op, Op::Row(_) | Op::Phi { carried: false })
+                && n.inputs.iter().any(|i| self.reaches_rule(i.node)))
     }
 
     /// Whether all elements are one number: a scalar, repeated or filled.
@@ -276,7 +357,9 @@ impl Finder<'_, '_, '_> {
         let n = &self.trace.nodes[node];
         match n.row().map(|r| r.shape) {
             Some(ShapeRule::Scalar | ShapeRule::Filled) => true,
-            Some(ShapeRule::Expand | ShapeRule::Same | ShapeRule::Unsqueeze | ShapeRule::Reshape) => n.inputs.iter().all(|i| self.constant(i.node)),
+            Some(
+                ShapeRule::Expand | ShapeRule::Same | ShapeRule::Unsqueeze | ShapeRule::Reshape,
+            ) => n.inputs.iter().all(|i| self.constant(i.node)),
             _ => false,
         }
     }
@@ -289,8 +372,13 @@ impl Finder<'_, '_, '_> {
             let named: Option<Vec<String>> = dims[..lead]
                 .iter()
                 .map(|d| {
-                    let has_sequence = d.0.iter().any(|f| self.trace.atoms.normal(&f.size).contains(sequence));
-                    let batch = d.0.iter().filter(|f| self.trace.atoms.anchored(&f.size)).count();
+                    let has_sequence =
+                        d.0.iter()
+                            .any(|f| self.trace.atoms.normal(&f.size).contains(sequence));
+                    let batch =
+                        d.0.iter()
+                            .filter(|f| self.trace.atoms.anchored(&f.size))
+                            .count();
                     match (has_sequence, batch, d.0.len()) {
                         (true, _, _) => None,
                         (_, 0, _) => Some(heads.to_string()),
@@ -303,7 +391,11 @@ impl Finder<'_, '_, '_> {
             named.extend(tail.map(String::from));
             Some(named.join(" "))
         };
-        let layout = (axes(inputs(matmul, 0), "h", ["s", "d"]), axes(inputs(matmul, 1), "g", ["d", "s"]), axes(inputs(out, 1), "g", ["s", "d"]));
+        let layout = (
+            axes(inputs(matmul, 0), "h", ["s", "d"]),
+            axes(inputs(matmul, 1), "g", ["d", "s"]),
+            axes(inputs(out, 1), "g", ["s", "d"]),
+        );
         if let (Some(q), Some(k), Some(v)) = layout {
             return Some(Layout { q, k, v });
         }

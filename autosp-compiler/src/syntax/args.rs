@@ -22,27 +22,47 @@ impl Args {
         let span = proc_macro2::Span::call_site();
         let list = Punctuated::<syn::Meta, syn::Token![,]>::parse_terminated
             .parse2(crate_as_ident(tokens))
-            .map_err(|e| Refusal::new(codes::UNKNOWN_ARGUMENT, e.span(), format!("expected {KNOWN}, found something else")))?;
+            .map_err(|e| {
+                Refusal::new(
+                    codes::UNKNOWN_ARGUMENT,
+                    e.span(),
+                    format!("expected {KNOWN}, found something else"),
+                )
+            })?;
         let mut args = Self::default();
         for meta in list {
-            let name = meta.path().segments.first().map(|s| s.ident.to_string()).unwrap_or_default();
-            match (&meta, name.as_str()) {
-                (syn::Meta::NameValue(nv), "r#crate" | "crate_") => {
-                    let text = match &nv.value {
-                        syn::Expr::Lit(syn::ExprLit { lit: syn::Lit::Str(s), .. }) => s.parse::<syn::Path>().ok(),
-                        syn::Expr::Path(p) => Some(p.path.clone()),
-                        _ => None,
-                    };
-                    let path = text.ok_or_else(|| {
-                        Refusal::new(codes::UNKNOWN_ARGUMENT, span, "expected a path after `crate =`").help("`crate = my_autosp`")
-                    })?;
-                    args.facade = Some(path);
-                }
-                _ => {
-                    let at = syn::spanned::Spanned::span(meta.path());
-                    return Err(Refusal::new(codes::UNKNOWN_ARGUMENT, at, format!("unknown argument `{name}`"))
-                        .help(format!("the arguments are: {KNOWN}")));
-                }
+            let name = meta
+                .path()
+                .segments
+                .first()
+                .map(|s| s.ident.to_string())
+                .unwrap_or_default();
+            if let (syn::Meta::NameValue(nv), "r#crate" | "crate_") = (&meta, name.as_str()) {
+                let text = match &nv.value {
+                    syn::Expr::Lit(syn::ExprLit {
+                        lit: syn::Lit::Str(s),
+                        ..
+                    }) => s.parse::<syn::Path>().ok(),
+                    syn::Expr::Path(p) => Some(p.path.clone()),
+                    _ => None,
+                };
+                let path = text.ok_or_else(|| {
+                    Refusal::new(
+                        codes::UNKNOWN_ARGUMENT,
+                        span,
+                        "expected a path after `crate =`",
+                    )
+                    .help("`crate = my_autosp`")
+                })?;
+                args.facade = Some(path);
+            } else {
+                let at = syn::spanned::Spanned::span(meta.path());
+                return Err(Refusal::new(
+                    codes::UNKNOWN_ARGUMENT,
+                    at,
+                    format!("unknown argument `{name}`"),
+                )
+                .help(format!("the arguments are: {KNOWN}")));
             }
         }
         Ok(args)
@@ -50,7 +70,9 @@ impl Args {
 
     /// Tokens of the path to the facade.
     pub(crate) fn facade(&self) -> TokenStream {
-        self.facade.as_ref().map_or_else(|| quote::quote!(::autosp), |p| quote::quote!(#p))
+        self.facade
+            .as_ref()
+            .map_or_else(|| quote::quote!(::autosp), |p| quote::quote!(#p))
     }
 }
 
@@ -60,10 +82,11 @@ fn crate_as_ident(tokens: TokenStream) -> TokenStream {
     let mut out: Vec<TokenTree> = tokens.into_iter().collect();
     for i in 0..out.len() {
         let equals = matches!(out.get(i + 1), Some(TokenTree::Punct(p)) if p.as_char() == '=');
-        if let TokenTree::Ident(ident) = &out[i] {
-            if equals && ident == "crate" {
-                out[i] = TokenTree::Ident(proc_macro2::Ident::new("crate_", ident.span()));
-            }
+        if let TokenTree::Ident(ident) = &out[i]
+            && equals
+            && ident == "crate"
+        {
+            out[i] = TokenTree::Ident(proc_macro2::Ident::new("crate_", ident.span()));
         }
     }
     out.into_iter().collect()

@@ -22,7 +22,9 @@ pub(crate) struct Included {
 
 /// The path in `include!("..")`, if the item is one.
 pub(crate) fn included_path(item: &syn::Item) -> Option<syn::LitStr> {
-    let syn::Item::Macro(m) = item else { return None };
+    let syn::Item::Macro(m) = item else {
+        return None;
+    };
     if m.ident.is_some() || !m.mac.path.is_ident("include") {
         return None;
     }
@@ -42,7 +44,11 @@ pub(crate) fn read(lit: &syn::LitStr, from: Option<&Path>) -> Result<Included, R
     let file = from.parent().unwrap_or_else(|| Path::new(".")).join(&path);
     match std::fs::read_to_string(&file) {
         Ok(text) => Ok(Included { path, file, text }),
-        Err(e) => Err(Refusal::new(codes::INCLUDE, lit.span(), format!("cannot read `{}`: {e}", file.display()))
-            .help("the path is relative to the file that holds the attribute")),
+        Err(e) => Err(Refusal::new(
+            codes::INCLUDE,
+            lit.span(),
+            format!("cannot read `{}`: {e}", file.display()),
+        )
+        .help("the path is relative to the file that holds the attribute")),
     }
 }

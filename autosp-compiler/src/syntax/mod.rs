@@ -18,7 +18,10 @@ pub(crate) struct Fields {
 
 impl Fields {
     pub(crate) fn get(&self, name: &str) -> Option<&Ty> {
-        self.fields.iter().find(|(n, _)| n == name).map(|(_, ty)| ty)
+        self.fields
+            .iter()
+            .find(|(n, _)| n == name)
+            .map(|(_, ty)| ty)
     }
 }
 
@@ -31,14 +34,17 @@ pub(crate) enum TypeDef {
 
 /// Whether `#[derive(.., Clone, ..)]` stands on an item.
 fn derives_clone(attrs: &[syn::Attribute]) -> bool {
-    attrs.iter().filter(|a| a.path().is_ident("derive")).any(|a| {
-        let mut found = false;
-        let _ = a.parse_nested_meta(|meta| {
-            found |= meta.path.is_ident("Clone");
-            Ok(())
-        });
-        found
-    })
+    attrs
+        .iter()
+        .filter(|a| a.path().is_ident("derive"))
+        .any(|a| {
+            let mut found = false;
+            let _ = a.parse_nested_meta(|meta| {
+                found |= meta.path.is_ident("Clone");
+                Ok(())
+            });
+            found
+        })
 }
 
 /// A function or method of the scope.
@@ -120,15 +126,20 @@ impl<'a> Scope<'a> {
                 if derives_clone(&s.attrs) {
                     self.cloneable.insert(s.ident.to_string());
                 }
-                self.types.insert(s.ident.to_string(), TypeDef::Struct(fields));
+                self.types
+                    .insert(s.ident.to_string(), TypeDef::Struct(fields));
             }
             syn::Item::Enum(e) => {
-                let variants = e.variants.iter().map(|v| (v.ident.to_string(), self.fields(&v.fields, &is_scope)));
+                let variants = e
+                    .variants
+                    .iter()
+                    .map(|v| (v.ident.to_string(), self.fields(&v.fields, &is_scope)));
                 let variants = variants.collect();
                 if derives_clone(&e.attrs) {
                     self.cloneable.insert(e.ident.to_string());
                 }
-                self.types.insert(e.ident.to_string(), TypeDef::Enum(variants));
+                self.types
+                    .insert(e.ident.to_string(), TypeDef::Enum(variants));
             }
             syn::Item::Fn(f) => {
                 let public = !matches!(f.vis, syn::Visibility::Inherited);
@@ -143,12 +154,15 @@ impl<'a> Scope<'a> {
                     _ => None,
                 };
                 let Some(owner) = owner else { return };
-                if imp.trait_.as_ref().is_some_and(|(path, _)| path.segments.last().is_some_and(|s| s.ident == "Clone")) {
+                if imp.trait_.as_ref().is_some_and(|(path, _)| {
+                    path.segments.last().is_some_and(|s| s.ident == "Clone")
+                }) {
                     self.cloneable.insert(owner.clone());
                 }
                 for (k, member) in imp.items.iter().enumerate() {
                     if let syn::ImplItem::Fn(f) = member {
-                        let public = imp.trait_.is_some() || !matches!(f.vis, syn::Visibility::Inherited);
+                        let public =
+                            imp.trait_.is_some() || !matches!(f.vis, syn::Visibility::Inherited);
                         self.function(Some(owner.clone()), &f.sig, &f.block, public, (i, Some(k)));
                     }
                 }
@@ -159,10 +173,15 @@ impl<'a> Scope<'a> {
 
     fn fields(&self, fields: &syn::Fields, is_scope: &dyn Fn(&str) -> bool) -> Fields {
         let named = fields.iter().enumerate().map(|(i, f)| {
-            let name = f.ident.as_ref().map_or_else(|| i.to_string(), ToString::to_string);
+            let name = f
+                .ident
+                .as_ref()
+                .map_or_else(|| i.to_string(), ToString::to_string);
             (name, self.names.ty(&f.ty, is_scope))
         });
-        Fields { fields: named.collect() }
+        Fields {
+            fields: named.collect(),
+        }
     }
 
     fn function(
@@ -174,7 +193,9 @@ impl<'a> Scope<'a> {
         place: (usize, Option<usize>),
     ) {
         let name = sig.ident.to_string();
-        let path = owner.as_ref().map_or_else(|| name.clone(), |o| format!("{o}::{name}"));
+        let path = owner
+            .as_ref()
+            .map_or_else(|| name.clone(), |o| format!("{o}::{name}"));
         let id = self.functions.len();
         match &owner {
             // An inherent method comes before one of a trait, as in a call.
@@ -189,11 +210,22 @@ impl<'a> Scope<'a> {
             number::written_fields(block, &mut self.written);
         }
         let numbers = number::Numbers::new(block);
-        self.functions.push(Function { path, owner, name, sig, block, public, place, numbers });
+        self.functions.push(Function {
+            path,
+            owner,
+            name,
+            sig,
+            block,
+            public,
+            place,
+            numbers,
+        });
     }
 
     pub(crate) fn method(&self, owner: &str, name: &str) -> Option<usize> {
-        self.methods.get(&(owner.to_string(), name.to_string())).copied()
+        self.methods
+            .get(&(owner.to_string(), name.to_string()))
+            .copied()
     }
 
     pub(crate) fn free(&self, name: &str) -> Option<usize> {
@@ -202,10 +234,10 @@ impl<'a> Scope<'a> {
 
     /// The declared type, seen from the scope.
     pub(crate) fn ty(&self, ty: &syn::Type, owner: Option<&str>) -> Ty {
-        if let (syn::Type::Path(p), Some(owner)) = (ty, owner) {
-            if p.path.is_ident("Self") {
-                return Ty::Scope(owner.to_string());
-            }
+        if let (syn::Type::Path(p), Some(owner)) = (ty, owner)
+            && p.path.is_ident("Self")
+        {
+            return Ty::Scope(owner.to_string());
         }
         self.names.ty(ty, &|n| self.types.contains_key(n))
     }
@@ -213,7 +245,11 @@ impl<'a> Scope<'a> {
     /// The full name of a function for messages: `llama::Attention::forward`.
     pub(crate) fn full_name(&self, function: usize) -> String {
         let path = &self.functions[function].path;
-        if self.name.is_empty() { path.clone() } else { format!("{}::{path}", self.name) }
+        if self.name.is_empty() {
+            path.clone()
+        } else {
+            format!("{}::{path}", self.name)
+        }
     }
 }
 
@@ -223,9 +259,12 @@ pub(crate) fn text(e: &impl quote::ToTokens) -> String {
     let mut out = String::with_capacity(raw.len());
     let mut rest = raw.as_str();
     while let Some(c) = rest.chars().next() {
-        let tight = [" . ", " ?", " (", " ,", " ;", " [", " :: ", ":: ", " ::", "& ", "( ", " )", "[ ", " ]"];
+        let tight = [
+            " . ", " ?", " (", " ,", " ;", " [", " :: ", ":: ", " ::", "& ", "( ", " )", "[ ", " ]",
+        ];
         if let Some(t) = tight.iter().find(|t| rest.starts_with(**t)) {
-            let after_operator = matches!(*t, " (" | " [") && out.ends_with(['=', '+', '-', '*', '/', ',', '>', '<', '|']);
+            let after_operator = matches!(*t, " (" | " [")
+                && out.ends_with(['=', '+', '-', '*', '/', ',', '>', '<', '|']);
             out.push_str(if after_operator { t } else { t.trim() });
             rest = &rest[t.len()..];
             continue;

@@ -12,14 +12,20 @@ pub(crate) struct Numbers<'a> {
 
 impl<'a> Numbers<'a> {
     pub(crate) fn new(block: &'a syn::Block) -> Self {
-        let mut numbers = Self { exprs: Vec::new(), of: HashMap::new() };
+        let mut numbers = Self {
+            exprs: Vec::new(),
+            of: HashMap::new(),
+        };
         numbers.visit_block(block);
         numbers
     }
 
     pub(crate) fn id(&self, e: &syn::Expr) -> u32 {
         // Expressions that stand outside the body (constants of the module) share one number that no plan uses.
-        self.of.get(&std::ptr::from_ref(e)).copied().unwrap_or(u32::MAX)
+        self.of
+            .get(&std::ptr::from_ref(e))
+            .copied()
+            .unwrap_or(u32::MAX)
     }
 
     pub(crate) fn get(&self, id: u32) -> Option<&'a syn::Expr> {
@@ -29,7 +35,8 @@ impl<'a> Numbers<'a> {
 
 impl<'a> Visit<'a> for Numbers<'a> {
     fn visit_expr(&mut self, e: &'a syn::Expr) {
-        self.of.insert(std::ptr::from_ref(e), self.exprs.len() as u32);
+        self.of
+            .insert(std::ptr::from_ref(e), self.exprs.len() as u32);
         self.exprs.push(e);
         visit::visit_expr(self, e);
     }
@@ -60,7 +67,12 @@ pub(crate) fn place_field(e: &syn::Expr) -> Option<String> {
         syn::Expr::Paren(p) => place_field(&p.expr),
         syn::Expr::Reference(r) => place_field(&r.expr),
         syn::Expr::Unary(u) => place_field(&u.expr),
-        syn::Expr::MethodCall(m) if matches!(m.method.to_string().as_str(), "lock" | "borrow_mut" | "unwrap" | "write" | "as_mut") => {
+        syn::Expr::MethodCall(m)
+            if matches!(
+                m.method.to_string().as_str(),
+                "lock" | "borrow_mut" | "unwrap" | "write" | "as_mut"
+            ) =>
+        {
             place_field(&m.receiver)
         }
         _ => None,
@@ -68,8 +80,19 @@ pub(crate) fn place_field(e: &syn::Expr) -> Option<String> {
 }
 
 /// Methods that write to the place they are called on.
-pub(crate) const WRITERS: &[&str] =
-    &["insert", "push", "replace", "take", "clear", "append", "extend", "get_or_insert_with", "entry", "push_back", "get_or_insert"];
+pub(crate) const WRITERS: &[&str] = &[
+    "insert",
+    "push",
+    "replace",
+    "take",
+    "clear",
+    "append",
+    "extend",
+    "get_or_insert_with",
+    "entry",
+    "push_back",
+    "get_or_insert",
+];
 
 /// Adds the fields that a body assigns to or calls a writing method on.
 pub(crate) fn written_fields(block: &syn::Block, out: &mut HashSet<String>) {
@@ -78,7 +101,9 @@ pub(crate) fn written_fields(block: &syn::Block, out: &mut HashSet<String>) {
         fn visit_expr(&mut self, e: &'a syn::Expr) {
             match e {
                 syn::Expr::Assign(a) => self.0.extend(place_field(&a.left)),
-                syn::Expr::MethodCall(m) if WRITERS.contains(&m.method.to_string().as_str()) => self.0.extend(place_field(&m.receiver)),
+                syn::Expr::MethodCall(m) if WRITERS.contains(&m.method.to_string().as_str()) => {
+                    self.0.extend(place_field(&m.receiver));
+                }
                 _ => {}
             }
             visit::visit_expr(self, e);
@@ -94,13 +119,22 @@ pub(crate) fn assigned_locals(block: &syn::Block) -> Vec<String> {
         fn visit_expr(&mut self, e: &'a syn::Expr) {
             let place = match e {
                 syn::Expr::Assign(a) => Some(&*a.left),
-                syn::Expr::Binary(b) if matches!(b.op, syn::BinOp::AddAssign(_) | syn::BinOp::SubAssign(_) | syn::BinOp::MulAssign(_)) => Some(&*b.left),
+                syn::Expr::Binary(b)
+                    if matches!(
+                        b.op,
+                        syn::BinOp::AddAssign(_)
+                            | syn::BinOp::SubAssign(_)
+                            | syn::BinOp::MulAssign(_)
+                    ) =>
+                {
+                    Some(&*b.left)
+                }
                 _ => None,
             };
-            if let Some(syn::Expr::Path(p)) = place {
-                if let Some(ident) = p.path.get_ident() {
-                    self.0.push(ident.to_string());
-                }
+            if let Some(syn::Expr::Path(p)) = place
+                && let Some(ident) = p.path.get_ident()
+            {
+                self.0.push(ident.to_string());
             }
             visit::visit_expr(self, e);
         }

@@ -18,7 +18,14 @@ pub(super) struct Given {
 
 impl<'a> Trace<'_, 'a> {
     /// The value of an operation of the table. `object` is the path of the layer, where it is one.
-    pub(super) fn apply(&mut self, row: &'static Row, args: Vec<Arg<'a>>, at: At, what: &str, object: Option<&str>) -> Value {
+    pub(super) fn apply(
+        &mut self,
+        row: &'static Row,
+        args: Vec<Arg<'a>>,
+        at: At,
+        what: &str,
+        object: Option<&str>,
+    ) -> Value {
         let mut inputs: Vec<Input> = Vec::new();
         for (value, e) in &args {
             if let Value::Unknown(r) = value {
@@ -29,15 +36,19 @@ impl<'a> Trace<'_, 'a> {
             let own = e.map(|e| self.at(at.act, e).expr);
             let elements = e.map(list_elements).unwrap_or_default();
             for (i, node) in tensors.iter().enumerate() {
-                let expr = if tensors.len() > 1 { elements.get(i).map(|e| self.at(at.act, e).expr) } else { own };
+                let expr = if tensors.len() > 1 {
+                    elements.get(i).map(|e| self.at(at.act, e).expr)
+                } else {
+                    own
+                };
                 inputs.push(Input { node: *node, expr });
             }
         }
-        if let (PlaceRule::Make, Some((Value::Host(host), _))) = (row.place, args.first()) {
-            if host.axes.len() == 2 {
-                let host = host.clone();
-                return self.mask(host, &args, at, what);
-            }
+        if let (PlaceRule::Make, Some((Value::Host(host), _))) = (row.place, args.first())
+            && host.axes.len() == 2
+        {
+            let host = host.clone();
+            return self.mask(host, &args, at, what);
         }
         if inputs.is_empty() && row.place != PlaceRule::Make && row.place != PlaceRule::Random {
             return Value::Opaque;
@@ -75,8 +86,20 @@ impl<'a> Trace<'_, 'a> {
         Value::Tensor(node)
     }
 
-    fn mask(&mut self, host: std::rc::Rc<super::value::Host>, args: &[Arg<'a>], at: At, what: &str) -> Value {
-        let node = self.node(Op::Mask(host), Vec::new(), Shape::Partial(Vec::new()), at, what);
+    fn mask(
+        &mut self,
+        host: std::rc::Rc<super::value::Host>,
+        args: &[Arg<'a>],
+        at: At,
+        what: &str,
+    ) -> Value {
+        let node = self.node(
+            Op::Mask(host),
+            Vec::new(),
+            Shape::Partial(Vec::new()),
+            at,
+            what,
+        );
         if let Some(given) = args.get(1).and_then(|a| self.sizes(a, at)) {
             let dims = self.filled(node, &given);
             self.nodes[node].shape = Shape::Known(dims);
@@ -97,15 +120,39 @@ impl<'a> Trace<'_, 'a> {
         dims
     }
 
-    fn chunk(&mut self, row: &'static Row, inputs: &[Input], args: &[Arg<'a>], at: At, what: &str) -> Value {
-        let parts = args.get(1).and_then(|a| a.0.size()).and_then(|s| s.poly.as_constant());
-        let (Some(parts), Some(input)) = (parts, inputs.first()) else { return Value::Opaque };
+    fn chunk(
+        &mut self,
+        row: &'static Row,
+        inputs: &[Input],
+        args: &[Arg<'a>],
+        at: At,
+        what: &str,
+    ) -> Value {
+        let parts = args
+            .get(1)
+            .and_then(|a| a.0.size())
+            .and_then(|s| s.poly.as_constant());
+        let (Some(parts), Some(input)) = (parts, inputs.first()) else {
+            return Value::Opaque;
+        };
         let mut elems = Vec::new();
         for _ in 0..parts {
-            let node = self.node(Op::Row(row), inputs.to_vec(), Shape::Partial(Vec::new()), at, what);
+            let node = self.node(
+                Op::Row(row),
+                inputs.to_vec(),
+                Shape::Partial(Vec::new()),
+                at,
+                what,
+            );
             let shape = match self.nodes[input.node].shape.clone() {
                 Shape::Known(mut dims) => {
-                    let Some(d) = args.get(2).and_then(|a| dim_argument(&a.0)).and_then(|d| resolve(d, dims.len())) else { return Value::Opaque };
+                    let Some(d) = args
+                        .get(2)
+                        .and_then(|a| dim_argument(&a.0))
+                        .and_then(|d| resolve(d, dims.len()))
+                    else {
+                        return Value::Opaque;
+                    };
                     let size = dims[d].size(&self.atoms);
                     let part = self.atoms.div(&size, &super::size::Poly::constant(parts));
                     dims[d] = Dim::of(part);
@@ -118,19 +165,38 @@ impl<'a> Trace<'_, 'a> {
             elems.push(Value::Tensor(node));
         }
         let any = elems.first().cloned().unwrap_or(Value::Opaque);
-        Value::List { elems: Some(elems), any: Box::new(any) }
+        Value::List {
+            elems: Some(elems),
+            any: Box::new(any),
+        }
     }
 
     /// `x.i((.., s - 1, ..))`: whole dimensions, one index, or a range in each place.
-    fn index_op(&mut self, row: &'static Row, inputs: &[Input], args: &[Arg<'a>], at: At, what: &str) -> Value {
-        let Some(input) = inputs.first().copied() else { return Value::Opaque };
+    fn index_op(
+        &mut self,
+        row: &'static Row,
+        inputs: &[Input],
+        args: &[Arg<'a>],
+        at: At,
+        what: &str,
+    ) -> Value {
+        let Some(input) = inputs.first().copied() else {
+            return Value::Opaque;
+        };
         let places: Vec<(Value, Option<&'a syn::Expr>)> = match args.get(1) {
-            Some((Value::Tuple(values), Some(syn::Expr::Tuple(t)))) if !values.is_empty() => values.iter().cloned().zip(t.elems.iter().map(Some)).collect(),
+            Some((Value::Tuple(values), Some(syn::Expr::Tuple(t)))) if !values.is_empty() => values
+                .iter()
+                .cloned()
+                .zip(t.elems.iter().map(Some))
+                .collect(),
             Some((value, e)) => vec![(value.clone(), *e)],
             None => return Value::Opaque,
         };
         let Some(dims) = self.with_rank_at_least(input.node, places.len()) else {
-            let reason = Self::reason(format!("cannot follow the index in `{what}`"), "index with `..`, a number or a range in each place");
+            let reason = Self::reason(
+                format!("cannot follow the index in `{what}`"),
+                "index with `..`, a number or a range in each place",
+            );
             return Value::Tensor(self.unknown(reason, inputs.to_vec(), at, what));
         };
         let mut out = Vec::new();
@@ -190,12 +256,18 @@ impl<'a> Trace<'_, 'a> {
         let exprs = arg.1.map(list_elements).unwrap_or_default();
         let own = arg.1.map_or(at, |e| self.at(at.act, e));
         let values: Vec<Value> = match &arg.0 {
-            Value::Tuple(values) | Value::List { elems: Some(values), .. } => values.clone(),
+            Value::Tuple(values)
+            | Value::List {
+                elems: Some(values),
+                ..
+            } => values.clone(),
             Value::ShapeOf(node) => {
                 let node = *node;
                 self.nodes[node].sizes_read = true;
                 let rank = self.nodes[node].shape.known()?.len();
-                (0..rank as i64).map(|d| self.dim_with_rank(node, d, rank, at)).collect()
+                (0..rank as i64)
+                    .map(|d| self.dim_with_rank(node, d, rank, at))
+                    .collect()
             }
             single @ (Value::Size(_) | Value::FromEnd(_)) => vec![single.clone()],
             _ => return None,
@@ -204,8 +276,16 @@ impl<'a> Trace<'_, 'a> {
         for (i, value) in values.iter().enumerate() {
             let at = exprs.get(i).map_or(own, |e| self.at(at.act, e));
             match value {
-                Value::Size(size) => out.push(Given { target: Target::Size(self.dimension(size)), size: Some(size.clone()), at }),
-                Value::Tuple(v) if v.is_empty() => out.push(Given { target: Target::Hole, size: None, at }),
+                Value::Size(size) => out.push(Given {
+                    target: Target::Size(self.dimension(size)),
+                    size: Some(size.clone()),
+                    at,
+                }),
+                Value::Tuple(v) if v.is_empty() => out.push(Given {
+                    target: Target::Hole,
+                    size: None,
+                    at,
+                }),
                 _ => return None,
             }
         }
@@ -214,11 +294,19 @@ impl<'a> Trace<'_, 'a> {
 
     /// A shape problem, with the code for it.
     pub(super) fn misfit(message: String, help: &str) -> Reason {
-        Reason { code: codes::SHAPES, message, help: help.to_string() }
+        Reason {
+            code: codes::SHAPES,
+            message,
+            help: help.to_string(),
+        }
     }
 
     pub(super) fn mixing(message: String, help: &str) -> Reason {
-        Reason { code: codes::MIXES_TOKENS, message, help: help.to_string() }
+        Reason {
+            code: codes::MIXES_TOKENS,
+            message,
+            help: help.to_string(),
+        }
     }
 }
 

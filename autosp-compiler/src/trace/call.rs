@@ -3,8 +3,8 @@
 use super::graph::{ActId, At, Input, Reason};
 use super::value::{Cond, Presence, Size, Value};
 use super::{Role, Trace, param_name};
-use crate::syntax::types::Ty;
 use crate::syntax::text;
+use crate::syntax::types::Ty;
 use autosp_plan::codes;
 
 /// An evaluated argument with its expression, if it has one of its own.
@@ -12,9 +12,35 @@ pub(super) type Arg<'a> = (Value, Option<&'a syn::Expr>);
 
 /// Methods that give their receiver, as far as an analysis of data flow goes.
 const TRANSPARENT: &[&str] = &[
-    "clone", "as_ref", "as_mut", "to_owned", "borrow", "borrow_mut", "into", "unwrap", "expect", "ok", "copied", "cloned", "deref",
-    "as_deref", "lock", "read", "as_slice", "map_err", "context", "into_iter", "iter", "iter_mut", "as_str", "to_vec", "collect", "by_ref",
-    "as_deref_mut", "unwrap_or_default", "try_into",
+    "clone",
+    "as_ref",
+    "as_mut",
+    "to_owned",
+    "borrow",
+    "borrow_mut",
+    "into",
+    "unwrap",
+    "expect",
+    "ok",
+    "copied",
+    "cloned",
+    "deref",
+    "as_deref",
+    "lock",
+    "read",
+    "as_slice",
+    "map_err",
+    "context",
+    "into_iter",
+    "iter",
+    "iter_mut",
+    "as_str",
+    "to_vec",
+    "collect",
+    "by_ref",
+    "as_deref_mut",
+    "unwrap_or_default",
+    "try_into",
 ];
 
 impl<'a> Trace<'_, 'a> {
@@ -24,13 +50,21 @@ impl<'a> Trace<'_, 'a> {
         if let Some(value) = self.adapter(act, &receiver, &name, m, at) {
             return value;
         }
-        let args: Vec<Arg<'a>> = m.args.iter().map(|e| (self.eval(act, e), Some(e))).collect();
+        let args: Vec<Arg<'a>> = m
+            .args
+            .iter()
+            .map(|e| (self.eval(act, e), Some(e)))
+            .collect();
         if let Value::Unknown(r) = &receiver {
             return Value::Unknown(r.clone());
         }
         match &receiver {
-            Value::Tensor(_) | Value::ShapeOf(_) => self.tensor_method(act, receiver, m, &name, args, at),
-            Value::Object { ty: Ty::Scope(ty), .. } => {
+            Value::Tensor(_) | Value::ShapeOf(_) => {
+                self.tensor_method(act, receiver, m, &name, args, at)
+            }
+            Value::Object {
+                ty: Ty::Scope(ty), ..
+            } => {
                 if let Some(function) = self.scope.method(ty, &name) {
                     return self.enter(function, at, Some(receiver.clone()), args);
                 }
@@ -39,7 +73,10 @@ impl<'a> Trace<'_, 'a> {
                 }
                 self.unknown_call(&text(m), &args, at)
             }
-            Value::Object { ty: Ty::Lib(path), path: object } => {
+            Value::Object {
+                ty: Ty::Lib(path),
+                path: object,
+            } => {
                 let full = format!("{path}::{name}");
                 if let Some(row) = self.table.get(&full) {
                     let object = object.clone();
@@ -54,7 +91,15 @@ impl<'a> Trace<'_, 'a> {
         }
     }
 
-    fn tensor_method(&mut self, act: ActId, receiver: Value, m: &'a syn::ExprMethodCall, name: &str, args: Vec<Arg<'a>>, at: At) -> Value {
+    fn tensor_method(
+        &mut self,
+        act: ActId,
+        receiver: Value,
+        m: &'a syn::ExprMethodCall,
+        name: &str,
+        args: Vec<Arg<'a>>,
+        at: At,
+    ) -> Value {
         if let Some(value) = self.tensor_builtin(&receiver, name, &args, at) {
             return value;
         }
@@ -62,12 +107,32 @@ impl<'a> Trace<'_, 'a> {
         if matches!(name, "apply" | "apply_t") {
             let subject: Arg<'a> = (receiver, Some(&m.receiver));
             return match args.into_iter().next() {
-                Some((Value::Object { ty: Ty::Lib(path), path: object }, _)) => match self.table.get(&format!("{path}::forward")) {
+                Some((
+                    Value::Object {
+                        ty: Ty::Lib(path),
+                        path: object,
+                    },
+                    _,
+                )) => match self.table.get(&format!("{path}::forward")) {
                     Some(row) => self.apply(row, vec![subject], at, &text(m), Some(&object)),
                     None => self.unknown_call(&text(m), &[subject], at),
                 },
-                Some((Value::Object { ty: Ty::Scope(ty), path }, _)) => match self.scope.method(&ty, "forward") {
-                    Some(function) => self.enter(function, at, Some(Value::Object { ty: Ty::Scope(ty), path }), vec![subject]),
+                Some((
+                    Value::Object {
+                        ty: Ty::Scope(ty),
+                        path,
+                    },
+                    _,
+                )) => match self.scope.method(&ty, "forward") {
+                    Some(function) => self.enter(
+                        function,
+                        at,
+                        Some(Value::Object {
+                            ty: Ty::Scope(ty),
+                            path,
+                        }),
+                        vec![subject],
+                    ),
                     None => self.unknown_call(&text(m), &[subject], at),
                 },
                 _ => self.unknown_call(&text(m), &[subject], at),
@@ -76,17 +141,23 @@ impl<'a> Trace<'_, 'a> {
         let full = format!("candle_core::Tensor::{name}");
         let mut all: Vec<Arg<'a>> = vec![(receiver, Some(&m.receiver))];
         all.extend(args);
-        match self.table.get(&full) {
-            Some(row) => self.apply(row, all, at, &text(m), None),
-            None => {
-                let _ = act;
-                self.unknown_call(&text(m), &all, at)
-            }
+        if let Some(row) = self.table.get(&full) {
+            self.apply(row, all, at, &text(m), None)
+        } else {
+            let _ = act;
+            self.unknown_call(&text(m), &all, at)
         }
     }
 
     /// Operators on tensors are the methods of the same name.
-    pub(super) fn operator(&mut self, act: ActId, name: &str, operands: &[Arg<'a>], at: At, what: &str) -> Value {
+    pub(super) fn operator(
+        &mut self,
+        act: ActId,
+        name: &str,
+        operands: &[Arg<'a>],
+        at: At,
+        what: &str,
+    ) -> Value {
         let _ = act;
         match self.table.get(&format!("candle_core::Tensor::{name}")) {
             Some(row) => self.apply(row, operands.to_vec(), at, what, None),
@@ -97,18 +168,36 @@ impl<'a> Trace<'_, 'a> {
     pub(super) fn call(&mut self, act: ActId, c: &'a syn::ExprCall, at: At) -> Value {
         let syn::Expr::Path(p) = &*c.func else {
             let callee = self.eval(act, &c.func);
-            let args: Vec<Arg<'a>> = c.args.iter().map(|e| (self.eval(act, e), Some(e))).collect();
+            let args: Vec<Arg<'a>> = c
+                .args
+                .iter()
+                .map(|e| (self.eval(act, e), Some(e)))
+                .collect();
             return self.call_value(act, callee, args, &text(c), at);
         };
-        let args: Vec<Arg<'a>> = c.args.iter().map(|e| (self.eval(act, e), Some(e))).collect();
-        let segments: Vec<String> = p.path.segments.iter().map(|s| s.ident.to_string()).collect();
+        let args: Vec<Arg<'a>> = c
+            .args
+            .iter()
+            .map(|e| (self.eval(act, e), Some(e)))
+            .collect();
+        let segments: Vec<String> = p
+            .path
+            .segments
+            .iter()
+            .map(|s| s.ident.to_string())
+            .collect();
         if let [name] = segments.as_slice() {
             if let Some(binding) = self.lookup(act, name) {
                 return self.call_value(act, binding.value, args, &text(c), at);
             }
             match name.as_str() {
                 "Ok" | "Box" => return args.into_iter().next().map_or(Value::Unit, |a| a.0),
-                "Some" => return Value::Option(Presence::Some, Box::new(args.into_iter().next().map_or(Value::Opaque, |a| a.0))),
+                "Some" => {
+                    return Value::Option(
+                        Presence::Some,
+                        Box::new(args.into_iter().next().map_or(Value::Opaque, |a| a.0)),
+                    );
+                }
                 "Err" => return Value::Never,
                 _ => {}
             }
@@ -118,18 +207,29 @@ impl<'a> Trace<'_, 'a> {
         }
         if let [.., ty, name] = segments.as_slice() {
             let owner = self.scope.functions[self.acts[act].function].owner.clone();
-            let ty = if ty == "Self" { owner.unwrap_or_default() } else { ty.clone() };
+            let ty = if ty == "Self" {
+                owner.unwrap_or_default()
+            } else {
+                ty.clone()
+            };
             if let Some(function) = self.scope.method(&ty, name) {
                 return self.enter_path(function, at, args);
             }
-            if matches!(ty.as_str(), "u8" | "u32" | "u64" | "i64" | "usize" | "f32" | "f64") && matches!(name.as_str(), "from" | "try_from") {
+            if matches!(
+                ty.as_str(),
+                "u8" | "u32" | "u64" | "i64" | "usize" | "f32" | "f64"
+            ) && matches!(name.as_str(), "from" | "try_from")
+            {
                 return match args.into_iter().next().map(|a| a.0) {
                     Some(Value::Bool(c)) => Value::from_bool(c),
                     Some(other) => other,
                     None => Value::Opaque,
                 };
             }
-            if matches!((ty.as_str(), name.as_str()), ("Box" | "Arc" | "Rc" | "RefCell" | "Mutex" | "Some", "new")) {
+            if matches!(
+                (ty.as_str(), name.as_str()),
+                ("Box" | "Arc" | "Rc" | "RefCell" | "Mutex" | "Some", "new")
+            ) {
                 return args.into_iter().next().map_or(Value::Opaque, |a| a.0);
             }
             if matches!(name.as_str(), "min" | "max") && args.len() == 2 {
@@ -137,17 +237,24 @@ impl<'a> Trace<'_, 'a> {
             }
         }
         let full = self.scope.names.resolve(&p.path);
-        let full = full.strip_prefix("crate::").map_or(full.clone(), String::from);
+        let full = full
+            .strip_prefix("crate::")
+            .map_or(full.clone(), String::from);
         if let Some(row) = self.table.get(&full) {
             return self.apply(row, args, at, &text(c), None);
         }
         // `Module::forward(&layer, x)`
-        if segments.last().is_some_and(|s| s == "forward") {
-            if let Some((Value::Object { ty: Ty::Lib(path), path: object }, _)) = args.first().cloned() {
-                if let Some(row) = self.table.get(&format!("{path}::forward")) {
-                    return self.apply(row, args[1..].to_vec(), at, &text(c), Some(&object));
-                }
-            }
+        if segments.last().is_some_and(|s| s == "forward")
+            && let Some((
+                Value::Object {
+                    ty: Ty::Lib(path),
+                    path: object,
+                },
+                _,
+            )) = args.first().cloned()
+            && let Some(row) = self.table.get(&format!("{path}::forward"))
+        {
+            return self.apply(row, args[1..].to_vec(), at, &text(c), Some(&object));
         }
         self.unknown_call(&text(c), &args, at)
     }
@@ -155,22 +262,40 @@ impl<'a> Trace<'_, 'a> {
     /// A call through a path, `Attention::forward(&self.attn, x)` or `Self::helper(x)`.
     fn enter_path(&mut self, function: usize, at: At, mut args: Vec<Arg<'a>>) -> Value {
         let receiver = self.scope.functions[function].sig.receiver().is_some();
-        let object = if receiver && !args.is_empty() { Some(args.remove(0).0) } else { None };
+        let object = if receiver && !args.is_empty() {
+            Some(args.remove(0).0)
+        } else {
+            None
+        };
         self.enter(function, at, object, args)
     }
 
     /// Evaluates a function of the scope on the arguments.
-    fn enter(&mut self, function: usize, at: At, receiver: Option<Value>, args: Vec<Arg<'a>>) -> Value {
+    fn enter(
+        &mut self,
+        function: usize,
+        at: At,
+        receiver: Option<Value>,
+        args: Vec<Arg<'a>>,
+    ) -> Value {
         let f = &self.scope.functions[function];
         let mut params = Vec::new();
         let mut args = args.into_iter();
         for input in &f.sig.inputs {
             match input {
-                syn::FnArg::Receiver(_) => params.push(("self".to_string(), receiver.clone().unwrap_or(Value::Opaque), true)),
+                syn::FnArg::Receiver(_) => params.push((
+                    "self".to_string(),
+                    receiver.clone().unwrap_or(Value::Opaque),
+                    true,
+                )),
                 syn::FnArg::Typed(t) => {
                     let value = args.next().map_or(Value::Opaque, |a| a.0);
                     // A function given as an argument is called where it is used; its own parameters are unknown there.
-                    params.push((param_name(&t.pat), value, matches!(&*t.ty, syn::Type::Reference(_))));
+                    params.push((
+                        param_name(&t.pat),
+                        value,
+                        matches!(&*t.ty, syn::Type::Reference(_)),
+                    ));
                 }
             }
         }
@@ -189,17 +314,34 @@ impl<'a> Trace<'_, 'a> {
     }
 
     /// A call of a closure or of something that is held in a variable or field.
-    fn call_value(&mut self, act: ActId, callee: Value, args: Vec<Arg<'a>>, what: &str, at: At) -> Value {
+    fn call_value(
+        &mut self,
+        act: ActId,
+        callee: Value,
+        args: Vec<Arg<'a>>,
+        what: &str,
+        at: At,
+    ) -> Value {
         if let Value::Closure(closure) = callee {
-            return self.call_closure(act, &closure, args.into_iter().map(|a| a.0).collect()).unwrap_or(Value::Opaque);
+            return self
+                .call_closure(act, &closure, args.into_iter().map(|a| a.0).collect())
+                .unwrap_or(Value::Opaque);
         }
         self.unknown_call(what, &args, at)
     }
 
     /// Evaluates a closure's body with its own variables.
-    pub(super) fn call_closure(&mut self, act: ActId, closure: &super::value::Closure, args: Vec<Value>) -> Option<Value> {
+    pub(super) fn call_closure(
+        &mut self,
+        act: ActId,
+        closure: &super::value::Closure,
+        args: Vec<Value>,
+    ) -> Option<Value> {
         let function = self.acts[act].function;
-        let syn::Expr::Closure(c) = self.scope.functions[function].numbers.get(closure.expr)? else { return None };
+        let syn::Expr::Closure(c) = self.scope.functions[function].numbers.get(closure.expr)?
+        else {
+            return None;
+        };
         if self.depth > super::DEPTH {
             return None;
         }
@@ -239,7 +381,9 @@ impl<'a> Trace<'_, 'a> {
         let reason = Reason {
             code: codes::UNKNOWN_CALL,
             message: format!("unknown call `{what}` on a sharded value"),
-            help: format!("move `{name}` into the annotated module, or write it with candle's own operations"),
+            help: format!(
+                "move `{name}` into the annotated module, or write it with candle's own operations"
+            ),
         };
         Value::Tensor(self.unknown(reason, inputs, at, what))
     }
@@ -256,7 +400,9 @@ impl<'a> Trace<'_, 'a> {
 
     /// What a boolean method says of a known value.
     pub(super) fn presence(receiver: &Value, name: &str) -> Option<Value> {
-        let Value::Option(presence, _) = receiver else { return None };
+        let Value::Option(presence, _) = receiver else {
+            return None;
+        };
         let some = match presence {
             Presence::Some => Cond::Known(true),
             Presence::None => Cond::Known(false),

@@ -6,8 +6,7 @@ use super::graph::{ActId, At, Input, NodeId, Op};
 use super::shape::{Dim, Shape};
 use super::value::{Binding, Cmp, Cond, Presence, Size, Value};
 use super::{Fact, Loop, Trace};
-use crate::syntax::types::Ty;
-use crate::syntax::{TypeDef, number, span};
+use crate::syntax::number;
 
 type Vars = Vec<HashMap<String, Binding>>;
 
@@ -20,11 +19,28 @@ impl<'a> Trace<'_, 'a> {
                 syn::Stmt::Local(local) => self.local(act, local),
                 syn::Stmt::Expr(e, semi) => {
                     let value = self.eval(act, e);
-                    if semi.is_some() && value != Value::Never { Value::Unit } else { value }
+                    if semi.is_some() && value != Value::Never {
+                        Value::Unit
+                    } else {
+                        value
+                    }
                 }
                 syn::Stmt::Macro(m) => {
-                    let name = m.mac.path.segments.last().map(|s| s.ident.to_string()).unwrap_or_default();
-                    if matches!(name.as_str(), "bail" | "panic" | "unreachable" | "unimplemented" | "todo") { Value::Never } else { Value::Unit }
+                    let name = m
+                        .mac
+                        .path
+                        .segments
+                        .last()
+                        .map(|s| s.ident.to_string())
+                        .unwrap_or_default();
+                    if matches!(
+                        name.as_str(),
+                        "bail" | "panic" | "unreachable" | "unimplemented" | "todo"
+                    ) {
+                        Value::Never
+                    } else {
+                        Value::Unit
+                    }
                 }
                 syn::Stmt::Item(_) => Value::Unit,
             };
@@ -50,92 +66,6 @@ impl<'a> Trace<'_, 'a> {
         }
         self.bind(act, &local.pat, value, false);
         Value::Unit
-    }
-
-    /// Binds the names of a pattern.
-    pub(super) fn bind(&mut self, act: ActId, pat: &'a syn::Pat, value: Value, by_ref: bool) {
-        match pat {
-            syn::Pat::Ident(i) => self.declare(act, &i.ident.to_string(), value, by_ref || i.by_ref.is_some()),
-            syn::Pat::Type(t) => self.bind(act, &t.pat, value, by_ref),
-            syn::Pat::Paren(p) => self.bind(act, &p.pat, value, by_ref),
-            syn::Pat::Reference(r) => self.bind(act, &r.pat, value, false),
-            syn::Pat::Guard(g) => self.bind(act, &g.pat, value, by_ref),
-            syn::Pat::Tuple(t) => self.bind_all(act, &t.elems, value, by_ref),
-            syn::Pat::Slice(s) => self.bind_all(act, &s.elems, value, by_ref),
-            syn::Pat::TupleStruct(t) => {
-                let name = t.path.segments.last().map(|s| s.ident.to_string()).unwrap_or_default();
-                match (name.as_str(), value) {
-                    ("Some", Value::Option(_, inner)) if t.elems.len() == 1 => self.bind(act, &t.elems[0], *inner, by_ref),
-                    ("Some" | "Ok", value) if t.elems.len() == 1 => self.bind(act, &t.elems[0], value, by_ref),
-                    (_, Value::Object { ty: Ty::Scope(ty), path }) => {
-                        let fields: Vec<(String, Ty)> = match self.scope.types.get(&ty) {
-                            Some(TypeDef::Enum(variants)) => variants.get(&name).map(|f| f.fields.clone()).unwrap_or_default(),
-                            Some(TypeDef::Struct(f)) => f.fields.clone(),
-                            None => Vec::new(),
-                        };
-                        let at = At { act, expr: u32::MAX, span: span(pat) };
-                        for (elem, (field, ty)) in t.elems.iter().zip(fields) {
-                            let value = self.of_type(&ty, &format!("{path}.{name}.{field}"), at);
-                            self.bind(act, elem, value, by_ref);
-                        }
-                    }
-                    (_, other) => self.bind_rest(act, t.elems.iter(), &other, by_ref),
-                }
-            }
-            syn::Pat::Struct(s) => {
-                let at = At { act, expr: u32::MAX, span: span(pat) };
-                for field in &s.fields {
-                    let value = match (&value, &field.member) {
-                        (Value::Object { ty: Ty::Scope(ty), path }, syn::Member::Named(n)) => {
-                            let declared = match self.scope.types.get(ty) {
-                                Some(TypeDef::Struct(f)) => f.get(&n.to_string()).cloned(),
-                                _ => None,
-                            };
-                            let path = format!("{path}.{n}");
-                            declared.map_or(Value::Opaque, |ty| self.of_type(&ty, &path, at))
-                        }
-                        _ => Value::Opaque,
-                    };
-                    self.bind(act, &field.pat, value, by_ref);
-                }
-            }
-            syn::Pat::Or(o) => {
-                if let Some(first) = o.cases.first() {
-                    self.bind(act, first, value, by_ref);
-                }
-            }
-            _ => {}
-        }
-    }
-
-    fn bind_all(&mut self, act: ActId, pats: &'a syn::punctuated::Punctuated<syn::Pat, syn::Token![,]>, value: Value, by_ref: bool) {
-        let rest = pats.iter().position(|p| matches!(p, syn::Pat::Rest(_)));
-        let values = match value {
-            Value::Tuple(values) => values,
-            Value::List { elems: Some(values), .. } => values,
-            Value::ShapeOf(node) => {
-                // `[b, s, h]` or `&[b, s, h]` of `x.dims()`
-                let at = self.nodes[node].at;
-                (0..pats.len() as i64).map(|d| self.dim_with_rank(node, d, pats.len(), at)).collect()
-            }
-            Value::List { elems: None, any } => vec![*any; pats.len()],
-            other => return self.bind_rest(act, pats.iter(), &other, by_ref),
-        };
-        for (i, pat) in pats.iter().enumerate() {
-            let at = match rest {
-                Some(r) if i > r => (values.len() + i).checked_sub(pats.len()),
-                _ => Some(i),
-            };
-            let value = at.and_then(|k| values.get(k).cloned()).unwrap_or(Value::Opaque);
-            self.bind(act, pat, value, by_ref);
-        }
-    }
-
-    fn bind_rest(&mut self, act: ActId, pats: impl Iterator<Item = &'a syn::Pat>, value: &Value, by_ref: bool) {
-        let value = if let Value::Unknown(r) = value { Value::Unknown(r.clone()) } else { Value::Opaque };
-        for pat in pats {
-            self.bind(act, pat, value.clone(), by_ref);
-        }
     }
 
     /// The condition of an `if`; for `if let` whether the pattern matches. Names are bound by the caller's scope.
@@ -164,42 +94,6 @@ impl<'a> Trace<'_, 'a> {
         }
     }
 
-    /// Whether a pattern matches a value.
-    fn matches(&self, pat: &syn::Pat, value: &Value) -> Cond {
-        match (pat, value) {
-            (syn::Pat::Paren(p), _) => self.matches(&p.pat, value),
-            (syn::Pat::Reference(r), _) => self.matches(&r.pat, value),
-            (syn::Pat::Guard(g), _) => match self.matches(&g.pat, value) {
-                Cond::Known(false) => Cond::Known(false),
-                _ => Cond::Unknown,
-            },
-            (syn::Pat::Wild(_), _) => Cond::Known(true),
-            (syn::Pat::Ident(i), Value::Option(presence, _)) if i.ident == "None" => match presence {
-                Presence::None => Cond::Known(true),
-                Presence::Some => Cond::Known(false),
-                Presence::Maybe => Cond::Unknown,
-            },
-            (syn::Pat::Ident(i), _) if i.subpat.is_none() && i.ident.to_string().starts_with(char::is_lowercase) => Cond::Known(true),
-            (syn::Pat::TupleStruct(t), Value::Option(presence, inner)) if t.path.is_ident("Some") => match presence {
-                Presence::None => Cond::Known(false),
-                Presence::Some => t.elems.first().map_or(Cond::Unknown, |p| self.matches(p, inner)),
-                Presence::Maybe => Cond::Unknown,
-            },
-            (syn::Pat::Tuple(t), Value::Tuple(values)) if t.elems.len() == values.len() => {
-                let all: Vec<Cond> = t.elems.iter().zip(values).map(|(p, v)| self.matches(p, v)).collect();
-                if all.contains(&Cond::Known(false)) {
-                    Cond::Known(false)
-                } else if all.iter().all(|c| *c == Cond::Known(true)) {
-                    Cond::Known(true)
-                } else {
-                    Cond::Unknown
-                }
-            }
-            (syn::Pat::Tuple(_), _) => Cond::Known(true),
-            _ => Cond::Unknown,
-        }
-    }
-
     pub(super) fn if_else(&mut self, act: ActId, i: &'a syn::ExprIf, at: At) -> Value {
         let before = self.acts[act].scopes.clone();
         self.acts[act].scopes.push(HashMap::new());
@@ -208,7 +102,10 @@ impl<'a> Trace<'_, 'a> {
             Cond::Known(false) => {
                 self.acts[act].scopes = before;
                 self.acts[act].facts.push((at.expr, Fact::Else));
-                return i.else_branch.as_ref().map_or(Value::Unit, |(_, e)| self.eval(act, e));
+                return i
+                    .else_branch
+                    .as_ref()
+                    .map_or(Value::Unit, |(_, e)| self.eval(act, e));
             }
             Cond::Known(true) => {
                 self.acts[act].facts.push((at.expr, Fact::Then));
@@ -223,15 +120,33 @@ impl<'a> Trace<'_, 'a> {
         self.assumed.pop();
         self.acts[act].scopes.pop();
         let after_then = std::mem::replace(&mut self.acts[act].scopes, before);
-        let other = i.else_branch.as_ref().map_or(Value::Unit, |(_, e)| self.eval(act, e));
-        self.meet(act, then == Value::Never, &after_then, other == Value::Never, &cond, at);
+        let other = i
+            .else_branch
+            .as_ref()
+            .map_or(Value::Unit, |(_, e)| self.eval(act, e));
+        self.meet(
+            act,
+            then == Value::Never,
+            &after_then,
+            other == Value::Never,
+            &cond,
+            at,
+        );
         self.join(then, other, &cond, at)
     }
 
     /// Merges the variables of two branches into the current ones (which are the second branch's).
-    fn meet(&mut self, act: ActId, first_left: bool, first: &Vars, second_left: bool, cond: &Cond, at: At) {
+    fn meet(
+        &mut self,
+        act: ActId,
+        first_left: bool,
+        first: &Vars,
+        second_left: bool,
+        cond: &Cond,
+        at: At,
+    ) {
         if second_left && !first_left {
-            self.acts[act].scopes = first.clone();
+            self.acts[act].scopes.clone_from(first);
         }
         if first_left || second_left {
             return;
@@ -239,7 +154,12 @@ impl<'a> Trace<'_, 'a> {
         for level in 0..self.acts[act].scopes.len().min(first.len()) {
             let names: Vec<String> = self.acts[act].scopes[level].keys().cloned().collect();
             for name in names {
-                let (Some(a), Some(b)) = (first[level].get(&name), self.acts[act].scopes[level].get(&name)) else { continue };
+                let (Some(a), Some(b)) = (
+                    first[level].get(&name),
+                    self.acts[act].scopes[level].get(&name),
+                ) else {
+                    continue;
+                };
                 if a.value != b.value {
                     let (a, b) = (a.value.clone(), b.value.clone());
                     let value = self.join(a, b, cond, at);
@@ -295,27 +215,48 @@ impl<'a> Trace<'_, 'a> {
         match (a, b) {
             (a, b) if a == b => a,
             (Value::Never, x) | (x, Value::Never) => x,
-            (Value::Tensor(a), Value::Tensor(b)) => Value::Tensor(self.join_tensors(a, b, cond, at)),
+            (Value::Tensor(a), Value::Tensor(b)) => {
+                Value::Tensor(self.join_tensors(a, b, cond, at))
+            }
             (Value::Size(a), Value::Size(b)) => {
-                if *cond != Cond::Unknown && a.poly.as_constant().is_some() && b.poly.as_constant().is_some() {
+                if *cond != Cond::Unknown
+                    && a.poly.as_constant().is_some()
+                    && b.poly.as_constant().is_some()
+                {
                     return select(cond, Value::Size(a), Value::Size(b));
                 }
                 if self.atoms.anchored(&a.poly) || self.atoms.anchored(&b.poly) {
-                    let reason = Self::reason("a size depends on a condition", "write the two cases as two functions");
+                    let reason = Self::reason(
+                        "a size depends on a condition",
+                        "write the two cases as two functions",
+                    );
                     return Value::Unknown(reason.into());
                 }
                 let poly = self.fresh_feature("size");
                 Value::Size(a.with(&b, poly))
             }
             (Value::Num(Some(a)), Value::Num(Some(b))) => {
-                if *cond == Cond::Unknown { Value::Num(None) } else { select(cond, Value::Num(Some(a)), Value::Num(Some(b))) }
+                if *cond == Cond::Unknown {
+                    Value::Num(None)
+                } else {
+                    select(cond, Value::Num(Some(a)), Value::Num(Some(b)))
+                }
             }
-            (a @ (Value::Num(_) | Value::Select(..)), b @ (Value::Num(_) | Value::Select(..))) if *cond != Cond::Unknown => select(cond, a, b),
-            (Value::Num(_) | Value::Select(..), Value::Num(_) | Value::Select(..)) => Value::Num(None),
+            (a @ (Value::Num(_) | Value::Select(..)), b @ (Value::Num(_) | Value::Select(..)))
+                if *cond != Cond::Unknown =>
+            {
+                select(cond, a, b)
+            }
+            (Value::Num(_) | Value::Select(..), Value::Num(_) | Value::Select(..)) => {
+                Value::Num(None)
+            }
             (Value::Bool(a), Value::Bool(b)) => Value::Bool(join_conditions(cond, a, b)),
-            (Value::Tuple(a), Value::Tuple(b)) if a.len() == b.len() => {
-                Value::Tuple(a.into_iter().zip(b).map(|(a, b)| self.join(a, b, cond, at)).collect())
-            }
+            (Value::Tuple(a), Value::Tuple(b)) if a.len() == b.len() => Value::Tuple(
+                a.into_iter()
+                    .zip(b)
+                    .map(|(a, b)| self.join(a, b, cond, at))
+                    .collect(),
+            ),
             (Value::Option(p, a), Value::Option(q, b)) => match (p, q) {
                 (Presence::None, Presence::None) => Value::Option(Presence::None, a),
                 (Presence::None, _) => Value::Option(Presence::Maybe, b),
@@ -338,7 +279,16 @@ impl<'a> Trace<'_, 'a> {
             return repeated;
         }
         let shape = self.join_shapes(a, b);
-        let inputs = vec![Input { node: a, expr: None }, Input { node: b, expr: None }];
+        let inputs = vec![
+            Input {
+                node: a,
+                expr: None,
+            },
+            Input {
+                node: b,
+                expr: None,
+            },
+        ];
         self.node(Op::Phi { carried: false }, inputs, shape, at, "if")
     }
 
@@ -360,7 +310,9 @@ impl<'a> Trace<'_, 'a> {
     fn moves_only(&self, mut to: NodeId, from: NodeId) -> bool {
         while to != from {
             let node = &self.nodes[to];
-            let moves = node.row().is_some_and(|r| r.place == crate::ops::PlaceRule::Move);
+            let moves = node
+                .row()
+                .is_some_and(|r| r.place == crate::ops::PlaceRule::Move);
             match node.inputs.first() {
                 Some(input) if moves => to = input.node,
                 _ => return false,
@@ -376,16 +328,23 @@ impl<'a> Trace<'_, 'a> {
                     let (p, q) = (p.size(&self.atoms), q.size(&self.atoms));
                     self.atoms.unify(&p, &q)
                 });
-                if same { Shape::Known(x) } else { Shape::Either(vec![x, y]) }
+                if same {
+                    Shape::Known(x)
+                } else {
+                    Shape::Either(vec![x, y])
+                }
             }
             (Shape::Known(x), Shape::Known(y)) => Shape::Either(vec![x, y]),
-            (Shape::Either(mut all), Shape::Known(x)) | (Shape::Known(x), Shape::Either(mut all)) => {
+            (Shape::Either(mut all), Shape::Known(x))
+            | (Shape::Known(x), Shape::Either(mut all)) => {
                 if !all.contains(&x) {
                     all.push(x);
                 }
                 Shape::Either(all)
             }
-            (Shape::Partial(_), Shape::Known(x)) | (Shape::Known(x), Shape::Partial(_)) => Shape::Known(x),
+            (Shape::Partial(_), Shape::Known(x)) | (Shape::Known(x), Shape::Partial(_)) => {
+                Shape::Known(x)
+            }
             (Shape::Unknown(r), _) | (_, Shape::Unknown(r)) => Shape::Unknown(r),
             (x, _) => x,
         }
@@ -402,7 +361,11 @@ impl<'a> Trace<'_, 'a> {
         self.acts[act].scopes.pop();
         let carried = self.carry_out(act, &before);
         if over_parts {
-            self.acts[act].loops.push(Loop { expr: at.expr, carried, span: at.span });
+            self.acts[act].loops.push(Loop {
+                expr: at.expr,
+                carried,
+                span: at.span,
+            });
         }
         Value::Unit
     }
@@ -422,7 +385,10 @@ impl<'a> Trace<'_, 'a> {
             }
             if let Some(Value::Tensor(before)) = self.lookup(act, &name).map(|b| b.value) {
                 let shape = self.nodes[before].shape.clone();
-                let inputs = vec![Input { node: before, expr: None }];
+                let inputs = vec![Input {
+                    node: before,
+                    expr: None,
+                }];
                 let phi = self.node(Op::Phi { carried: true }, inputs, shape, at, &name);
                 self.assign(act, &name, Value::Tensor(phi));
                 carried.push((name, before, phi));
@@ -431,22 +397,36 @@ impl<'a> Trace<'_, 'a> {
         carried
     }
 
-    fn carry_out(&mut self, act: ActId, before: &[(String, NodeId, NodeId)]) -> Vec<(String, NodeId, NodeId)> {
+    fn carry_out(
+        &mut self,
+        act: ActId,
+        before: &[(String, NodeId, NodeId)],
+    ) -> Vec<(String, NodeId, NodeId)> {
         let mut carried = Vec::new();
         for (name, _, phi) in before {
-            let Some(Value::Tensor(after)) = self.lookup(act, name).map(|b| b.value) else { continue };
+            let Some(Value::Tensor(after)) = self.lookup(act, name).map(|b| b.value) else {
+                continue;
+            };
             if after == *phi {
                 continue;
             }
-            self.nodes[*phi].inputs.push(Input { node: after, expr: None });
-            if let (Shape::Known(x), Shape::Known(y)) = (self.nodes[*phi].shape.clone(), self.nodes[after].shape.clone()) {
+            self.nodes[*phi].inputs.push(Input {
+                node: after,
+                expr: None,
+            });
+            if let (Shape::Known(x), Shape::Known(y)) = (
+                self.nodes[*phi].shape.clone(),
+                self.nodes[after].shape.clone(),
+            ) {
                 let same = x.len() == y.len()
                     && x.iter().zip(&y).all(|(p, q)| {
                         let (p, q) = (p.size(&self.atoms), q.size(&self.atoms));
                         self.atoms.unify(&p, &q)
                     });
                 if !same {
-                    self.nodes[*phi].shape = Shape::Unknown(format!("`{name}` changes its shape from round to round of a loop"));
+                    self.nodes[*phi].shape = Shape::Unknown(format!(
+                        "`{name}` changes its shape from round to round of a loop"
+                    ));
                 }
             }
             carried.push((name.clone(), *phi, after));
@@ -457,7 +437,10 @@ impl<'a> Trace<'_, 'a> {
     /// What a loop over a value binds in each round.
     pub(super) fn element(&mut self, iter: Value) -> Value {
         match iter {
-            Value::List { elems: Some(elems), any } if elems.len() == 1 => elems.into_iter().next().unwrap_or(*any),
+            Value::List {
+                elems: Some(elems),
+                any,
+            } if elems.len() == 1 => elems.into_iter().next().unwrap_or(*any),
             Value::List { any, .. } => *any,
             Value::Range(..) => Value::Size(Size::of(self.fresh_feature("round"))),
             _ => Value::Opaque,
@@ -480,8 +463,12 @@ fn select(cond: &Cond, a: Value, b: Value) -> Value {
 /// `if c { a } else { b }` for conditions.
 fn join_conditions(cond: &Cond, a: Cond, b: Cond) -> Cond {
     match (a, b) {
-        (a, Cond::Known(false)) if *cond != Cond::Unknown => Cond::And(Box::new(cond.clone()), Box::new(a)),
-        (Cond::Known(true), b) if *cond != Cond::Unknown => Cond::Or(Box::new(cond.clone()), Box::new(b)),
+        (a, Cond::Known(false)) if *cond != Cond::Unknown => {
+            Cond::And(Box::new(cond.clone()), Box::new(a))
+        }
+        (Cond::Known(true), b) if *cond != Cond::Unknown => {
+            Cond::Or(Box::new(cond.clone()), Box::new(b))
+        }
         _ => Cond::Unknown,
     }
 }

@@ -16,7 +16,8 @@ impl<'a> Trace<'_, 'a> {
         }
         let at = self.at(act, e);
         let value = self.eval_inner(act, e, at);
-        if at.expr != u32::MAX && !matches!(value, Value::Opaque | Value::Unit | Value::Closure(_)) {
+        if at.expr != u32::MAX && !matches!(value, Value::Opaque | Value::Unit | Value::Closure(_))
+        {
             self.acts[act].values.insert(at.expr, value.clone());
         }
         value
@@ -32,12 +33,17 @@ impl<'a> Trace<'_, 'a> {
             syn::Expr::Try(t) => self.eval(act, &t.expr),
             syn::Expr::Unary(u) => self.unary(act, u, at),
             syn::Expr::Binary(b) => self.binary(act, b, at),
-            syn::Expr::Tuple(t) => Value::Tuple(t.elems.iter().map(|e| self.eval(act, e)).collect()),
+            syn::Expr::Tuple(t) => {
+                Value::Tuple(t.elems.iter().map(|e| self.eval(act, e)).collect())
+            }
             syn::Expr::Array(a) => self.list(act, a.elems.iter(), at),
             syn::Expr::Repeat(r) => {
                 let any = self.eval(act, &r.expr);
                 self.eval(act, &r.len);
-                Value::List { elems: None, any: Box::new(any) }
+                Value::List {
+                    elems: None,
+                    any: Box::new(any),
+                }
             }
             syn::Expr::Cast(c) => self.cast(act, c, at),
             syn::Expr::Field(f) => self.field(act, f, at),
@@ -58,7 +64,10 @@ impl<'a> Trace<'_, 'a> {
                 self.loop_body(act, &l.body, at);
                 Value::Opaque
             }
-            syn::Expr::Closure(_) => Value::Closure(Closure { expr: at.expr, env: self.acts[act].scopes.clone().into() }),
+            syn::Expr::Closure(_) => Value::Closure(Closure {
+                expr: at.expr,
+                env: self.acts[act].scopes.clone().into(),
+            }),
             syn::Expr::Return(r) => {
                 let value = r.expr.as_ref().map_or(Value::Unit, |e| self.eval(act, e));
                 if value != Value::Never {
@@ -73,8 +82,16 @@ impl<'a> Trace<'_, 'a> {
                 for field in &s.fields {
                     self.eval(act, &field.expr);
                 }
-                let path = s.path.segments.last().map(|s| s.ident.to_string()).unwrap_or_default();
-                Value::Object { ty: Ty::Scope(path), path: text(s) }
+                let path = s
+                    .path
+                    .segments
+                    .last()
+                    .map(|s| s.ident.to_string())
+                    .unwrap_or_default();
+                Value::Object {
+                    ty: Ty::Scope(path),
+                    path: text(s),
+                }
             }
             syn::Expr::Let(l) => {
                 let value = self.eval(act, &l.expr);
@@ -99,7 +116,12 @@ impl<'a> Trace<'_, 'a> {
                 return self.eval(act, e);
             }
         }
-        let last = p.path.segments.last().map(|s| s.ident.to_string()).unwrap_or_default();
+        let last = p
+            .path
+            .segments
+            .last()
+            .map(|s| s.ident.to_string())
+            .unwrap_or_default();
         match last.as_str() {
             "Minus1" => Value::FromEnd(-1),
             "Minus2" => Value::FromEnd(-2),
@@ -120,8 +142,17 @@ impl<'a> Trace<'_, 'a> {
             (syn::UnOp::Deref(_), value) => value,
             (syn::UnOp::Not(_), Value::Bool(c)) => Value::Bool(not(c)),
             (syn::UnOp::Neg(_), Value::Num(n)) => Value::Num(n.map(|n| -n)),
-            (syn::UnOp::Neg(_), Value::Size(s)) => Value::Size(Size { poly: s.poly.neg(), origins: s.origins }),
-            (syn::UnOp::Neg(_), Value::Tensor(n)) => self.operator(act, "neg", &[(Value::Tensor(n), Some(&*u.expr))], at, &text(u)),
+            (syn::UnOp::Neg(_), Value::Size(s)) => Value::Size(Size {
+                poly: s.poly.neg(),
+                origins: s.origins,
+            }),
+            (syn::UnOp::Neg(_), Value::Tensor(n)) => self.operator(
+                act,
+                "neg",
+                &[(Value::Tensor(n), Some(&*u.expr))],
+                at,
+                &text(u),
+            ),
             _ => Value::Opaque,
         }
     }
@@ -130,7 +161,9 @@ impl<'a> Trace<'_, 'a> {
         let left = self.eval(act, &b.left);
         if matches!(b.op, syn::BinOp::And(_) | syn::BinOp::Or(_)) {
             let right = self.eval(act, &b.right);
-            let (Value::Bool(l), Value::Bool(r)) = (left, right) else { return Value::Bool(Cond::Unknown) };
+            let (Value::Bool(l), Value::Bool(r)) = (left, right) else {
+                return Value::Bool(Cond::Unknown);
+            };
             let and = matches!(b.op, syn::BinOp::And(_));
             return Value::Bool(match (and, l, r) {
                 (true, Cond::Known(false), _) | (true, _, Cond::Known(false)) => Cond::Known(false),
@@ -143,22 +176,35 @@ impl<'a> Trace<'_, 'a> {
         let right = self.eval(act, &b.right);
         let assign = matches!(
             b.op,
-            syn::BinOp::AddAssign(_) | syn::BinOp::SubAssign(_) | syn::BinOp::MulAssign(_) | syn::BinOp::DivAssign(_)
+            syn::BinOp::AddAssign(_)
+                | syn::BinOp::SubAssign(_)
+                | syn::BinOp::MulAssign(_)
+                | syn::BinOp::DivAssign(_)
         );
         let value = self.arithmetic(act, b, left, right, at);
         if assign {
-            if let syn::Expr::Path(p) = &*b.left {
-                if let Some(ident) = p.path.get_ident() {
-                    self.assign(act, &ident.to_string(), value);
-                }
+            if let syn::Expr::Path(p) = &*b.left
+                && let Some(ident) = p.path.get_ident()
+            {
+                self.assign(act, &ident.to_string(), value);
             }
             return Value::Unit;
         }
         value
     }
 
-    fn arithmetic(&mut self, act: ActId, b: &'a syn::ExprBinary, left: Value, right: Value, at: At) -> Value {
-        use syn::BinOp::{Add, AddAssign, Div, DivAssign, Eq, Ge, Gt, Le, Lt, Mul, MulAssign, Ne, Rem, Sub, SubAssign};
+    fn arithmetic(
+        &mut self,
+        act: ActId,
+        b: &'a syn::ExprBinary,
+        left: Value,
+        right: Value,
+        at: At,
+    ) -> Value {
+        use syn::BinOp::{
+            Add, AddAssign, Div, DivAssign, Eq, Ge, Gt, Le, Lt, Mul, MulAssign, Ne, Rem, Sub,
+            SubAssign,
+        };
         if left.tensor().is_some() || matches!(right, Value::Tensor(_)) {
             let name = match b.op {
                 Add(_) | AddAssign(_) => "add",
@@ -172,7 +218,13 @@ impl<'a> Trace<'_, 'a> {
                 let at = self.at(act, &b.right);
                 self.use_size(at, s, Role::Valid);
             }
-            return self.operator(act, name, &[(left, Some(&b.left)), (right, Some(&b.right))], at, &text(b));
+            return self.operator(
+                act,
+                name,
+                &[(left, Some(&b.left)), (right, Some(&b.right))],
+                at,
+                &text(b),
+            );
         }
         let compare = match b.op {
             Eq(_) => Some(Cmp::Eq),
@@ -184,7 +236,9 @@ impl<'a> Trace<'_, 'a> {
             _ => None,
         };
         if let Some(cmp) = compare {
-            let (Value::Size(l), Value::Size(r)) = (&left, &right) else { return Value::Bool(Cond::Unknown) };
+            let (Value::Size(l), Value::Size(r)) = (&left, &right) else {
+                return Value::Bool(Cond::Unknown);
+            };
             for (e, size) in [(&b.left, l), (&b.right, r)] {
                 let at = self.at(act, e);
                 self.use_size(at, size, Role::Valid);
@@ -254,19 +308,26 @@ impl<'a> Trace<'_, 'a> {
             syn::Member::Unnamed(i) => i.index.to_string(),
         };
         match base {
-            Value::Object { ty: Ty::Scope(ty), path } => {
+            Value::Object {
+                ty: Ty::Scope(ty),
+                path,
+            } => {
                 let declared = match self.scope.types.get(&ty) {
                     Some(crate::syntax::TypeDef::Struct(fields)) => fields.get(&name).cloned(),
                     _ => None,
                 };
-                let Some(declared) = declared else { return Value::Opaque };
+                let Some(declared) = declared else {
+                    return Value::Opaque;
+                };
                 let path = format!("{path}.{name}");
                 if self.scope.written.contains(&name) && declared.holds_tensor() {
                     return self.stored(&declared, &path, at);
                 }
                 self.of_type(&declared, &path, at)
             }
-            Value::Tuple(values) => f_index(&f.member).and_then(|i| values.get(i).cloned()).unwrap_or(Value::Opaque),
+            Value::Tuple(values) => f_index(&f.member)
+                .and_then(|i| values.get(i).cloned())
+                .unwrap_or(Value::Opaque),
             Value::Unknown(r) => Value::Unknown(r),
             _ => Value::Opaque,
         }
@@ -279,7 +340,10 @@ impl<'a> Trace<'_, 'a> {
             Ty::Map(_) => Value::EmptyStore,
             Ty::List(inner) => {
                 let any = self.stored(inner, path, at);
-                Value::List { elems: None, any: Box::new(any) }
+                Value::List {
+                    elems: None,
+                    any: Box::new(any),
+                }
             }
             Ty::Tensor => {
                 let reason = Self::reason(
@@ -297,9 +361,17 @@ impl<'a> Trace<'_, 'a> {
         let base = self.eval(act, &i.expr);
         let index = self.eval(act, &i.index);
         match (base, index) {
-            (Value::List { elems: Some(elems), any }, Value::Size(s)) => {
-                s.poly.as_constant().and_then(|k| elems.get(k as usize).cloned()).unwrap_or(*any)
-            }
+            (
+                Value::List {
+                    elems: Some(elems),
+                    any,
+                },
+                Value::Size(s),
+            ) => s
+                .poly
+                .as_constant()
+                .and_then(|k| elems.get(k as usize).cloned())
+                .unwrap_or(*any),
             (Value::List { elems: None, any }, _) => *any,
             (Value::ShapeOf(node), Value::Size(s)) => match s.poly.as_constant() {
                 Some(k) => self.dim_of(node, k, at),
@@ -311,16 +383,18 @@ impl<'a> Trace<'_, 'a> {
 
     fn assignment(&mut self, act: ActId, a: &'a syn::ExprAssign, at: At) -> Value {
         let value = self.eval(act, &a.right);
-        if let syn::Expr::Path(p) = &*a.left {
-            if let Some(ident) = p.path.get_ident() {
-                self.assign(act, &ident.to_string(), value);
-                return Value::Unit;
-            }
+        if let syn::Expr::Path(p) = &*a.left
+            && let Some(ident) = p.path.get_ident()
+        {
+            self.assign(act, &ident.to_string(), value);
+            return Value::Unit;
         }
         if let Some(field) = number::place_field(&a.left) {
             let mut tensors = Vec::new();
             value.tensors(&mut tensors);
-            if self.scope.written.contains(&field) && (!tensors.is_empty() || matches!(value, Value::Option(..))) {
+            if self.scope.written.contains(&field)
+                && (!tensors.is_empty() || matches!(value, Value::Option(..)))
+            {
                 self.acts[act].facts.push((at.expr, Fact::Write));
             }
         }
@@ -338,7 +412,9 @@ impl<'a> Trace<'_, 'a> {
         let end = bound(self, r.end.as_deref());
         match (&r.start, &r.end, start, end) {
             (None, None, _, _) => Value::Tuple(Vec::new()),
-            (Some(_), Some(end_expr), Some(start), Some(end)) if matches!(r.limits, syn::RangeLimits::HalfOpen(_)) => {
+            (Some(_), Some(end_expr), Some(start), Some(end))
+                if matches!(r.limits, syn::RangeLimits::HalfOpen(_)) =>
+            {
                 let at = self.at(act, end_expr);
                 Value::Range(Box::new(start), Box::new(end), at.expr)
             }
@@ -350,17 +426,33 @@ impl<'a> Trace<'_, 'a> {
         }
     }
 
-    pub(super) fn list(&mut self, act: ActId, elems: impl Iterator<Item = &'a syn::Expr>, at: At) -> Value {
+    pub(super) fn list(
+        &mut self,
+        act: ActId,
+        elems: impl Iterator<Item = &'a syn::Expr>,
+        at: At,
+    ) -> Value {
         let values: Vec<Value> = elems.map(|e| self.eval(act, e)).collect();
         let mut any = values.first().cloned().unwrap_or(Value::Opaque);
         if !values.iter().all(|v| *v == any) && !values.iter().any(|v| v.tensor().is_some()) {
-            any = values.iter().skip(1).fold(any, |acc, v| self.join(acc, v.clone(), &Cond::Unknown, at));
+            any = values
+                .iter()
+                .skip(1)
+                .fold(any, |acc, v| self.join(acc, v.clone(), &Cond::Unknown, at));
         }
-        Value::List { elems: Some(values), any: Box::new(any) }
+        Value::List {
+            elems: Some(values),
+            any: Box::new(any),
+        }
     }
 
     fn macro_call(&mut self, act: ActId, mac: &'a syn::Macro, _at: At) -> Value {
-        let name = mac.path.segments.last().map(|s| s.ident.to_string()).unwrap_or_default();
+        let name = mac
+            .path
+            .segments
+            .last()
+            .map(|s| s.ident.to_string())
+            .unwrap_or_default();
         let _ = act;
         match name.as_str() {
             "bail" | "panic" | "unreachable" | "unimplemented" | "todo" => Value::Never,
@@ -379,13 +471,21 @@ pub(super) fn not(c: Cond) -> Cond {
 }
 
 fn f_index(member: &syn::Member) -> Option<usize> {
-    if let syn::Member::Unnamed(i) = member { Some(i.index as usize) } else { None }
+    if let syn::Member::Unnamed(i) = member {
+        Some(i.index as usize)
+    } else {
+        None
+    }
 }
 
 fn literal(lit: &syn::Lit) -> Value {
     match lit {
-        syn::Lit::Int(i) if matches!(i.suffix(), "f32" | "f64") => Value::Num(i.base10_digits().parse().ok()),
-        syn::Lit::Int(i) => i.base10_parse::<i64>().map_or(Value::Opaque, |v| Value::Size(Size::constant(v))),
+        syn::Lit::Int(i) if matches!(i.suffix(), "f32" | "f64") => {
+            Value::Num(i.base10_digits().parse().ok())
+        }
+        syn::Lit::Int(i) => i
+            .base10_parse::<i64>()
+            .map_or(Value::Opaque, |v| Value::Size(Size::constant(v))),
         syn::Lit::Float(f) => Value::Num(f.base10_parse().ok()),
         syn::Lit::Bool(b) => Value::Bool(Cond::Known(b.value)),
         _ => Value::Opaque,

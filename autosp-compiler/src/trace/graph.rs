@@ -72,6 +72,10 @@ pub(crate) struct Node {
 
 impl Node {
     pub(crate) fn row(&self) -> Option<&'static Row> {
-        if let Op::Row(row) = &self.op { Some(row) } else { None }
+        if let Op::Row(row) = &self.op {
+            Some(row)
+        } else {
+            None
+        }
     }
 }

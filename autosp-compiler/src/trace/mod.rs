@@ -9,8 +9,9 @@ mod call;
 mod control;
 mod eval;
 pub(crate) mod graph;
-mod shapes;
+mod pattern;
 pub(crate) mod shape;
+mod shapes;
 pub(crate) mod size;
 pub(crate) mod value;
 
@@ -106,7 +107,6 @@ pub(crate) struct Trace<'s, 'a> {
     pub(crate) offsets: Vec<String>,
     table: &'static Table,
     fields: HashMap<String, NodeId>,
-    /// Sizes that expressions had, for deciding where a conversion goes.
     depth: usize,
     steps: usize,
     fresh: u32,
@@ -132,13 +132,24 @@ impl<'s, 'a> Trace<'s, 'a> {
             assumed: Vec::new(),
         };
         let function = &scope.functions[root];
-        let at = At { act: 0, expr: u32::MAX, span: function.sig.ident.span() };
+        let at = At {
+            act: 0,
+            expr: u32::MAX,
+            span: function.sig.ident.span(),
+        };
         let mut params = Vec::new();
         for input in &function.sig.inputs {
             match input {
                 syn::FnArg::Receiver(_) => {
                     let ty = Ty::Scope(function.owner.clone().unwrap_or_default());
-                    params.push(("self".to_string(), Value::Object { ty, path: "self".into() }, true));
+                    params.push((
+                        "self".to_string(),
+                        Value::Object {
+                            ty,
+                            path: "self".into(),
+                        },
+                        true,
+                    ));
                 }
                 syn::FnArg::Typed(t) => {
                     let name = param_name(&t.pat);
@@ -162,7 +173,9 @@ impl<'s, 'a> Trace<'s, 'a> {
                 let atom = self.atoms.intern(AtomKind::Param(name.to_string()));
                 Value::Size(Size::of(Poly::atom(atom)))
             }
-            Ty::Option(inner) => Value::Option(Presence::Maybe, Box::new(self.root_param(inner, name, at))),
+            Ty::Option(inner) => {
+                Value::Option(Presence::Maybe, Box::new(self.root_param(inner, name, at)))
+            }
             other => self.of_type(other, name, at),
         }
     }
@@ -173,7 +186,8 @@ impl<'s, 'a> Trace<'s, 'a> {
             Ty::Tensor => {
                 let known = self.fields.get(path).copied();
                 let node = known.unwrap_or_else(|| {
-                    let node = self.node(Op::Field, Vec::new(), Shape::Partial(Vec::new()), at, path);
+                    let node =
+                        self.node(Op::Field, Vec::new(), Shape::Partial(Vec::new()), at, path);
                     self.fields.insert(path.to_string(), node);
                     node
                 });
@@ -185,28 +199,60 @@ impl<'s, 'a> Trace<'s, 'a> {
             }
             Ty::Float => Value::Num(None),
             Ty::Bool => Value::Bool(value::Cond::Unknown),
-            Ty::Scope(_) | Ty::Lib(_) => Value::Object { ty: ty.clone(), path: path.to_string() },
-            Ty::Option(inner) => Value::Option(Presence::Maybe, Box::new(self.of_type(inner, path, at))),
+            Ty::Scope(_) | Ty::Lib(_) => Value::Object {
+                ty: ty.clone(),
+                path: path.to_string(),
+            },
+            Ty::Option(inner) => {
+                Value::Option(Presence::Maybe, Box::new(self.of_type(inner, path, at)))
+            }
             Ty::List(inner) => {
                 let any = self.of_type(inner, &format!("{path}[_]"), at);
-                Value::List { elems: None, any: Box::new(any) }
+                Value::List {
+                    elems: None,
+                    any: Box::new(any),
+                }
             }
-            Ty::Tuple(tys) => {
-                Value::Tuple(tys.iter().enumerate().map(|(i, t)| self.of_type(t, &format!("{path}.{i}"), at)).collect())
-            }
+            Ty::Tuple(tys) => Value::Tuple(
+                tys.iter()
+                    .enumerate()
+                    .map(|(i, t)| self.of_type(t, &format!("{path}.{i}"), at))
+                    .collect(),
+            ),
             Ty::Map(_) | Ty::Other => Value::Opaque,
         }
     }
 
-    pub(crate) fn node(&mut self, op: Op, inputs: Vec<Input>, shape: Shape, at: At, text: &str) -> NodeId {
-        self.nodes.push(Node { op, inputs, shape, at, touches: Vec::new(), text: text.to_string(), sizes_read: false });
+    pub(crate) fn node(
+        &mut self,
+        op: Op,
+        inputs: Vec<Input>,
+        shape: Shape,
+        at: At,
+        text: &str,
+    ) -> NodeId {
+        self.nodes.push(Node {
+            op,
+            inputs,
+            shape,
+            at,
+            touches: Vec::new(),
+            text: text.to_string(),
+            sizes_read: false,
+        });
         self.nodes.len() - 1
     }
 
     /// A tensor that could not be followed.
     fn unknown(&mut self, reason: Reason, inputs: Vec<Input>, at: At, text: &str) -> NodeId {
         let message = reason.message.clone();
-        self.node(Op::Unknown(Rc::new(reason)), inputs, Shape::Unknown(message), at, text)
+        self.node(
+            Op::Unknown(Rc::new(reason)),
+            inputs,
+            Shape::Unknown(message),
+            at,
+            text,
+        )
     }
 
     /// A width that nothing is known of but its place.
@@ -221,12 +267,23 @@ impl<'s, 'a> Trace<'s, 'a> {
     }
 
     /// Evaluates a function; `params` are name, value and whether the parameter is a reference.
-    fn activate(&mut self, function: usize, parent: Option<(ActId, u32)>, params: Vec<(String, Value, bool)>) -> Value {
+    fn activate(
+        &mut self,
+        function: usize,
+        parent: Option<(ActId, u32)>,
+        params: Vec<(String, Value, bool)>,
+    ) -> Value {
         let act = self.acts.len();
         let f = &self.scope.functions[function];
         let mut vars = HashMap::new();
         for (name, value, by_ref) in &params {
-            vars.insert(name.clone(), Binding { value: value.clone(), by_ref: *by_ref });
+            vars.insert(
+                name.clone(),
+                Binding {
+                    value: value.clone(),
+                    by_ref: *by_ref,
+                },
+            );
         }
         self.acts.push(Act {
             function,
@@ -245,19 +302,29 @@ impl<'s, 'a> Trace<'s, 'a> {
         }
         // Destructured parameters, `(q, k): (&Tensor, &Tensor)`.
         for input in &f.sig.inputs {
-            if let syn::FnArg::Typed(t) = input {
-                if !matches!(&*t.pat, syn::Pat::Ident(_)) {
-                    let value = self.lookup(act, &param_name(&t.pat)).map_or(Value::Opaque, |b| b.value);
-                    self.bind(act, &t.pat, value, true);
-                }
+            if let syn::FnArg::Typed(t) = input
+                && !matches!(&*t.pat, syn::Pat::Ident(_))
+            {
+                let value = self
+                    .lookup(act, &param_name(&t.pat))
+                    .map_or(Value::Opaque, |b| b.value);
+                self.bind(act, &t.pat, value, true);
             }
         }
         self.depth += 1;
-        let tail = if self.depth > DEPTH { Value::Opaque } else { self.block(act, f.block) };
+        let tail = if self.depth > DEPTH {
+            Value::Opaque
+        } else {
+            self.block(act, f.block)
+        };
         self.depth -= 1;
         let mut result = tail;
         for value in std::mem::take(&mut self.acts[act].returns) {
-            let at = At { act, expr: u32::MAX, span: f.sig.ident.span() };
+            let at = At {
+                act,
+                expr: u32::MAX,
+                span: f.sig.ident.span(),
+            };
             result = self.join(result, value, &value::Cond::Unknown, at);
         }
         self.acts[act].result = result.clone();
@@ -265,7 +332,12 @@ impl<'s, 'a> Trace<'s, 'a> {
     }
 
     pub(crate) fn lookup(&self, act: ActId, name: &str) -> Option<Binding> {
-        self.acts[act].scopes.iter().rev().find_map(|s| s.get(name)).cloned()
+        self.acts[act]
+            .scopes
+            .iter()
+            .rev()
+            .find_map(|s| s.get(name))
+            .cloned()
     }
 
     fn declare(&mut self, act: ActId, name: &str, value: Value, by_ref: bool) {
@@ -275,27 +347,46 @@ impl<'s, 'a> Trace<'s, 'a> {
     }
 
     fn assign(&mut self, act: ActId, name: &str, value: Value) {
-        if let Some(binding) = self.acts[act].scopes.iter_mut().rev().find_map(|s| s.get_mut(name)) {
+        if let Some(binding) = self.acts[act]
+            .scopes
+            .iter_mut()
+            .rev()
+            .find_map(|s| s.get_mut(name))
+        {
             binding.value = value;
         }
     }
 
     fn at(&self, act: ActId, e: &syn::Expr) -> At {
         let f = &self.scope.functions[self.acts[act].function];
-        At { act, expr: f.numbers.id(e), span: crate::syntax::span(e) }
+        At {
+            act,
+            expr: f.numbers.id(e),
+            span: crate::syntax::span(e),
+        }
     }
 
     /// Records a use of a size; sizes without a batch or sequence dimension need no class.
     fn use_size(&mut self, at: At, size: &Size, role: Role) {
         if self.atoms.anchored(&size.poly) {
-            self.sizes.push(SizeUse { act: at.act, expr: at.expr, size: size.clone(), role, span: at.span });
+            self.sizes.push(SizeUse {
+                act: at.act,
+                expr: at.expr,
+                size: size.clone(),
+                role,
+                span: at.span,
+            });
         }
     }
 
     /// A size as a dimension: offsets into a cache are dropped and remembered.
     fn dimension(&mut self, size: &Size) -> Poly {
         let atoms = &self.atoms;
-        if atoms.anchored(&size.poly) { atoms.without_offsets(&size.poly, &mut self.offsets) } else { size.poly.clone() }
+        if atoms.anchored(&size.poly) {
+            atoms.without_offsets(&size.poly, &mut self.offsets)
+        } else {
+            size.poly.clone()
+        }
     }
 
     /// The dimensions of a tensor, once its rank is known from a use such as `dims3()`.
@@ -306,28 +397,50 @@ impl<'s, 'a> Trace<'s, 'a> {
             Shape::Unknown(_) => return None,
             Shape::Partial(_) => {}
         }
-        let Shape::Partial(known) = self.nodes[node].shape.clone() else { return None };
+        let Shape::Partial(known) = self.nodes[node].shape.clone() else {
+            return None;
+        };
         let op = self.nodes[node].op.clone();
         let source = self.nodes[node].inputs.first().map(|i| i.node);
         let mut dims: Vec<Dim> = match (&op, source) {
             (Op::Param(name), _) => (0..rank)
-                .map(|d| Dim::of(Poly::atom(self.atoms.intern(AtomKind::Dim(name.clone(), d)))))
+                .map(|d| {
+                    Dim::of(Poly::atom(
+                        self.atoms.intern(AtomKind::Dim(name.clone(), d)),
+                    ))
+                })
                 .collect(),
-            (Op::Row(row), Some(source)) if row.shape == crate::ops::ShapeRule::Embedding && rank > 0 => {
+            (Op::Row(row), Some(source))
+                if row.shape == crate::ops::ShapeRule::Embedding && rank > 0 =>
+            {
                 let mut dims = self.with_rank(source, rank - 1)?;
-                dims.push(Dim::of(self.feature(format!("{}.width", self.nodes[node].text.clone()))));
+                dims.push(Dim::of(
+                    self.feature(format!("{}.width", self.nodes[node].text.clone())),
+                ));
                 dims
             }
-            (Op::Row(row), Some(source)) if row.shape == crate::ops::ShapeRule::Linear && rank > 0 => {
+            (Op::Row(row), Some(source))
+                if row.shape == crate::ops::ShapeRule::Linear && rank > 0 =>
+            {
                 let mut dims = self.with_rank(source, rank)?;
-                dims[rank - 1] = Dim::of(self.feature(format!("{}.out", self.nodes[node].text.clone())));
+                dims[rank - 1] =
+                    Dim::of(self.feature(format!("{}.out", self.nodes[node].text.clone())));
                 dims
             }
-            (Op::Row(row), Some(source)) if matches!(row.shape, crate::ops::ShapeRule::Same | crate::ops::ShapeRule::Broadcast) => {
+            (Op::Row(row), Some(source))
+                if matches!(
+                    row.shape,
+                    crate::ops::ShapeRule::Same | crate::ops::ShapeRule::Broadcast
+                ) =>
+            {
                 self.with_rank(source, rank)?
             }
             (Op::Phi { .. }, Some(source)) => self.with_rank(source, rank)?,
-            _ => (0..rank).map(|d| Dim::of(self.feature(format!("{}.dim({d})", self.nodes[node].text.clone())))).collect(),
+            _ => (0..rank)
+                .map(|d| {
+                    Dim::of(self.feature(format!("{}.dim({d})", self.nodes[node].text.clone())))
+                })
+                .collect(),
         };
         for (d, dim) in known {
             if let Some(slot) = dims.get_mut(d) {
@@ -340,7 +453,11 @@ impl<'s, 'a> Trace<'s, 'a> {
 
     /// A reason with the code for what the analysis cannot follow.
     fn reason(message: impl Into<String>, help: impl Into<String>) -> Reason {
-        Reason { code: codes::NOT_FOLLOWED, message: message.into(), help: help.into() }
+        Reason {
+            code: codes::NOT_FOLLOWED,
+            message: message.into(),
+            help: help.into(),
+        }
     }
 }
 

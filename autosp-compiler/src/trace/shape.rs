@@ -19,15 +19,28 @@ pub(crate) struct Dim(pub(crate) Vec<Factor>);
 
 impl Dim {
     pub(crate) fn of(size: Poly) -> Self {
-        if size.is_one() { Self(Vec::new()) } else { Self(vec![Factor { size, repeat: false }]) }
+        if size.is_one() {
+            Self(Vec::new())
+        } else {
+            Self(vec![Factor {
+                size,
+                repeat: false,
+            }])
+        }
     }
 
     pub(crate) fn repeated(size: Poly) -> Self {
-        if size.is_one() { Self(Vec::new()) } else { Self(vec![Factor { size, repeat: true }]) }
+        if size.is_one() {
+            Self(Vec::new())
+        } else {
+            Self(vec![Factor { size, repeat: true }])
+        }
     }
 
     pub(crate) fn size(&self, atoms: &Atoms) -> Poly {
-        self.0.iter().fold(Poly::one(), |acc, f| atoms.mul(&acc, &f.size))
+        self.0
+            .iter()
+            .fold(Poly::one(), |acc, f| atoms.mul(&acc, &f.size))
     }
 
     pub(crate) fn is_one(&self) -> bool {
@@ -78,15 +91,32 @@ pub(crate) enum Target {
 }
 
 /// Splits and merges factors into the target dimensions, or says why that would mix tokens.
-pub(crate) fn reshape(atoms: &Atoms, input: &[Dim], targets: &[Target]) -> Result<Vec<Dim>, String> {
+pub(crate) fn reshape(
+    atoms: &Atoms,
+    input: &[Dim],
+    targets: &[Target],
+) -> Result<Vec<Dim>, String> {
     let factors: Vec<Factor> = input.iter().flat_map(|d| d.0.iter().cloned()).collect();
     let hole = targets.iter().position(|t| matches!(t, Target::Hole));
     let sizes = |range: &[Target]| -> Vec<Poly> {
-        range.iter().filter_map(|t| if let Target::Size(p) = t { Some(atoms.normal(p)) } else { None }).collect()
+        range
+            .iter()
+            .filter_map(|t| {
+                if let Target::Size(p) = t {
+                    Some(atoms.normal(p))
+                } else {
+                    None
+                }
+            })
+            .collect()
     };
     let Some(hole) = hole else {
         let (dims, used) = consume(atoms, &factors, &sizes(targets), true)?;
-        return if used == factors.len() { Ok(dims) } else { Err(leftover(atoms, &factors[used..])) };
+        return if used == factors.len() {
+            Ok(dims)
+        } else {
+            Err(leftover(atoms, &factors[used..]))
+        };
     };
     // What stands right of the hole is taken from the right.
     let (left, used_left) = consume(atoms, &factors, &sizes(&targets[..hole]), false)?;
@@ -94,7 +124,10 @@ pub(crate) fn reshape(atoms: &Atoms, input: &[Dim], targets: &[Target]) -> Resul
     let right_sizes: Vec<Poly> = sizes(&targets[hole + 1..]).into_iter().rev().collect();
     let (right, used_right) = consume(atoms, &reversed, &right_sizes, false)?;
     let middle = factors[used_left..factors.len() - used_right].to_vec();
-    let right = right.into_iter().rev().map(|d| Dim(d.0.into_iter().rev().collect()));
+    let right = right
+        .into_iter()
+        .rev()
+        .map(|d| Dim(d.0.into_iter().rev().collect()));
     Ok(left.into_iter().chain([Dim(middle)]).chain(right).collect())
 }
 
@@ -105,7 +138,12 @@ fn leftover(atoms: &Atoms, left: &[Factor]) -> String {
 
 /// Matches factors to sizes in order. Batch and sequence factors must match exactly; a run of features between them is
 /// regrouped freely, for its element count is checked when the program runs. `last` says that nothing follows.
-fn consume(atoms: &Atoms, factors: &[Factor], sizes: &[Poly], last: bool) -> Result<(Vec<Dim>, usize), String> {
+fn consume(
+    atoms: &Atoms,
+    factors: &[Factor],
+    sizes: &[Poly],
+    last: bool,
+) -> Result<(Vec<Dim>, usize), String> {
     let mut at = 0;
     let mut dims: Vec<Dim> = Vec::with_capacity(sizes.len());
     let mut j = 0;
@@ -114,7 +152,10 @@ fn consume(atoms: &Atoms, factors: &[Factor], sizes: &[Poly], last: bool) -> Res
         let mut dim = Dim::default();
         while !rest.is_one() {
             let Some(factor) = factors.get(at) else {
-                return Err(format!("expected more elements for `{}`", atoms.show(&sizes[j])));
+                return Err(format!(
+                    "expected more elements for `{}`",
+                    atoms.show(&sizes[j])
+                ));
             };
             let size = atoms.normal(&factor.size);
             if size == rest {
@@ -122,7 +163,8 @@ fn consume(atoms: &Atoms, factors: &[Factor], sizes: &[Poly], last: bool) -> Res
             } else if let Some(quotient) = divide(&rest, &size) {
                 rest = quotient;
             } else if !atoms.anchored(&size) && !atoms.anchored(&rest) {
-                let (run, used, taken) = features(atoms, &factors[at..], &rest, &sizes[j + 1..], last)?;
+                let (run, used, taken) =
+                    features(atoms, &factors[at..], &rest, &sizes[j + 1..], last)?;
                 let mut run = run.into_iter();
                 dim.0.extend(run.next().unwrap_or_default().0);
                 dims.push(dim);
@@ -136,7 +178,11 @@ fn consume(atoms: &Atoms, factors: &[Factor], sizes: &[Poly], last: bool) -> Res
                 rest = sizes[j].clone();
                 continue;
             } else {
-                return Err(format!("expected `{}` next, found `{}`", atoms.show(&size), atoms.show(&rest)));
+                return Err(format!(
+                    "expected `{}` next, found `{}`",
+                    atoms.show(&size),
+                    atoms.show(&rest)
+                ));
             }
             dim.0.push(factor.clone());
             at += 1;
@@ -156,16 +202,25 @@ fn features(
     further: &[Poly],
     last: bool,
 ) -> Result<(Vec<Dim>, usize, usize), String> {
-    let run = factors.iter().take_while(|f| !atoms.anchored(&f.size)).count();
+    let run = factors
+        .iter()
+        .take_while(|f| !atoms.anchored(&f.size))
+        .count();
     let taken = further.iter().take_while(|p| !atoms.anchored(p)).count();
     if !last && run == factors.len() && taken == further.len() && run > 1 {
-        return Err(format!("cannot tell which of the widths `{}` names", atoms.show(first)));
+        return Err(format!(
+            "cannot tell which of the widths `{}` names",
+            atoms.show(first)
+        ));
     }
     if taken == 0 {
         return Ok((vec![Dim(factors[..run].to_vec())], run, 0));
     }
     // Several names for several widths: the names given are taken as the new factors.
-    let dims = std::iter::once(first).chain(&further[..taken]).map(|p| Dim::of(p.clone())).collect();
+    let dims = std::iter::once(first)
+        .chain(&further[..taken])
+        .map(|p| Dim::of(p.clone()))
+        .collect();
     Ok((dims, run, taken))
 }
 
@@ -183,11 +238,22 @@ pub(crate) fn broadcast(atoms: &mut Atoms, a: &[Dim], b: &[Dim]) -> Result<Vec<D
             (Some(l), Some(r)) => {
                 let (p, q) = (l.size(atoms), r.size(atoms));
                 if !atoms.unify(&p, &q) {
-                    return Err(format!("expected size `{}` in dimension {i}, found `{}`", atoms.show(&p), atoms.show(&q)));
+                    return Err(format!(
+                        "expected size `{}` in dimension {i}, found `{}`",
+                        atoms.show(&p),
+                        atoms.show(&q)
+                    ));
                 }
                 // Keep the finer description; elements repeat only where they repeat in both.
                 let finer = if l.0.len() >= r.0.len() { l } else { r };
-                Dim(finer.0.iter().map(|f| Factor { size: f.size.clone(), repeat: false }).collect())
+                Dim(finer
+                    .0
+                    .iter()
+                    .map(|f| Factor {
+                        size: f.size.clone(),
+                        repeat: false,
+                    })
+                    .collect())
             }
             (Some(d), None) | (None, Some(d)) => d.clone(),
             (None, None) => Dim::default(),
@@ -203,7 +269,13 @@ pub(crate) fn show(atoms: &Atoms, dims: &[Dim]) -> String {
         .map(|d| match d.0.len() {
             0 => "1".to_string(),
             1 => atoms.show(&d.0[0].size),
-            _ => format!("({})", d.0.iter().map(|f| atoms.show(&f.size)).collect::<Vec<_>>().join(" * ")),
+            _ => format!(
+                "({})",
+                d.0.iter()
+                    .map(|f| atoms.show(&f.size))
+                    .collect::<Vec<_>>()
+                    .join(" * ")
+            ),
         })
         .collect();
     format!("[{}]", names.join(", "))
@@ -229,7 +301,14 @@ mod tests {
         let (b, s) = (dim(0), dim(1));
         let mut feature = |n: &str| Poly::atom(atoms.intern(AtomKind::Feature(n.into())));
         let (heads, width, hidden) = (feature("heads"), feature("width"), feature("hidden"));
-        World { atoms, b, s, heads, width, hidden }
+        World {
+            atoms,
+            b,
+            s,
+            heads,
+            width,
+            hidden,
+        }
     }
 
     fn dims(sizes: &[&Poly]) -> Vec<Dim> {
@@ -256,14 +335,22 @@ mod tests {
         let w = world();
         let y = dims(&[&w.b, &w.heads, &w.s, &w.width]);
         let err = reshape(&w.atoms, &y, &targets(&[&w.b, &w.s, &w.hidden])).unwrap_err();
-        assert!(err.contains("expected `heads` next, found `x.dim(1)`"), "{err}");
+        assert!(
+            err.contains("expected `heads` next, found `x.dim(1)`"),
+            "{err}"
+        );
     }
 
     #[test]
     fn flattened_tokens_split_back() {
         let w = world();
         let bs = w.atoms.mul(&w.b, &w.s);
-        let flat = reshape(&w.atoms, &dims(&[&w.b, &w.s, &w.hidden]), &targets(&[&bs, &w.hidden])).unwrap();
+        let flat = reshape(
+            &w.atoms,
+            &dims(&[&w.b, &w.s, &w.hidden]),
+            &targets(&[&bs, &w.hidden]),
+        )
+        .unwrap();
         assert_eq!(flat[0].0.len(), 2);
         let back = reshape(&w.atoms, &flat, &targets(&[&w.b, &w.s, &w.hidden])).unwrap();
         assert_eq!(back, dims(&[&w.b, &w.s, &w.hidden]));
@@ -275,7 +362,11 @@ mod tests {
     fn a_hole_takes_what_is_left() {
         let w = world();
         let x = dims(&[&w.b, &w.s, &w.heads, &w.width]);
-        let targets = [Target::Size(w.b.clone()), Target::Size(w.s.clone()), Target::Hole];
+        let targets = [
+            Target::Size(w.b.clone()),
+            Target::Size(w.s.clone()),
+            Target::Hole,
+        ];
         let out = reshape(&w.atoms, &x, &targets).unwrap();
         assert_eq!(out[2].0.len(), 2);
         let targets = [Target::Hole, Target::Size(w.width.clone())];
@@ -288,7 +379,13 @@ mod tests {
         let mut w = world();
         let kv = Poly::atom(w.atoms.intern(AtomKind::Feature("kv".into())));
         let rep = w.atoms.div(&w.heads.clone(), &kv);
-        let x = vec![Dim::of(w.b.clone()), Dim::of(kv.clone()), Dim::repeated(rep), Dim::of(w.s.clone()), Dim::of(w.width.clone())];
+        let x = vec![
+            Dim::of(w.b.clone()),
+            Dim::of(kv.clone()),
+            Dim::repeated(rep),
+            Dim::of(w.s.clone()),
+            Dim::of(w.width.clone()),
+        ];
         let out = reshape(&w.atoms, &x, &targets(&[&w.b, &w.heads, &w.s, &w.width]));
         let out = out.unwrap();
         assert!(out[1].has_repeat());

@@ -111,12 +111,22 @@ impl Poly {
 
     /// The part of the terms for which `keep` holds.
     fn filter(&self, keep: impl Fn(&Mono) -> bool) -> Self {
-        Self(self.0.iter().filter(|(m, _)| keep(m)).map(|(m, c)| (m.clone(), *c)).collect())
+        Self(
+            self.0
+                .iter()
+                .filter(|(m, _)| keep(m))
+                .map(|(m, c)| (m.clone(), *c))
+                .collect(),
+        )
     }
 
     /// Whether every term contains `atom` exactly once: a multiple of it.
     pub(crate) fn is_multiple_of(&self, atom: AtomId) -> bool {
-        !self.0.is_empty() && self.0.keys().all(|m| m.iter().filter(|a| **a == atom).count() == 1)
+        !self.0.is_empty()
+            && self
+                .0
+                .keys()
+                .all(|m| m.iter().filter(|a| **a == atom).count() == 1)
     }
 }
 
@@ -169,7 +179,8 @@ impl Atoms {
 
     /// Whether a size has a batch or sequence dimension in it.
     pub(crate) fn anchored(&self, p: &Poly) -> bool {
-        p.atoms().any(|a| matches!(self.kind(self.root(a)), AtomKind::Dim(..)))
+        p.atoms()
+            .any(|a| matches!(self.kind(self.root(a)), AtomKind::Dim(..)))
     }
 
     /// Holds two sizes to be equal, if that is possible: exactly where a batch or sequence dimension is part of either,
@@ -183,10 +194,14 @@ impl Atoms {
             return false;
         }
         match (a.as_atom(), b.as_atom()) {
-            (Some(x), _) if matches!(self.kind(x), AtomKind::Feature(_)) && b.as_atom().is_some() => {
+            (Some(x), _)
+                if matches!(self.kind(x), AtomKind::Feature(_)) && b.as_atom().is_some() =>
+            {
                 self.same[x as usize] = b.as_atom().unwrap_or(x);
             }
-            (_, Some(y)) if matches!(self.kind(y), AtomKind::Feature(_)) && a.as_atom().is_some() => {
+            (_, Some(y))
+                if matches!(self.kind(y), AtomKind::Feature(_)) && a.as_atom().is_some() =>
+            {
                 self.same[y as usize] = a.as_atom().unwrap_or(y);
             }
             _ => {}
@@ -209,8 +224,12 @@ impl Atoms {
     /// `b * (a / b)` is `a`.
     fn cancel(&self, mut mono: Mono, c: i64) -> Poly {
         for (i, id) in mono.iter().enumerate() {
-            let AtomKind::Quotient(num, den) = self.kind(*id) else { continue };
-            let (Some((num, 1)), Some((den, 1))) = (num.monomial(), den.monomial()) else { continue };
+            let AtomKind::Quotient(num, den) = self.kind(*id) else {
+                continue;
+            };
+            let (Some((num, 1)), Some((den, 1))) = (num.monomial(), den.monomial()) else {
+                continue;
+            };
             let mut rest = mono.clone();
             rest.remove(i);
             if let Some(mut left) = without(&rest, den) {
@@ -239,10 +258,10 @@ impl Atoms {
         let p = self.normal(p);
         let offset = |m: &Mono| m.len() == 1 && matches!(self.kind(m[0]), AtomKind::Param(_));
         for mono in p.0.keys().filter(|m| offset(m)) {
-            if let AtomKind::Param(name) = self.kind(mono[0]) {
-                if !dropped.contains(name) {
-                    dropped.push(name.clone());
-                }
+            if let AtomKind::Param(name) = self.kind(mono[0])
+                && !dropped.contains(name)
+            {
+                dropped.push(name.clone());
             }
         }
         p.filter(|m| !offset(m))
@@ -256,7 +275,11 @@ impl Atoms {
         }
         let mut out = String::new();
         // Terms with atoms first: `s - 1`, not `-1 + s`.
-        for (mono, c) in p.0.iter().filter(|(m, _)| !m.is_empty()).chain(p.0.iter().filter(|(m, _)| m.is_empty())) {
+        for (mono, c) in
+            p.0.iter()
+                .filter(|(m, _)| !m.is_empty())
+                .chain(p.0.iter().filter(|(m, _)| m.is_empty()))
+        {
             let sign = if *c < 0 { "-" } else { "+" };
             if !out.is_empty() {
                 let _ = write!(out, " {sign} ");

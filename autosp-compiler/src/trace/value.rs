@@ -15,20 +15,32 @@ pub(crate) struct Size {
 
 impl Size {
     pub(crate) fn constant(value: i64) -> Self {
-        Self { poly: Poly::constant(value), origins: Rc::from([]) }
+        Self {
+            poly: Poly::constant(value),
+            origins: Rc::from([]),
+        }
     }
 
     pub(crate) fn of(poly: Poly) -> Self {
-        Self { poly, origins: Rc::from([]) }
+        Self {
+            poly,
+            origins: Rc::from([]),
+        }
     }
 
     pub(crate) fn with(&self, other: &Self, poly: Poly) -> Self {
         if other.origins.is_empty() {
-            return Self { poly, origins: self.origins.clone() };
+            return Self {
+                poly,
+                origins: self.origins.clone(),
+            };
         }
         let mut origins = self.origins.to_vec();
         origins.extend(other.origins.iter().filter(|o| !self.origins.contains(o)));
-        Self { poly, origins: origins.into() }
+        Self {
+            poly,
+            origins: origins.into(),
+        }
     }
 }
 
@@ -119,11 +131,17 @@ pub(crate) enum Value {
     Select(Box<Cond>, Box<Value>, Box<Value>),
     Tuple(Vec<Value>),
     /// A list: its elements one by one if they are known, else one that stands for all.
-    List { elems: Option<Vec<Value>>, any: Box<Value> },
+    List {
+        elems: Option<Vec<Value>>,
+        any: Box<Value>,
+    },
     /// `(index, element)` pairs and other adapters keep the element only.
     Option(Presence, Box<Value>),
     /// An instance of a struct: its type and the path to it.
-    Object { ty: Ty, path: String },
+    Object {
+        ty: Ty,
+        path: String,
+    },
     Range(Box<Size>, Box<Size>, u32),
     Closure(Closure),
     Host(Rc<Host>),
@@ -146,7 +164,11 @@ impl Value {
     }
 
     pub(crate) fn size(&self) -> Option<&Size> {
-        if let Self::Size(s) = self { Some(s) } else { None }
+        if let Self::Size(s) = self {
+            Some(s)
+        } else {
+            None
+        }
     }
 
     pub(crate) fn tensor(&self) -> Option<NodeId> {
