@@ -3,6 +3,7 @@
 //! Users name it as `autosp`; the code that the attribute emits names [`rt`].
 
 pub mod comm;
+pub mod data;
 pub mod error;
 pub mod ledger;
 pub mod loss;
@@ -17,6 +18,7 @@ pub mod scope;
 pub mod train;
 
 pub use autosp_plan::Settings;
+pub use data::{Batch, TextData};
 pub use error::{Error, Result};
 pub use ledger::{Bytes, Ledger};
 pub use mesh::Mesh;
