@@ -2,13 +2,19 @@
 //!
 //! Users name it as `autosp`; the code that the attribute emits names [`rt`].
 
+pub mod attention;
 pub mod comm;
 pub mod error;
+pub mod layout;
 pub mod ledger;
+pub mod mask;
 pub mod mesh;
 pub mod rt;
 pub mod run;
+pub mod schedule;
 pub mod scope;
+pub mod scores;
+pub mod site;
 
 pub use autosp_plan::Settings;
 pub use error::{Error, Result};

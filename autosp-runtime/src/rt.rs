@@ -2,6 +2,11 @@
 
 pub use candle_core::Result;
 
+pub use crate::layout::Layout;
+pub use crate::mask::{Band, HostMask, Mask, mask_rule};
+pub use crate::schedule::{Backward, Forward, HeadMap, Schedule, Site, Ulysses};
+pub use crate::scores::{Scores, Weights, scores, softmax};
+
 use autosp_plan::codes;
 use candle_core::Tensor;
 
