@@ -86,6 +86,43 @@ codes! {
         "A rank left the closure of the run without starting a collective that the others are in. Every rank must run the same number of steps: batches are counted per group, not per rank.";
     COLLECTIVE_ARGUMENT = "AS0406", "a collective got arguments that it does not take",
         "The number of parts is the size of the group, and shapes and types agree over its ranks.";
+    UNFINISHED = "AS0407", "a collective was never waited for",
+        "A rank started a collective and returned without waiting for it. What the others sent was lost; on a GPU the stream would hang.";
+
+    FILE_UNREADABLE = "AS0501", "a model or data file cannot be read",
+        "The path does not exist, is a folder where a file is needed, or may not be read. The message says which.";
+    FILE_BROKEN = "AS0502", "a model file is not a safetensors file",
+        "The file was cut short or is in another format. Models are read and written as safetensors.";
+    TENSOR_MISSING = "AS0503", "a model file lacks a tensor",
+        "The model asks for a tensor that none of the files holds. The file belongs to another model, a file of a set is missing, or the names have another prefix.";
+    TENSOR_SHAPE = "AS0504", "a tensor has another shape than the model expects",
+        "The model's configuration does not fit the file, or two parts of a model ask for one name with different shapes.";
+    FILE_UNWRITABLE = "AS0505", "a file cannot be written",
+        "The folder does not exist, may not be written, or the disk is full. What was there before is unchanged.";
+    NO_TEXT = "AS0506", "no text to train on",
+        "The paths hold no file that is valid UTF-8 text with at least one byte. Folders are searched for files; binary files, hidden folders and `target` are passed over.";
+    TEXT_SHORT = "AS0507", "the sequence is longer than the text",
+        "A sequence of S tokens is cut out of one piece of text, which has to be at least that long. Give more text or a smaller S.";
+    BATCH_SPLIT = "AS0508", "the batch does not divide by dp",
+        "A batch is global: its rows are shared out to the dp replicas, each of which takes the same number.";
+    BATCH_SHAPE = "AS0509", "a batch has a shape or type that cannot be sharded",
+        "Tokens are whole numbers of shape [batch, sequence]; labels have the shape of the tokens.";
+    NO_TARGET = "AS0510", "no valid target anywhere",
+        "Every label of the batch, on all ranks, is -100, so that the mean has nothing to average. Check the masking of the labels.";
+    LABEL_RANGE = "AS0511", "a label is not a class",
+        "A label is a class below the last dimension of the logits, or -100 to be ignored.";
+    NO_GRADIENT = "AS0512", "a variable gets no gradient on any rank",
+        "The loss does not depend on the variable, or an operation on the way has no backward, which candle does not report by itself. Freeze the variable if that is meant.";
+    NOT_FINITE = "AS0513", "the loss or a gradient is not finite",
+        "The step was not taken, and the parameters are what they were before it. Lower the learning rate, clip the gradients, or set `skip_non_finite` to pass over such batches.";
+    TABLE_SHORT = "AS0514", "a table of positions is shorter than the sequence",
+        "A table that holds one row a position (rope, learned positions, ALiBi) needs at least S rows, padding not counted. Build it for a longer context.";
+    POSITION = "AS0515", "a position is not in the sequence",
+        "The token that is picked has to be one of the S tokens of the sequence.";
+    TRAIN_SETTING = "AS0516", "a training setting has a value that it does not take",
+        "The message names the setting, what it takes and what was found.";
+    NOT_EQUIVALENT = "AS0517", "sharded training differs from one rank",
+        "The loss or a gradient differs by more than the contract allows: per tensor |a - b| <= 1e-5 |b| + 1e-7 x global gradient norm. The message names the tensor and the place of the largest difference.";
 
     UNREADABLE_FILE = "AS0601", "a file named on the command line cannot be read",
         "The path does not exist, is a folder, is not UTF-8 text, or may not be read. The message says which. `plan` and `expand` take one Rust source file.";

@@ -12,6 +12,7 @@ mod keys;
 mod value;
 
 use std::fmt;
+use std::path::Path;
 use std::time::Duration;
 
 pub use keys::{KEYS, Key, Kind, ReadAt, find};
@@ -21,6 +22,9 @@ use crate::codes::{self, Code};
 
 /// Prefix of the environment variables: `AUTOSP_SP=4` sets `sp`.
 pub const VARIABLE_PREFIX: &str = "AUTOSP_";
+
+/// The settings file that [`Settings::load`] looks for in the working folder.
+pub const FILE: &str = "autosp.toml";
 
 /// Which attention computes the heads of a rank.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -124,18 +128,48 @@ pub struct Settings {
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { values: KEYS.iter().map(|key| (key.default, Source::Default)).collect() }
+        Self {
+            values: KEYS
+                .iter()
+                .map(|key| (key.default, Source::Default))
+                .collect(),
+        }
     }
 }
 
 impl Settings {
+    /// The file `autosp.toml` of the working folder, if there is one, overridden by the variables `AUTOSP_*`.
+    ///
+    /// # Errors
+    /// As [`with_path`](Self::with_path) and [`from_env`](Self::from_env).
+    pub fn load() -> Result<Self, SettingsError> {
+        let settings = Self::default();
+        let settings = if Path::new(FILE).is_file() {
+            settings.with_path(Path::new(FILE))?
+        } else {
+            settings
+        };
+        settings.with_environment()
+    }
+
     /// The defaults, overridden by the variables `AUTOSP_*` of this process.
     ///
     /// # Errors
     /// A variable with the prefix that names no setting, or whose value does not fit its type.
     pub fn from_env() -> Result<Self, SettingsError> {
-        Self::default().with_variables(std::env::vars_os().filter_map(|(name, value)| {
-            Some((name.into_string().ok()?, value.to_string_lossy().into_owned()))
+        Self::default().with_environment()
+    }
+
+    /// Takes the variables `AUTOSP_*` of this process.
+    ///
+    /// # Errors
+    /// As [`from_env`](Self::from_env).
+    pub fn with_environment(self) -> Result<Self, SettingsError> {
+        self.with_variables(std::env::vars_os().filter_map(|(name, value)| {
+            Some((
+                name.into_string().ok()?,
+                value.to_string_lossy().into_owned(),
+            ))
         }))
     }
 
@@ -149,10 +183,28 @@ impl Settings {
     ) -> Result<Self, SettingsError> {
         for (name, text) in variables {
             if let Some(key) = name.strip_prefix(VARIABLE_PREFIX) {
-                self.set(&key.to_ascii_lowercase(), &text, Source::Variable(name.clone()))?;
+                self.set(
+                    &key.to_ascii_lowercase(),
+                    &text,
+                    Source::Variable(name.clone()),
+                )?;
             }
         }
         Ok(self)
+    }
+
+    /// Takes the values of a settings file.
+    ///
+    /// # Errors
+    /// AS0310 if it cannot be read; else as [`with_file`](Self::with_file).
+    pub fn with_path(self, path: &Path) -> Result<Self, SettingsError> {
+        let name = path.display().to_string();
+        let text = std::fs::read_to_string(path).map_err(|error| SettingsError {
+            code: codes::SETTINGS_FILE,
+            message: format!("{name}: {error}"),
+            help: None,
+        })?;
+        self.with_file(&name, &text)
     }
 
     /// Takes the values of a settings file, given as its text; `path` is only named in messages.
@@ -161,10 +213,15 @@ impl Settings {
     /// The text is not TOML (with line and column), names no setting, or holds a value of the wrong type.
     pub fn with_file(mut self, path: &str, text: &str) -> Result<Self, SettingsError> {
         for entry in file::read(path, text)? {
-            let source = Source::File { path: path.to_owned(), line: entry.line };
+            let source = Source::File {
+                path: path.to_owned(),
+                line: entry.line,
+            };
             let place = format!("{path}:{}:{}", entry.line, entry.column);
             let index = lookup(&entry.name, &place)?;
-            let value = KEYS[index].accept(entry.value).map_err(|found| KEYS[index].refuse(&found, &place))?;
+            let value = KEYS[index]
+                .accept(&entry.value)
+                .map_err(|found| KEYS[index].refuse(&found, &place))?;
             self.put(index, value, source);
         }
         Ok(self)
@@ -176,7 +233,9 @@ impl Settings {
     /// No setting has that name, or the text does not fit its type.
     pub fn set(&mut self, name: &str, text: &str, source: Source) -> Result<(), SettingsError> {
         let index = lookup(name, &source.to_string())?;
-        let value = KEYS[index].parse(text).map_err(|found| KEYS[index].refuse(&found, &source.to_string()))?;
+        let value = KEYS[index]
+            .parse(text)
+            .map_err(|found| KEYS[index].refuse(&found, &source.to_string()))?;
         self.put(index, value, source);
         Ok(())
     }
@@ -217,19 +276,25 @@ impl Settings {
     /// Sets the attention.
     #[must_use]
     pub fn with_attention(self, attention: Attention) -> Self {
-        self.program("attention", Value::Choice(match attention {
-            Attention::Tiled => "tiled",
-            Attention::Reference => "reference",
-        }))
+        self.program(
+            "attention",
+            Value::Choice(match attention {
+                Attention::Tiled => "tiled",
+                Attention::Reference => "reference",
+            }),
+        )
     }
 
     /// Sets what a forward keeps.
     #[must_use]
     pub fn with_policy(self, policy: Policy) -> Self {
-        self.program("policy", Value::Choice(match policy {
-            Policy::All => "all",
-            Policy::Input => "input",
-        }))
+        self.program(
+            "policy",
+            Value::Choice(match policy {
+                Policy::All => "all",
+                Policy::Input => "input",
+            }),
+        )
     }
 
     /// Ranks that share one sequence.
@@ -257,17 +322,27 @@ impl Settings {
 
     /// The attention.
     pub fn attention(&self) -> Attention {
-        if self.choice("attention") == "reference" { Attention::Reference } else { Attention::Tiled }
+        if self.choice("attention") == "reference" {
+            Attention::Reference
+        } else {
+            Attention::Tiled
+        }
     }
 
     /// What a forward keeps.
     pub fn policy(&self) -> Policy {
-        if self.choice("policy") == "input" { Policy::Input } else { Policy::All }
+        if self.choice("policy") == "input" {
+            Policy::Input
+        } else {
+            Policy::All
+        }
     }
 
     /// Every setting with its value and where it came from, in the order of [`KEYS`].
     pub fn entries(&self) -> impl Iterator<Item = (&'static Key, Value, &Source)> {
-        KEYS.iter().zip(&self.values).map(|(key, (value, source))| (key, *value, source))
+        KEYS.iter()
+            .zip(&self.values)
+            .map(|(key, (value, source))| (key, *value, source))
     }
 
     /// Where the value of `name` came from; `None` if there is no such setting.
@@ -313,7 +388,10 @@ impl Settings {
 fn lookup(name: &str, place: &str) -> Result<usize, SettingsError> {
     find(name).ok_or_else(|| SettingsError {
         code: codes::UNKNOWN_SETTING,
-        message: format!("unknown setting `{name}` ({place}), expected one of {}", keys::names()),
+        message: format!(
+            "unknown setting `{name}` ({place}), expected one of {}",
+            keys::names()
+        ),
         help: keys::nearest(name).map(|known| format!("did you mean `{known}`?")),
     })
 }

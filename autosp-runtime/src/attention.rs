@@ -89,23 +89,46 @@ impl Sizes {
                 codes::SITE_SHAPE,
                 format!(
                     "q {:?}: expected k {:?} and v {:?}, found {:?} and {:?}",
-                    q.dims(), expected.0, expected.1, k.dims(), v.dims()
+                    q.dims(),
+                    expected.0,
+                    expected.1,
+                    k.dims(),
+                    v.dims()
                 ),
             ));
         }
-        if spec.kv_of.len() != heads || spec.heads.len() != heads || spec.kv_of.iter().any(|&g| g >= kv_heads) {
+        if spec.kv_of.len() != heads
+            || spec.heads.len() != heads
+            || spec.kv_of.iter().any(|&g| g >= kv_heads)
+        {
             return Err(Error::new(
                 codes::SITE_SHAPE,
-                format!("expected a kv head below {kv_heads} for each of {heads} query heads, found {:?}", spec.kv_of),
+                format!(
+                    "expected a kv head below {kv_heads} for each of {heads} query heads, found {:?}",
+                    spec.kv_of
+                ),
             ));
         }
         if k.dtype() != q.dtype() || v.dtype() != q.dtype() {
             return Err(Error::new(
                 codes::KERNEL,
-                format!("expected q, k and v of one type, found {:?}, {:?} and {:?}", q.dtype(), k.dtype(), v.dtype()),
+                format!(
+                    "expected q, k and v of one type, found {:?}, {:?} and {:?}",
+                    q.dtype(),
+                    k.dtype(),
+                    v.dtype()
+                ),
             ));
         }
-        Ok(Self { batch, heads, kv_heads, queries, keys, d, dv })
+        Ok(Self {
+            batch,
+            heads,
+            kv_heads,
+            queries,
+            keys,
+            d,
+            dv,
+        })
     }
 }
 
@@ -136,11 +159,26 @@ pub struct Gradients {
 macro_rules! by_type {
     ($tensor:expr, $e:ident => $body:expr) => {
         match $tensor.dtype() {
-            DType::F32 => { type $e = f32; $body }
-            DType::F64 => { type $e = f64; $body }
-            DType::BF16 => { type $e = bf16; $body }
-            DType::F16 => { type $e = f16; $body }
-            other => Err(Error::new(codes::KERNEL, format!("attention: expected a float type, found {other:?}"))),
+            DType::F32 => {
+                type $e = f32;
+                $body
+            }
+            DType::F64 => {
+                type $e = f64;
+                $body
+            }
+            DType::BF16 => {
+                type $e = bf16;
+                $body
+            }
+            DType::F16 => {
+                type $e = f16;
+                $body
+            }
+            other => Err(Error::new(
+                codes::KERNEL,
+                format!("attention: expected a float type, found {other:?}"),
+            )),
         }
     };
 }
@@ -178,7 +216,15 @@ pub fn backward(
     grad: &Tensor,
 ) -> Result<Gradients> {
     let sizes = Sizes::new(spec, q, k, v)?;
-    let Sizes { batch, heads, kv_heads, queries, keys, d, dv } = sizes;
+    let Sizes {
+        batch,
+        heads,
+        kv_heads,
+        queries,
+        keys,
+        d,
+        dv,
+    } = sizes;
     let expected = [batch, heads, queries, dv];
     for (name, tensor) in [("output", &output.o), ("gradient", grad)] {
         if tensor.dims() != expected || tensor.dtype() != q.dtype() {
@@ -186,7 +232,9 @@ pub fn backward(
                 codes::SITE_SHAPE,
                 format!(
                     "{name} of attention: expected {:?} {expected:?}, found {:?} {:?}",
-                    q.dtype(), tensor.dtype(), tensor.dims()
+                    q.dtype(),
+                    tensor.dtype(),
+                    tensor.dims()
                 ),
             ));
         }
@@ -247,7 +295,9 @@ impl<E> Problem<'_, E> {
 
     /// The query heads of a kv head, in their order.
     fn heads_of(&self, kv_head: usize) -> Vec<usize> {
-        (0..self.sizes.heads).filter(|&h| self.spec.kv_of[h] == kv_head).collect()
+        (0..self.sizes.heads)
+            .filter(|&h| self.spec.kv_of[h] == kv_head)
+            .collect()
     }
 }
 
@@ -258,7 +308,6 @@ struct Given<'a, E: Element> {
     rest: &'a [E::Acc],
     grad: View<'a, E>,
 }
-
 
 #[cfg(test)]
 mod tests;

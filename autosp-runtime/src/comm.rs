@@ -15,8 +15,10 @@ use std::fmt;
 
 use candle_core::Tensor;
 
-pub use collectives::{all_gather, all_reduce_sum, all_to_all, barrier, broadcast, chunk, reduce_scatter};
-pub(crate) use local::{Fault, Group, LocalEngine, World};
+pub use collectives::{
+    all_gather, all_reduce_sum, all_to_all, barrier, broadcast, chunk, reduce_scatter,
+};
+pub(crate) use local::{Fault, Group, LocalEngine, World, list};
 
 use crate::Result;
 
@@ -39,7 +41,13 @@ pub struct Tag {
 impl Tag {
     /// The tag of a collective that belongs to no site.
     pub const fn new(name: &'static str, direction: &'static str) -> Self {
-        Self { name, direction, group: 0, step: 0, exchange: false }
+        Self {
+            name,
+            direction,
+            group: 0,
+            step: 0,
+            exchange: false,
+        }
     }
 
     /// The same collective at step `step`.
@@ -52,9 +60,10 @@ impl Tag {
 impl fmt::Display for Tag {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "`{}` {}", self.name, self.direction)?;
-        match self.exchange {
-            true => write!(f, " (head group {}, step {})", self.group, self.step),
-            false => write!(f, " (step {})", self.step),
+        if self.exchange {
+            write!(f, " (head group {}, step {})", self.group, self.step)
+        } else {
+            write!(f, " (step {})", self.step)
         }
     }
 }
@@ -84,9 +93,7 @@ impl Pending {
 /// ones before they wait. Only the thread of the rank uses its handle.
 pub trait Engine: Send + Sync {
     /// This rank's place in the group.
-    fn rank(&self) -> usize {
-        self.members().iter().position(|&rank| rank == self.world_rank()).unwrap_or(0)
-    }
+    fn rank(&self) -> usize;
 
     /// Ranks in the group.
     fn size(&self) -> usize {

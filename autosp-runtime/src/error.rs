@@ -14,7 +14,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// An error with a code that `cargo autosp explain` knows.
 ///
-/// Printed, in both forms, as its message, then a line of help if there is one, then the code:
+/// Printed as its message, then a line of help if there is one, then the code:
 /// ```
 /// use autosp_plan::codes;
 /// use autosp_runtime::Error;
@@ -39,7 +39,12 @@ const HELP: &str = "\n  help: ";
 impl Error {
     /// An error with a code and a message: lower case, no full stop, `expected X, found Y`.
     pub fn new(code: Code, message: impl Into<String>) -> Self {
-        Self(Box::new(Parts { code, message: message.into(), help: None, source: None }))
+        Self(Box::new(Parts {
+            code,
+            message: message.into(),
+            help: None,
+            source: None,
+        }))
     }
 
     /// Adds what the user can do: something that can be typed.
@@ -73,8 +78,18 @@ impl Error {
 
     /// The same error again, for a second reader; what candle reported stays with the first.
     pub(crate) fn copy(&self) -> Self {
-        let Parts { code, message, help, source: _ } = &*self.0;
-        Self(Box::new(Parts { code: *code, message: message.clone(), help: help.clone(), source: None }))
+        let Parts {
+            code,
+            message,
+            help,
+            source: _,
+        } = &*self.0;
+        Self(Box::new(Parts {
+            code: *code,
+            message: message.clone(),
+            help: help.clone(),
+            source: None,
+        }))
     }
 
     /// Reads the printed form back: the code at the end, the help before it.
@@ -85,7 +100,12 @@ impl Error {
             Some((message, help)) => (message, Some(help.to_owned())),
             None => (body, None),
         };
-        Some(Self(Box::new(Parts { code, message: message.to_owned(), help, source: None })))
+        Some(Self(Box::new(Parts {
+            code,
+            message: message.to_owned(),
+            help,
+            source: None,
+        })))
     }
 }
 
@@ -99,10 +119,14 @@ impl fmt::Display for Error {
     }
 }
 
-/// As [`Display`](fmt::Display): a `main` that returns the error prints this form.
+/// As [`Display`](fmt::Display), for a `main` that returns the error; then where candle failed, under `RUST_BACKTRACE=1`.
 impl fmt::Debug for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self, f)
+        fmt::Display::fmt(self, f)?;
+        match self.0.source.as_ref().and_then(backtrace) {
+            Some(backtrace) => write!(f, "\n{backtrace}"),
+            None => Ok(()),
+        }
     }
 }
 
@@ -116,7 +140,12 @@ impl std::error::Error for Error {
 impl From<Error> for candle_core::Error {
     fn from(error: Error) -> Self {
         match *error.0 {
-            Parts { code, source: Some(source), .. } if code == codes::CANDLE => source,
+            // Candle's own error goes back as it was, unless something was said about it.
+            Parts {
+                source: Some(source),
+                ref message,
+                ..
+            } if *message == plain(&source) => source,
             parts => Self::Io(std::io::Error::other(Error(Box::new(parts)))),
         }
     }
@@ -126,14 +155,24 @@ impl From<candle_core::Error> for Error {
     fn from(error: candle_core::Error) -> Self {
         unwrap(error).unwrap_or_else(|error| {
             let message = plain(&error);
-            Self(Box::new(Parts { code: codes::CANDLE, message, help: None, source: Some(error) }))
+            Self(Box::new(Parts {
+                code: codes::CANDLE,
+                message,
+                help: None,
+                source: Some(error),
+            }))
         })
     }
 }
 
 impl From<SettingsError> for Error {
     fn from(error: SettingsError) -> Self {
-        Self(Box::new(Parts { code: error.code, message: error.message, help: error.help, source: None }))
+        Self(Box::new(Parts {
+            code: error.code,
+            message: error.message,
+            help: error.help,
+            source: None,
+        }))
     }
 }
 
@@ -147,27 +186,41 @@ fn unwrap(error: candle_core::Error) -> Result<Error, candle_core::Error> {
         },
         Candle::Context { inner, context } => match unwrap(*inner) {
             Ok(error) => Ok(error.context(context)),
-            Err(inner) => Err(Candle::Context { inner: Box::new(inner), context }),
+            Err(inner) => Err(Candle::Context {
+                inner: Box::new(inner),
+                context,
+            }),
         },
         Candle::WithPath { inner, path } => match unwrap(*inner) {
             Ok(error) => Ok(error.context(path.display())),
-            Err(inner) => Err(Candle::WithPath { inner: Box::new(inner), path }),
+            Err(inner) => Err(Candle::WithPath {
+                inner: Box::new(inner),
+                path,
+            }),
         },
         Candle::WithBacktrace { inner, backtrace } => match unwrap(*inner) {
             Ok(error) => Ok(error),
-            Err(inner) => Err(Candle::WithBacktrace { inner: Box::new(inner), backtrace }),
+            Err(inner) => Err(Candle::WithBacktrace {
+                inner: Box::new(inner),
+                backtrace,
+            }),
         },
         Candle::WrappedContext { wrapped, context } => match wrapped.downcast::<Candle>() {
             Ok(inner) => match unwrap(*inner) {
                 Ok(error) => Ok(error.context(context)),
-                Err(inner) => Err(Candle::WrappedContext { wrapped: Box::new(inner), context }),
+                Err(inner) => Err(Candle::WrappedContext {
+                    wrapped: Box::new(inner),
+                    context,
+                }),
             },
             Err(wrapped) => match wrapped.downcast::<Error>() {
                 Ok(error) => Ok(error.context(context)),
                 Err(wrapped) => Err(Candle::WrappedContext { wrapped, context }),
             },
         },
-        Candle::Wrapped(shown) => Error::from_text(&shown.to_string()).ok_or(Candle::Wrapped(shown)),
+        Candle::Wrapped(shown) => {
+            Error::from_text(&shown.to_string()).ok_or(Candle::Wrapped(shown))
+        }
         Candle::Msg(text) => Error::from_text(&text).ok_or(Candle::Msg(text)),
         other => Err(other),
     }
@@ -185,6 +238,22 @@ fn plain(error: &candle_core::Error) -> String {
             None => format!("{context}: {wrapped}"),
         },
         other => other.to_string(),
+    }
+}
+
+/// The innermost backtrace that candle captured: where the error began.
+fn backtrace(error: &candle_core::Error) -> Option<&std::backtrace::Backtrace> {
+    use candle_core::Error as Candle;
+    match error {
+        Candle::WithBacktrace {
+            inner,
+            backtrace: outer,
+        } => backtrace(inner).or(Some(outer)),
+        Candle::Context { inner, .. } | Candle::WithPath { inner, .. } => backtrace(inner),
+        Candle::WrappedContext { wrapped, .. } => {
+            wrapped.downcast_ref::<Candle>().and_then(backtrace)
+        }
+        _ => None,
     }
 }
 

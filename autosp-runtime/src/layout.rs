@@ -15,7 +15,10 @@ use crate::error::{Error, Result};
 /// # let _ = layout;
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[allow(clippy::exhaustive_structs, reason = "emitted code writes it as a literal")]
+#[allow(
+    clippy::exhaustive_structs,
+    reason = "emitted code writes it as a literal"
+)]
 pub struct Layout {
     /// The axes of the left operand of the first product.
     pub q: &'static str,
@@ -47,10 +50,16 @@ impl Axes {
                 "h" | "g" => 1,
                 "s" => 2,
                 "d" => 3,
-                _ => return Err(refused(&format!("expected axes among b, h, g, s and d, found `{name}`"))),
+                _ => {
+                    return Err(refused(&format!(
+                        "expected axes among b, h, g, s and d, found `{name}`"
+                    )));
+                }
             };
             if at[axis].replace(dim).is_some() {
-                return Err(refused(&format!("expected each axis once, found `{name}` again")));
+                return Err(refused(&format!(
+                    "expected each axis once, found `{name}` again"
+                )));
             }
         }
         match at {
@@ -83,7 +92,11 @@ impl Axes {
 
 /// Permutes, leaving a tensor that is in order without an operation in its graph.
 fn permuted(x: &Tensor, order: [usize; 4]) -> Result<Tensor> {
-    Ok(if order == [0, 1, 2, 3] { x.clone() } else { x.permute(order)? })
+    Ok(if order == [0, 1, 2, 3] {
+        x.clone()
+    } else {
+        x.permute(order)?
+    })
 }
 
 #[cfg(test)]
@@ -104,7 +117,10 @@ mod tests {
             }
             seen += 1;
             let text = order.map(|axis| axes[axis]).join(" ");
-            let x = Tensor::arange(0u32, 210, &Device::Cpu).unwrap().reshape(order.map(|axis| sizes[axis]).to_vec()).unwrap();
+            let x = Tensor::arange(0u32, 210, &Device::Cpu)
+                .unwrap()
+                .reshape(order.map(|axis| sizes[axis]).to_vec())
+                .unwrap();
             let axes = Axes::parse(&text).unwrap();
             let normal = axes.normalise("q", &x).unwrap();
             assert_eq!(normal.dims(), sizes, "{text}");
@@ -130,6 +146,14 @@ mod tests {
             assert!(error.to_string().contains(why), "{error}");
         }
         let x = Tensor::zeros((2, 3, 4), DType::F32, &Device::Cpu).unwrap();
-        assert_eq!(Axes::parse("b h s d").unwrap().normalise("q", &x).unwrap_err().code().id, "AS0323");
+        assert_eq!(
+            Axes::parse("b h s d")
+                .unwrap()
+                .normalise("q", &x)
+                .unwrap_err()
+                .code()
+                .id,
+            "AS0323"
+        );
     }
 }

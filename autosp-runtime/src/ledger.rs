@@ -31,7 +31,10 @@ impl Ledger {
 
     /// What was sent so far.
     pub fn snapshot(&self) -> Bytes {
-        Bytes { sent: self.sent.load(Ordering::Relaxed), exchange: self.exchange.load(Ordering::Relaxed) }
+        Bytes {
+            sent: self.sent.load(Ordering::Relaxed),
+            exchange: self.exchange.load(Ordering::Relaxed),
+        }
     }
 
     /// What was sent since an earlier [`snapshot`](Self::snapshot), for one step.
@@ -44,7 +47,10 @@ impl Add for Bytes {
     type Output = Self;
 
     fn add(self, other: Self) -> Self {
-        Self { sent: self.sent + other.sent, exchange: self.exchange + other.exchange }
+        Self {
+            sent: self.sent + other.sent,
+            exchange: self.exchange + other.exchange,
+        }
     }
 }
 

@@ -16,8 +16,8 @@ use candle_core::{DType, Device, Shape, Tensor, WithDType};
 use half::{bf16, f16};
 
 use crate::error::Error;
-pub(crate) use rule::{Declared, Rule};
 pub use rule::{Band, HostMask, mask_rule};
+pub(crate) use rule::{Declared, Rule};
 pub(crate) use term::{Action, Block, Prepared, Term};
 
 /// Elements of a dense mask up to which it may be kept whole on every rank.
@@ -54,7 +54,12 @@ fn cast(x: f64, dtype: DType) -> f64 {
 
 #[derive(Clone)]
 enum Source {
-    Rule { rule: Arc<dyn Rule>, declared: Option<Declared>, rows: usize, cols: usize },
+    Rule {
+        rule: Arc<dyn Rule>,
+        declared: Option<Declared>,
+        rows: usize,
+        cols: usize,
+    },
     /// A tensor on the host, viewed as [b, h, queries, keys].
     Dense(Tensor),
 }
@@ -74,7 +79,10 @@ pub struct Mask {
 impl std::fmt::Debug for Mask {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let kind = match &self.source {
-            Source::Rule { declared: Some(declared), .. } => format!("{:?}", declared.band),
+            Source::Rule {
+                declared: Some(declared),
+                ..
+            } => format!("{:?}", declared.band),
             Source::Rule { .. } => "rule".to_owned(),
             Source::Dense(_) => "dense".to_owned(),
         };
@@ -125,7 +133,10 @@ impl Mask {
     ///
     /// # Errors
     /// As [`from_slice`](Self::from_slice).
-    #[allow(clippy::needless_pass_by_value, reason = "the argument forms of Tensor::from_vec")]
+    #[allow(
+        clippy::needless_pass_by_value,
+        reason = "the argument forms of Tensor::from_vec"
+    )]
     pub fn from_vec<T: WithDType, S: ShapeWithOneHole>(
         host: HostMask<T>,
         shape: S,
@@ -142,17 +153,27 @@ impl Mask {
     /// `AS0327` above 2^24 elements, `AS0325` for a tensor that carries a gradient or has more than four dims.
     pub fn dense(tensor: &Tensor) -> candle_core::Result<Self> {
         if tensor.track_op() {
-            return Err(refused("a mask that is computed from variables would lose its gradient")
-                .with_help("`.detach()` the tensor if it is a constant")
-                .into());
+            return Err(
+                refused("a mask that is computed from variables would lose its gradient")
+                    .with_help("`.detach()` the tensor if it is a constant")
+                    .into(),
+            );
         }
         if !(2..=4).contains(&tensor.rank()) {
-            return Err(refused(format!("expected a mask of 2 to 4 dims, found {:?}", tensor.dims())).into());
+            return Err(refused(format!(
+                "expected a mask of 2 to 4 dims, found {:?}",
+                tensor.dims()
+            ))
+            .into());
         }
         if tensor.elem_count() > DENSE_LIMIT {
             return Err(Error::new(
                 codes::DENSE_MASK,
-                format!("a dense mask of {} elements {:?}, expected at most {DENSE_LIMIT}", tensor.elem_count(), tensor.dims()),
+                format!(
+                    "a dense mask of {} elements {:?}, expected at most {DENSE_LIMIT}",
+                    tensor.elem_count(),
+                    tensor.dims()
+                ),
             )
             .with_help("build the mask on the host from (query, key), so that it can stay a rule")
             .into());
@@ -236,7 +257,10 @@ impl Mask {
     /// # Errors
     /// None; the form is candle's.
     pub fn to_device(&self, device: &Device) -> candle_core::Result<Self> {
-        Ok(Self { device: device.clone(), ..self.clone() })
+        Ok(Self {
+            device: device.clone(),
+            ..self.clone()
+        })
     }
 
     /// Repeats along leading dims or dims of size 1, without making anything.
@@ -247,16 +271,26 @@ impl Mask {
         let shape = shape.into();
         let lead = shape.rank().checked_sub(self.rank());
         let fits = lead.is_some_and(|lead| {
-            self.dims().iter().zip(&shape.dims()[lead..]).all(|(&from, &to)| from == to || from == 1)
+            self.dims()
+                .iter()
+                .zip(&shape.dims()[lead..])
+                .all(|(&from, &to)| from == to || from == 1)
         });
         if !fits {
-            return Err(candle_core::Error::BroadcastIncompatibleShapes { src_shape: self.shape.clone(), dst_shape: shape });
+            return Err(candle_core::Error::BroadcastIncompatibleShapes {
+                src_shape: self.shape.clone(),
+                dst_shape: shape,
+            });
         }
         let source = match &self.source {
             Source::Dense(tensor) => Source::Dense(tensor.broadcast_as(&shape)?),
             rule @ Source::Rule { .. } => rule.clone(),
         };
-        Ok(Self { source, shape, ..self.clone() })
+        Ok(Self {
+            source,
+            shape,
+            ..self.clone()
+        })
     }
 
     /// As [`broadcast_as`](Self::broadcast_as).
@@ -286,7 +320,11 @@ impl Mask {
             Source::Dense(tensor) => Source::Dense(tensor.unsqueeze(dim)?),
             rule @ Source::Rule { .. } => rule.clone(),
         };
-        Ok(Self { source, shape: dims.into(), ..self.clone() })
+        Ok(Self {
+            source,
+            shape: dims.into(),
+            ..self.clone()
+        })
     }
 
     /// The mask with its values cast, rounding included.
@@ -294,7 +332,11 @@ impl Mask {
     /// # Errors
     /// None; the form is candle's.
     pub fn to_dtype(&self, dtype: DType) -> candle_core::Result<Self> {
-        Ok(if dtype == self.dtype { self.clone() } else { self.changed(Change::Cast(dtype), dtype) })
+        Ok(if dtype == self.dtype {
+            self.clone()
+        } else {
+            self.changed(Change::Cast(dtype), dtype)
+        })
     }
 
     /// `x * mul + add` on every value.

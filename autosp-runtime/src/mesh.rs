@@ -9,7 +9,10 @@ use crate::{Error, Result};
 /// `dp` replicas of `sp` ranks. The ranks of a replica share one sequence and are contiguous:
 /// `rank = dp_rank * sp + sp_rank`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[allow(clippy::exhaustive_structs, reason = "two numbers, and a user writes them")]
+#[allow(
+    clippy::exhaustive_structs,
+    reason = "two numbers, and a user writes them"
+)]
 pub struct Mesh {
     /// Replicas, which share a batch by rows.
     pub dp: usize,
@@ -56,7 +59,9 @@ impl Mesh {
 
     /// The ranks with the same place as `rank` in the other replicas, in order.
     pub fn dp_members(self, rank: usize) -> Vec<usize> {
-        (0..self.dp).map(|dp| dp * self.sp + self.sp_rank(rank)).collect()
+        (0..self.dp)
+            .map(|dp| dp * self.sp + self.sp_rank(rank))
+            .collect()
     }
 }
 
@@ -81,7 +86,8 @@ mod tests {
 
     #[test]
     fn a_mesh_too_large_is_refused() {
-        let error = Mesh::from_settings(&Settings::default().with_sp(usize::MAX).with_dp(2)).unwrap_err();
+        let error =
+            Mesh::from_settings(&Settings::default().with_sp(usize::MAX).with_dp(2)).unwrap_err();
         assert_eq!(error.code(), codes::MESH);
     }
 }

@@ -6,6 +6,9 @@ pub use crate::layout::Layout;
 pub use crate::mask::{Band, HostMask, Mask, mask_rule};
 pub use crate::schedule::{Backward, Forward, HeadMap, Schedule, Site, Ulysses};
 pub use crate::scores::{Scores, Weights, scores, softmax};
+pub use crate::memory::checkpoint;
+pub use crate::ops;
+pub use crate::ops::{pick, slice};
 
 use autosp_plan::codes;
 use candle_core::Tensor;
@@ -34,15 +37,20 @@ pub fn no_offset(function: &str, name: &str, offset: usize) -> Result<()> {
     if offset == 0 {
         return Ok(());
     }
-    let text = format!("`{function}`: expected `{name}` = 0 inside a sharded scope, found {offset}");
-    Err(Error::new(codes::CACHE_OFFSET, text).with_help("call the model outside `sp.scope` to generate").into())
+    let text =
+        format!("`{function}`: expected `{name}` = 0 inside a sharded scope, found {offset}");
+    Err(Error::new(codes::CACHE_OFFSET, text)
+        .with_help("call the model outside `sp.scope` to generate")
+        .into())
 }
 
 /// The valid number of tokens for a size that a shard shows: `c` times the local length becomes `c` times S. Other sizes, and all sizes
 /// outside of a scope, stay as they are.
 pub fn valid(n: usize) -> usize {
     match scope::current().map(|scope| scope.shard()) {
-        Some(Ok(shard)) if shard.len > 0 && n.is_multiple_of(shard.len) => n / shard.len * shard.valid,
+        Some(Ok(shard)) if shard.len > 0 && n.is_multiple_of(shard.len) => {
+            n / shard.len * shard.valid
+        }
         _ => n,
     }
 }

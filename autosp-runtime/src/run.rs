@@ -10,12 +10,13 @@ use autosp_plan::Settings;
 
 use crate::Result;
 
-/// Runs `f` on every rank of the mesh that the environment asks for (`AUTOSP_SP`, `AUTOSP_DP`; one rank if it says nothing).
+/// Runs `f` on every rank of the mesh that [`Settings::load`] says: the file `autosp.toml` of the working folder, if there is one,
+/// overridden by `AUTOSP_SP` and `AUTOSP_DP`; one rank if nothing is said.
 ///
 /// # Errors
-/// As [`run_with`]; also if a variable `AUTOSP_*` is no setting.
+/// As [`run_with`] and [`Settings::load`].
 pub fn run(f: impl Fn(&Sp) -> Result<()> + Sync) -> Result<()> {
-    run_with(Settings::from_env()?, f).map(drop)
+    run_with(Settings::load()?, f).map(drop)
 }
 
 /// Runs `f` on dp x sp threads, one a rank, and returns what each returned, in the order of the ranks.
@@ -27,8 +28,15 @@ pub fn run(f: impl Fn(&Sp) -> Result<()> + Sync) -> Result<()> {
 /// # Errors
 /// The error of the first rank that failed, with its code; AS0401 if it panicked; AS0301 for a mesh that cannot be; AS0302 if a
 /// rank of another run calls this.
-pub fn run_with<T: Send>(settings: Settings, f: impl Fn(&Sp) -> Result<T> + Sync) -> Result<Vec<T>> {
-    threads::run(settings, &f)
+#[allow(
+    clippy::needless_pass_by_value,
+    reason = "the settings of a run are its own"
+)]
+pub fn run_with<T: Send>(
+    settings: Settings,
+    f: impl Fn(&Sp) -> Result<T> + Sync,
+) -> Result<Vec<T>> {
+    threads::run(&settings, &f)
 }
 
 #[cfg(test)]

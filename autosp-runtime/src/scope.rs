@@ -14,7 +14,10 @@ use crate::{Error, Result, Sp};
 ///
 /// Padding is at the end of the sequence only, so that a shard holds padding if it reaches beyond `valid`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[allow(clippy::exhaustive_structs, reason = "plain numbers, made by the loader")]
+#[allow(
+    clippy::exhaustive_structs,
+    reason = "plain numbers, made by the loader"
+)]
 pub struct Shard {
     /// Tokens of the sequence, S.
     pub valid: usize,
@@ -34,7 +37,14 @@ impl Shard {
     /// The part of rank `rank` of `size` in a sequence of `valid` tokens.
     pub fn new(valid: usize, rank: usize, size: usize) -> Self {
         let len = valid.div_ceil(size);
-        Self { valid, padded: len * size, len, start: rank * len, rank, size }
+        Self {
+            valid,
+            padded: len * size,
+            len,
+            start: rank * len,
+            rank,
+            size,
+        }
     }
 
     /// Tokens of this shard that are not padding.
@@ -71,14 +81,21 @@ pub(crate) fn is_sharded() -> bool {
 /// AS0305, naming `what` needs it, outside of a scope.
 pub fn require(what: &str) -> Result<Scope> {
     current().ok_or_else(|| {
-        Error::new(codes::NO_SCOPE, format!("`{what}`: expected a sharded scope, found none"))
-            .with_help("sp.scope(|| ..)")
+        Error::new(
+            codes::NO_SCOPE,
+            format!("`{what}`: expected a sharded scope, found none"),
+        )
+        .with_help("sp.scope(|| ..)")
     })
 }
 
 impl Scope {
     pub(crate) fn new(sp: Sp, step: u64) -> Self {
-        Self { sp, step, shard: None }
+        Self {
+            sp,
+            step,
+            shard: None,
+        }
     }
 
     /// The rank.
@@ -97,7 +114,10 @@ impl Scope {
     /// AS0305 if no sharded tensor has entered the model yet.
     pub fn shard(&self) -> Result<Shard> {
         self.shard.ok_or_else(|| {
-            Error::new(codes::NO_SCOPE, "expected a forward in progress, found a scope that no sharded tensor has entered")
+            Error::new(
+                codes::NO_SCOPE,
+                "expected a forward in progress, found a scope that no sharded tensor has entered",
+            )
         })
     }
 
@@ -122,10 +142,13 @@ impl Drop for Restore {
 
 /// A tensor that enters a model: finds its shard, and makes it the shard of the forward in progress.
 pub(crate) fn enter(function: &str, inputs: &[(&str, &Tensor, usize)]) -> Result<()> {
-    let Some(scope) = current() else { return Ok(()) };
+    let Some(scope) = current() else {
+        return Ok(());
+    };
     let mut found: Option<(&str, Shard)> = None;
     for &(name, x, dim) in inputs {
-        let shard = find(&scope, x, dim).map_err(|error| error.context(format_args!("`{function}`, `{name}`")))?;
+        let shard = find(&scope, x, dim)
+            .map_err(|error| error.context(format_args!("`{function}`, `{name}`")))?;
         match found {
             Some((first, other)) if other != shard => {
                 let text = format!(
@@ -151,14 +174,19 @@ fn find(scope: &Scope, x: &Tensor, dim: usize) -> Result<Shard> {
     let len = x.dim(dim)?;
     if let Some(shard) = scope.sp.shard_of(x.id()) {
         if shard.len != len {
-            let text = format!("expected length {} along dim {dim} (this rank's shard), found {len}", shard.len);
+            let text = format!(
+                "expected length {} along dim {dim} (this rank's shard), found {len}",
+                shard.len
+            );
             return Err(Error::new(codes::LOCAL_LENGTH, text));
         }
         return Ok(shard);
     }
     match scope.sp.shard_of_length(len) {
         // One rank holds whole sequences: nothing needs to be cut for it.
-        Err(error) if scope.sp.mesh().sp == 1 && error.code() == codes::LOCAL_LENGTH => Ok(Shard::new(len, 0, 1)),
+        Err(error) if scope.sp.mesh().sp == 1 && error.code() == codes::LOCAL_LENGTH => {
+            Ok(Shard::new(len, 0, 1))
+        }
         found => found,
     }
 }
@@ -174,17 +202,35 @@ pub fn agree(sp: &Sp, name: &'static str, what: &str, values: &[u64]) -> Result<
     }
     let own: Vec<i64> = values.iter().map(|&value| value as i64).collect();
     let own = Tensor::new(own, &Device::Cpu)?;
-    let received = all_to_all(engine, Tag::new(name, "agree"), vec![Some(own); engine.size()])?;
+    let received = all_to_all(
+        engine,
+        Tag::new(name, "agree"),
+        vec![Some(own); engine.size()],
+    )?;
     let mut all = Vec::with_capacity(received.len());
     for part in received.into_iter().flatten() {
-        all.push(part.to_vec1::<i64>()?.into_iter().map(|value| value as u64).collect::<Vec<_>>());
+        all.push(
+            part.to_vec1::<i64>()?
+                .into_iter()
+                .map(|value| value as u64)
+                .collect::<Vec<_>>(),
+        );
     }
     if all.iter().all(|other| other == values) {
         return Ok(());
     }
-    let shown: Vec<String> = engine.members().iter().zip(&all).map(|(rank, values)| format!("{} on rank {rank}", numbers(values))).collect();
-    let text = format!("`{name}`: expected the same {what} on all ranks of a sequence, found {}", shown.join(", "));
-    Err(Error::new(codes::RANKS_DISAGREE, text).with_help("read data by `sp.dp_rank()`, which the ranks of a sequence share"))
+    let shown: Vec<String> = engine
+        .members()
+        .iter()
+        .zip(&all)
+        .map(|(rank, values)| format!("{} on rank {rank}", numbers(values)))
+        .collect();
+    let text = format!(
+        "`{name}`: expected the same {what} on all ranks of a sequence, found {}",
+        shown.join(", ")
+    );
+    Err(Error::new(codes::RANKS_DISAGREE, text)
+        .with_help("read data by `sp.dp_rank()`, which the ranks of a sequence share"))
 }
 
 fn numbers(values: &[u64]) -> String {

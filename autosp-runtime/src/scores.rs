@@ -58,18 +58,37 @@ pub fn scores<S: Site>(q: &Tensor, k: &Tensor) -> Result<Scores> {
     let values = Axes::parse(layout.v)?;
     let (batch, heads, len, d) = q.dims4()?;
     let (kv_batch, kv_heads, kv_len, kv_d) = k.dims4()?;
-    if (kv_batch, kv_len, kv_d) != (batch, len, d) || len != shard.len || kv_heads == 0 || heads % kv_heads != 0 {
+    if (kv_batch, kv_len, kv_d) != (batch, len, d)
+        || len != shard.len
+        || kv_heads == 0
+        || heads % kv_heads != 0
+    {
         let text = format!(
             "`{}`: expected q and k of one batch and width with {} tokens on this rank, and kv heads that divide the query heads, \
              found q {:?} and k {:?} as (batch, heads, sequence, width)",
-            site.name, shard.len, q.dims(), k.dims()
+            site.name,
+            shard.len,
+            q.dims(),
+            k.dims()
         );
         return Err(Error::new(codes::SITE_SHAPE, text).into());
     }
     let shape = Shape::from((batch, heads, shard.valid, shard.valid));
     let dtype = q.dtype();
-    let origin = Origin { site, scope, shard, q, k, values };
-    Ok(Scores { origin: Arc::new(origin), recipe: Recipe::default(), shape, dtype })
+    let origin = Origin {
+        site,
+        scope,
+        shard,
+        q,
+        k,
+        values,
+    };
+    Ok(Scores {
+        origin: Arc::new(origin),
+        recipe: Recipe::default(),
+        shape,
+        dtype,
+    })
 }
 
 /// Softmax over the keys.
@@ -77,7 +96,10 @@ pub fn scores<S: Site>(q: &Tensor, k: &Tensor) -> Result<Scores> {
 /// # Errors
 /// None; the form is candle's.
 pub fn softmax(scores: &Scores) -> Result<Weights> {
-    Ok(Weights { scores: scores.clone(), dtype: scores.dtype })
+    Ok(Weights {
+        scores: scores.clone(),
+        dtype: scores.dtype,
+    })
 }
 
 macro_rules! looks_like_a_tensor {
@@ -146,8 +168,15 @@ impl Scores {
 
     fn with(&self, recipe: std::result::Result<Recipe, String>) -> Result<Self> {
         match recipe {
-            Ok(recipe) => Ok(Self { recipe, ..self.clone() }),
-            Err(why) => Err(Error::new(codes::SCORES, format!("scores of `{}`: {why}", self.origin.site.name)).into()),
+            Ok(recipe) => Ok(Self {
+                recipe,
+                ..self.clone()
+            }),
+            Err(why) => Err(Error::new(
+                codes::SCORES,
+                format!("scores of `{}`: {why}", self.origin.site.name),
+            )
+            .into()),
         }
     }
 
@@ -179,7 +208,10 @@ impl Scores {
     ///
     /// # Errors
     /// AS0325 for an integer mask or one that does not broadcast to the scores.
-    #[allow(clippy::should_implement_trait, reason = "the method of a tensor; the operator is there too")]
+    #[allow(
+        clippy::should_implement_trait,
+        reason = "the method of a tensor; the operator is there too"
+    )]
     pub fn add<M: AsMask + ?Sized>(&self, mask: &M) -> Result<Self> {
         self.add_mask(&mask.as_mask()?)
     }
@@ -207,9 +239,13 @@ impl Scores {
     /// Applies a mask after checking that it fits.
     pub(crate) fn masked(&self, mask: &Mask, action: Action) -> Result<Self> {
         let (batch, heads, length, _) = self.shape.dims4()?;
-        let term = crate::mask::Term::new(mask, action, batch, heads, length)
-            .map_err(|error| error.context(format_args!("scores of `{}`", self.origin.site.name)))?;
-        Ok(Self { recipe: self.recipe.masked(term, action), ..self.clone() })
+        let term = crate::mask::Term::new(mask, action, batch, heads, length).map_err(|error| {
+            error.context(format_args!("scores of `{}`", self.origin.site.name))
+        })?;
+        Ok(Self {
+            recipe: self.recipe.masked(term, action),
+            ..self.clone()
+        })
     }
 }
 
@@ -234,7 +270,13 @@ impl Weights {
         let [q, k, v] = one_type([&origin.q, &origin.k, &v])?;
         let (heads, kv_heads) = (q.dim(1)?, k.dim(1)?);
         let spec = recipe.spec(origin.shard.valid, heads, kv_heads);
-        let out = site::run(origin.site, origin.scope.clone(), origin.shard, spec, (&q, &k, &v))?;
+        let out = site::run(
+            origin.site,
+            origin.scope.clone(),
+            origin.shard,
+            spec,
+            (&q, &k, &v),
+        )?;
         Ok(origin.values.restore(&out)?)
     }
 
@@ -253,7 +295,11 @@ fn one_type(tensors: [&Tensor; 3]) -> Result<[Tensor; 3]> {
     if types.iter().all(|dtype| *dtype == types[0]) {
         return Ok(tensors.map(Clone::clone));
     }
-    let wide = if types.contains(&DType::F64) { DType::F64 } else { DType::F32 };
+    let wide = if types.contains(&DType::F64) {
+        DType::F64
+    } else {
+        DType::F32
+    };
     let [q, k, v] = tensors.map(|x| x.to_dtype(wide));
     Ok([q?, k?, v?])
 }

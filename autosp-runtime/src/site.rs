@@ -48,7 +48,10 @@ impl SiteRef {
 
 impl std::fmt::Debug for SiteRef {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Site").field("name", &self.name).field("layout", &self.layout).finish_non_exhaustive()
+        f.debug_struct("Site")
+            .field("name", &self.name)
+            .field("layout", &self.layout)
+            .finish_non_exhaustive()
     }
 }
 
@@ -62,7 +65,11 @@ fn check<S: Site>(needs: &[Vec<usize>]) -> Result<()> {
     }
     Recorder::forward::<S>(needs)?;
     Recorder::backward::<S>(needs)?;
-    CHECKED.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_with(HashSet::new).insert(key);
+    CHECKED
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .get_or_insert_with(HashSet::new)
+        .insert(key);
     Ok(())
 }
 
@@ -90,14 +97,28 @@ impl Place {
     }
 
     fn tag(&self, direction: &'static str, group: usize) -> Tag {
-        Tag { name: self.site.name, direction, group, step: self.scope.step(), exchange: true }
+        Tag {
+            name: self.site.name,
+            direction,
+            group,
+            step: self.scope.step(),
+            exchange: true,
+        }
     }
 
     /// The problem of group `g` on this rank.
     fn group_spec(&self, g: usize) -> Spec {
         let kv = self.plan.kv_of_group(g);
-        let kv_of = self.plan.locals(g).map(|l| kv.iter().position(|&at| at == self.plan.kv_of_local(l)).unwrap_or(0));
-        Spec { kv_of: kv_of.collect(), heads: self.plan.q_heads(self.rank(), g).to_vec(), ..self.spec.clone() }
+        let kv_of = self.plan.locals(g).map(|l| {
+            kv.iter()
+                .position(|&at| at == self.plan.kv_of_local(l))
+                .unwrap_or(0)
+        });
+        Spec {
+            kv_of: kv_of.collect(),
+            heads: self.plan.q_heads(self.rank(), g).to_vec(),
+            ..self.spec.clone()
+        }
     }
 }
 

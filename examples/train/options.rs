@@ -32,7 +32,7 @@ pub struct Options {
     #[arg(long, value_name = "X", default_value_t = 1)]
     pub seed: u64,
     /// Learning rate at its peak
-    #[arg(long, value_name = "R", default_value_t = 3e-3)]
+    #[arg(long, value_name = "R", default_value_t = 3e-3, allow_negative_numbers = true)]
     pub lr: f64,
     /// Head groups of each attention: the next group's exchange overlaps this group's attention
     #[arg(long, value_name = "G", default_value_t = 2)]

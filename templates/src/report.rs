@@ -2,6 +2,8 @@
 
 use askama::Template;
 
+pub mod plan;
+
 /// One error code.
 #[derive(Debug, Clone, Copy)]
 pub struct Entry {

@@ -39,7 +39,10 @@ pub(super) fn read(path: &str, text: &str) -> Result<Vec<Entry>, SettingsError> 
         .map(|(name, value)| {
             let (line, column) = place(text, name.span().start);
             let value = match value.get_ref() {
-                DeValue::Integer(n) => Found::Number(i64::from_str_radix(n.as_str(), n.radix()).map_or_else(|_| n.to_string(), |n| n.to_string())),
+                DeValue::Integer(n) => Found::Number(
+                    i64::from_str_radix(n.as_str(), n.radix())
+                        .map_or_else(|_| n.to_string(), |n| n.to_string()),
+                ),
                 DeValue::Float(x) => Found::Number(x.as_str().to_owned()),
                 DeValue::String(s) => Found::Text(s.to_string()),
                 DeValue::Boolean(_) => Found::Other("a truth value"),
@@ -47,7 +50,12 @@ pub(super) fn read(path: &str, text: &str) -> Result<Vec<Entry>, SettingsError> 
                 DeValue::Array(_) => Found::Other("an array"),
                 DeValue::Table(_) => Found::Other("a table"),
             };
-            Entry { name: name.get_ref().to_string(), value, line, column }
+            Entry {
+                name: name.get_ref().to_string(),
+                value,
+                line,
+                column,
+            }
         })
         .collect();
     entries.sort_by_key(|entry| (entry.line, entry.column));
@@ -58,5 +66,8 @@ pub(super) fn read(path: &str, text: &str) -> Result<Vec<Entry>, SettingsError> 
 fn place(text: &str, offset: usize) -> (usize, usize) {
     let before = text.get(..offset).unwrap_or(text);
     let line_start = before.rfind('\n').map_or(0, |newline| newline + 1);
-    (before.matches('\n').count() + 1, before[line_start..].chars().count() + 1)
+    (
+        before.matches('\n').count() + 1,
+        before[line_start..].chars().count() + 1,
+    )
 }

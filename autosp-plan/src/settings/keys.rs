@@ -91,7 +91,10 @@ pub fn find(name: &str) -> Option<usize> {
 
 /// All names, for messages.
 pub(super) fn names() -> String {
-    KEYS.iter().map(|key| format!("`{}`", key.name)).collect::<Vec<_>>().join(", ")
+    KEYS.iter()
+        .map(|key| format!("`{}`", key.name))
+        .collect::<Vec<_>>()
+        .join(", ")
 }
 
 /// The known name that was probably meant: at most two edits away, and fewer edits than letters.
@@ -124,9 +127,11 @@ impl Key {
         match self.kind {
             Kind::Count => "a whole number of at least 1".to_owned(),
             Kind::Seconds => "a number of seconds above 0".to_owned(),
-            Kind::Choice(words) => {
-                words.iter().map(|word| format!("`{word}`")).collect::<Vec<_>>().join(" or ")
-            }
+            Kind::Choice(words) => words
+                .iter()
+                .map(|word| format!("`{word}`"))
+                .collect::<Vec<_>>()
+                .join(" or "),
         }
     }
 
@@ -136,35 +141,36 @@ impl Key {
         let value = match self.kind {
             Kind::Count => text.parse().ok().map(Value::Count),
             Kind::Seconds => text.parse().ok().map(Value::Seconds),
-            Kind::Choice(words) => words.iter().find(|&&word| word == text).map(|&word| Value::Choice(word)),
+            Kind::Choice(words) => words
+                .iter()
+                .find(|&&word| word == text)
+                .map(|&word| Value::Choice(word)),
         };
-        value.filter(|&value| self.allows(value)).ok_or_else(|| format!("`{text}`"))
+        value
+            .filter(|value| value.in_range())
+            .ok_or_else(|| format!("`{text}`"))
     }
 
     /// Takes a value of a file, which has a type of its own; the error is what was found.
-    pub(super) fn accept(&self, found: super::file::Found) -> Result<Value, String> {
+    pub(super) fn accept(&self, found: &super::file::Found) -> Result<Value, String> {
         use super::file::Found;
-        match (self.kind, &found) {
-            (Kind::Count | Kind::Seconds, Found::Number(text)) | (Kind::Choice(_), Found::Text(text)) => self.parse(text),
+        match (self.kind, found) {
+            (Kind::Count | Kind::Seconds, Found::Number(text))
+            | (Kind::Choice(_), Found::Text(text)) => self.parse(text),
             (_, Found::Text(text)) => Err(format!("the string {text:?}")),
             (_, Found::Number(text)) => Err(format!("the number {text}")),
             (_, Found::Other(kind)) => Err((*kind).to_owned()),
         }
     }
 
-    fn allows(&self, value: Value) -> bool {
-        match value {
-            Value::Count(n) => n >= 1,
-            // The upper end keeps the conversion into a `Duration` exact and finite.
-            Value::Seconds(s) => s > 0.0 && s < 1e9,
-            Value::Choice(_) => true,
-        }
-    }
-
     pub(super) fn refuse(&self, found: &str, place: &str) -> SettingsError {
         SettingsError {
             code: codes::SETTING_VALUE,
-            message: format!("setting `{}` ({place}): expected {}, found {found}", self.name, self.expected()),
+            message: format!(
+                "setting `{}` ({place}): expected {}, found {found}",
+                self.name,
+                self.expected()
+            ),
             help: Some(format!("the default is `{} = {}`", self.name, self.default)),
         }
     }

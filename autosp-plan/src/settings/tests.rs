@@ -1,0 +1,191 @@
+use super::*;
+
+fn flag(name: &str) -> Source {
+    Source::Flag(format!("--{name}"))
+}
+
+fn variable(name: &str, value: &str) -> [(String, String); 1] {
+    [(name.to_owned(), value.to_owned())]
+}
+
+#[test]
+fn every_row_is_sound_and_every_accessor_names_one() {
+    let settings = Settings::default();
+    for (key, value, source) in settings.entries() {
+        assert!(value.in_range(), "{}", key.name);
+        assert_eq!(source, &Source::Default);
+        let text = match value {
+            Value::Choice(word) => word.to_owned(),
+            other => other.to_string(),
+        };
+        assert_eq!(
+            key.parse(&text),
+            Ok(value),
+            "the default of {} does not read back",
+            key.name
+        );
+    }
+    assert_eq!((settings.sp(), settings.dp(), settings.groups()), (1, 1, 2));
+    assert_eq!(settings.deadline(), Duration::from_secs(120));
+    assert_eq!(
+        (settings.attention(), settings.policy()),
+        (Attention::Tiled, Policy::All)
+    );
+}
+
+#[test]
+fn typed_setters_reach_their_row() {
+    let settings = Settings::default()
+        .with_sp(4)
+        .with_dp(2)
+        .with_groups(3)
+        .with_deadline(Duration::from_millis(1500))
+        .with_attention(Attention::Reference)
+        .with_policy(Policy::Input);
+    assert_eq!((settings.sp(), settings.dp(), settings.groups()), (4, 2, 3));
+    assert_eq!(settings.deadline(), Duration::from_millis(1500));
+    assert_eq!(
+        (settings.attention(), settings.policy()),
+        (Attention::Reference, Policy::Input)
+    );
+    assert!(
+        settings
+            .entries()
+            .all(|(_, _, source)| source == &Source::Program)
+    );
+}
+
+#[test]
+fn the_strongest_source_wins_whatever_the_order() {
+    let mut settings = Settings::default();
+    settings.set("sp", "8", flag("sp")).unwrap();
+    let settings = settings
+        .with_variables(variable("AUTOSP_SP", "4"))
+        .unwrap()
+        .with_file("autosp.toml", "# mesh\nsp = 2\ndp = 3\n")
+        .unwrap()
+        .with_sp(1)
+        .with_variables(variable("AUTOSP_DP", "5"))
+        .unwrap();
+    assert_eq!((settings.sp(), settings.dp()), (8, 5));
+    assert_eq!(settings.source("sp"), Some(&flag("sp")));
+    assert_eq!(
+        settings.source("dp").unwrap().to_string(),
+        "variable AUTOSP_DP"
+    );
+    assert_eq!(settings.source("groups"), Some(&Source::Default));
+    assert_eq!(settings.source("nothing"), None);
+}
+
+#[test]
+fn a_file_sets_every_type_and_remembers_lines() {
+    let text = "sp = 0x4\nattention = \"reference\"\n\ndeadline = 2.5\n";
+    let settings = Settings::default()
+        .with_file("run/autosp.toml", text)
+        .unwrap();
+    assert_eq!(
+        (settings.sp(), settings.attention()),
+        (4, Attention::Reference)
+    );
+    assert_eq!(settings.deadline(), Duration::from_millis(2500));
+    assert_eq!(
+        settings.source("deadline").unwrap().to_string(),
+        "run/autosp.toml:4"
+    );
+}
+
+#[test]
+fn an_unknown_name_lists_the_known_ones() {
+    let error = Settings::default()
+        .with_file("autosp.toml", "dp = 1\n gruops = 2\n")
+        .unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "unknown setting `gruops` (autosp.toml:2:2), expected one of `sp`, `dp`, `groups`, `deadline`, `attention`, `policy`\n  \
+         help: did you mean `groups`? [AS0308]"
+    );
+    let far = Settings::default().with("colour", "red").unwrap_err();
+    assert_eq!((far.code, far.help), (codes::UNKNOWN_SETTING, None));
+    let error = Settings::default()
+        .with_variables(variable("AUTOSP_POLCY", "all"))
+        .unwrap_err();
+    assert!(
+        error.message.contains("variable AUTOSP_POLCY") && error.help.unwrap().contains("`policy`")
+    );
+}
+
+#[test]
+fn two_swapped_or_single_letters_do_not_suggest_nonsense() {
+    assert_eq!(keys::nearest("x"), None);
+    assert_eq!(keys::nearest("qq"), None);
+    assert_eq!(keys::nearest("sp"), Some("sp"));
+    assert_eq!(keys::nearest("atention"), Some("attention"));
+}
+
+#[test]
+fn other_variables_are_left_alone() {
+    let settings = Settings::default()
+        .with_variables(variable("HOME", "/root"))
+        .unwrap();
+    assert_eq!(settings, Settings::default());
+}
+
+#[test]
+fn a_value_of_the_wrong_type_or_range_is_refused_with_its_place() {
+    let refused = |text: &str| {
+        Settings::default()
+            .with_file("autosp.toml", text)
+            .unwrap_err()
+    };
+    let error = refused("\nsp = \"four\"");
+    assert_eq!(
+        error.to_string(),
+        "setting `sp` (autosp.toml:2:1): expected a whole number of at least 1, found the string \"four\"\n  \
+         help: the default is `sp = 1` [AS0309]"
+    );
+    for text in [
+        "sp = 0",
+        "sp = -2",
+        "sp = 1.5",
+        "sp = [1]",
+        "sp = true",
+        "deadline = 0",
+        "deadline = inf",
+        "deadline = nan",
+        "deadline = \"1\"",
+        "attention = \"cudnn\"",
+        "attention = 1",
+        "policy = { a = 1 }",
+    ] {
+        assert_eq!(refused(text).code, codes::SETTING_VALUE, "{text}");
+    }
+    let error = Settings::default()
+        .with_variables(variable("AUTOSP_SP", "4 ranks"))
+        .unwrap_err();
+    assert!(
+        error.message.contains("(variable AUTOSP_SP)")
+            && error.message.ends_with("found `4 ranks`"),
+        "{}",
+        error.message
+    );
+}
+
+#[test]
+fn a_malformed_file_names_line_and_column() {
+    let error = Settings::default()
+        .with_file("autosp.toml", "sp = 4\ndp = = 2\n")
+        .unwrap_err();
+    assert_eq!(error.code, codes::SETTINGS_FILE);
+    assert!(
+        error.message.starts_with("autosp.toml:2:6: "),
+        "{}",
+        error.message
+    );
+    let missing = Settings::default()
+        .with_path(Path::new("no/such/autosp.toml"))
+        .unwrap_err();
+    assert!(
+        missing.code == codes::SETTINGS_FILE
+            && missing.message.starts_with("no/such/autosp.toml: ")
+    );
+}

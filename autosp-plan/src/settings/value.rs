@@ -13,6 +13,17 @@ pub enum Value {
     Choice(&'static str),
 }
 
+impl Value {
+    pub(super) fn in_range(self) -> bool {
+        match self {
+            Self::Count(n) => n >= 1,
+            // The upper end keeps the conversion into a `Duration` finite.
+            Self::Seconds(s) => s > 0.0 && s < 1e9,
+            Self::Choice(_) => true,
+        }
+    }
+}
+
 impl fmt::Display for Value {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

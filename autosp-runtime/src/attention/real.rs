@@ -69,7 +69,11 @@ impl Real for f32 {
 
     #[inline(always)]
     fn fused<const FMA: bool>(self, a: Self, b: Self) -> Self {
-        if FMA { self.mul_add(a, b) } else { self * a + b }
+        if FMA {
+            self.mul_add(a, b)
+        } else {
+            self * a + b
+        }
     }
 
     /// Cody-Waite reduction and a polynomial of degree 6 (coefficients of Cephes `expf`), within 2 units in the last place.
@@ -145,7 +149,11 @@ impl Real for f64 {
 
     #[inline(always)]
     fn fused<const FMA: bool>(self, a: Self, b: Self) -> Self {
-        if FMA { self.mul_add(a, b) } else { self * a + b }
+        if FMA {
+            self.mul_add(a, b)
+        } else {
+            self * a + b
+        }
     }
 
     #[inline(always)]
@@ -202,7 +210,10 @@ mod tests {
             let want = f64::from(x).exp();
             for got in [x.fast_exp::<true>(), x.fast_exp::<false>()] {
                 let unit = (want * 1.2e-7).max(1.5e-45);
-                assert!((f64::from(got) - want).abs() <= 2.0 * unit, "exp({x}): {got} against {want}");
+                assert!(
+                    (f64::from(got) - want).abs() <= 2.0 * unit,
+                    "exp({x}): {got} against {want}"
+                );
             }
             x += 0.0137;
         }
@@ -219,7 +230,11 @@ mod tests {
             for sign in [1.0, -1.0] {
                 let want = f64::from(sign * x).tanh();
                 let got = f64::from((sign * x).fast_tanh::<true>());
-                assert!((got - want).abs() <= 6e-7 * want.abs(), "tanh({}): {got} against {want}", sign * x);
+                assert!(
+                    (got - want).abs() <= 6e-7 * want.abs(),
+                    "tanh({}): {got} against {want}",
+                    sign * x
+                );
             }
             x *= 1.013;
         }

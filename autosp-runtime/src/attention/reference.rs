@@ -12,7 +12,9 @@ struct Score<R> {
 }
 
 fn dot<E: Element>(a: &[E], b: &[E]) -> E::Acc {
-    a.iter().zip(b).fold(E::Acc::ZERO, |sum, (a, b)| sum + a.up() * b.up())
+    a.iter()
+        .zip(b)
+        .fold(E::Acc::ZERO, |sum, (a, b)| sum + a.up() * b.up())
 }
 
 /// Scores of one query over all valid keys.
@@ -22,10 +24,16 @@ fn scores<E: Element>(p: &Problem<'_, E>, b: usize, h: usize, i: usize) -> Vec<S
     (0..p.keys())
         .map(|j| {
             let scaled = scale * dot(p.q.row(b, h, i), p.k.row(b, group, j));
-            let mut score = Score { value: scaled, slope: scale };
+            let mut score = Score {
+                value: scaled,
+                slope: scale,
+            };
             if let Some(cap) = spec.cap.map(E::Acc::from_double) {
                 let t = E::Acc::from_double(scaled.double().tanh());
-                score = Score { value: cap * t, slope: scale * cap * (E::Acc::ONE - t * t) };
+                score = Score {
+                    value: cap * t,
+                    slope: scale * cap * (E::Acc::ONE - t * t),
+                };
             }
             for term in &spec.terms {
                 let (value, filled) = term.at(b, spec.heads[h], i, j, score.value.double());
@@ -49,13 +57,23 @@ pub(super) fn forward<E: Element>(p: &Problem<'_, E>) -> (Vec<E>, Vec<E::Acc>, V
     let mut o = vec![E::down(E::Acc::ZERO); s.batch * s.heads * s.queries * s.dv];
     let mut lse = vec![E::Acc::ZERO; s.batch * s.heads * s.queries];
     let mut rest = lse.clone();
-    for (at, (o, (lse, rest))) in o.chunks_mut(s.dv.max(1)).zip(lse.iter_mut().zip(&mut rest)).enumerate() {
-        let (b, h, i) = (at / s.queries / s.heads, at / s.queries % s.heads, at % s.queries);
+    for (at, (o, (lse, rest))) in o
+        .chunks_mut(s.dv.max(1))
+        .zip(lse.iter_mut().zip(&mut rest))
+        .enumerate()
+    {
+        let (b, h, i) = (
+            at / s.queries / s.heads,
+            at / s.queries % s.heads,
+            at % s.queries,
+        );
         if i >= p.queries() {
             continue;
         }
         let row = scores(p, b, h, i);
-        let max = row.iter().fold(E::Acc::NEG_INFINITY, |max, score| max.larger(score.value));
+        let max = row
+            .iter()
+            .fold(E::Acc::NEG_INFINITY, |max, score| max.larger(score.value));
         let weights: Vec<_> = row.iter().map(|score| exp(score.value - max)).collect();
         let total = weights.iter().fold(E::Acc::ZERO, |sum, w| sum + *w);
         let mut sums = vec![E::Acc::ZERO; s.dv];
@@ -73,13 +91,20 @@ pub(super) fn forward<E: Element>(p: &Problem<'_, E>) -> (Vec<E>, Vec<E::Acc>, V
 }
 
 /// dQ, dK and dV.
-pub(super) fn backward<E: Element>(p: &Problem<'_, E>, given: &Given<'_, E>) -> (Vec<E>, Vec<E>, Vec<E>) {
+pub(super) fn backward<E: Element>(
+    p: &Problem<'_, E>,
+    given: &Given<'_, E>,
+) -> (Vec<E>, Vec<E>, Vec<E>) {
     let s = p.sizes;
     let mut dq = vec![E::Acc::ZERO; s.batch * s.heads * s.queries * s.d];
     let mut dk = vec![E::Acc::ZERO; s.batch * s.kv_heads * s.keys * s.d];
     let mut dv = vec![E::Acc::ZERO; s.batch * s.kv_heads * s.keys * s.dv];
     for at in 0..s.batch * s.heads * s.queries {
-        let (b, h, i) = (at / s.queries / s.heads, at / s.queries % s.heads, at % s.queries);
+        let (b, h, i) = (
+            at / s.queries / s.heads,
+            at / s.queries % s.heads,
+            at % s.queries,
+        );
         if i >= p.queries() {
             continue;
         }

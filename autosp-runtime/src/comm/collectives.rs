@@ -21,7 +21,11 @@ pub fn chunk(n: usize, size: usize, rank: usize) -> Range<usize> {
 ///
 /// # Errors
 /// As [`Engine::start`] and [`Engine::wait`].
-pub fn all_to_all(engine: &dyn Engine, tag: Tag, parts: Vec<Option<Tensor>>) -> Result<Vec<Option<Tensor>>> {
+pub fn all_to_all(
+    engine: &dyn Engine,
+    tag: Tag,
+    parts: Vec<Option<Tensor>>,
+) -> Result<Vec<Option<Tensor>>> {
     let pending = engine.start(tag, parts)?;
     engine.wait(pending)
 }
@@ -41,11 +45,16 @@ pub fn barrier(engine: &dyn Engine, tag: Tag) -> Result<()> {
 pub fn broadcast(engine: &dyn Engine, tag: Tag, x: &Tensor, root: usize) -> Result<Tensor> {
     let size = engine.size();
     if root >= size {
-        return Err(refuse(tag, format!("expected a root below {size}, found {root}")));
+        return Err(refuse(
+            tag,
+            format!("expected a root below {size}, found {root}"),
+        ));
     }
     let sends = engine.rank() == root;
-    let mut received = all_to_all(engine, tag, vec![sends.then(|| x.clone()); size])?;
-    let root_tensor = received[root].take().ok_or_else(|| absent(engine, tag, root))?;
+    let mut received = all_to_all(engine, tag, vec![sends.then(|| x.detach()); size])?;
+    let root_tensor = received[root]
+        .take()
+        .ok_or_else(|| absent(engine, tag, root))?;
     expect_like(engine, tag, root, x, &root_tensor)?;
     Ok(root_tensor)
 }
@@ -55,12 +64,18 @@ pub fn broadcast(engine: &dyn Engine, tag: Tag, x: &Tensor, root: usize) -> Resu
 /// # Errors
 /// AS0406 if another dimension or the type differs; else as [`Engine::wait`].
 pub fn all_gather(engine: &dyn Engine, tag: Tag, x: &Tensor, dim: usize) -> Result<Tensor> {
+    let x = &x.detach();
     let received = all_to_all(engine, tag, vec![Some(x.clone()); engine.size()])?;
     let mut parts = Vec::with_capacity(received.len());
     for (rank, part) in received.into_iter().enumerate() {
         let part = part.ok_or_else(|| absent(engine, tag, rank))?;
         let same_elsewhere = part.rank() == x.rank()
-            && part.dims().iter().zip(x.dims()).enumerate().all(|(d, (a, b))| d == dim || a == b);
+            && part
+                .dims()
+                .iter()
+                .zip(x.dims())
+                .enumerate()
+                .all(|(d, (a, b))| d == dim || a == b);
         if !same_elsewhere || part.dtype() != x.dtype() {
             return Err(unlike(engine, tag, rank, x, &part));
         }
@@ -80,12 +95,15 @@ pub fn all_gather(engine: &dyn Engine, tag: Tag, x: &Tensor, dim: usize) -> Resu
 /// # Errors
 /// AS0406 if shapes or types differ; else as [`Engine::wait`].
 pub fn reduce_scatter(engine: &dyn Engine, tag: Tag, x: &Tensor, dim: usize) -> Result<Tensor> {
+    let x = x.detach();
     let (n, size) = (x.dim(dim)?, engine.size());
     let cut = |rank: usize| {
         let range = chunk(n, size, rank);
         x.narrow(dim, range.start, range.len())
     };
-    let parts = (0..size).map(|rank| Ok(Some(cut(rank)?))).collect::<Result<Vec<_>>>()?;
+    let parts = (0..size)
+        .map(|rank| Ok(Some(cut(rank)?)))
+        .collect::<Result<Vec<_>>>()?;
     let received = all_to_all(engine, tag, parts)?;
     sum_in_order(engine, tag, received)
 }
@@ -102,7 +120,11 @@ pub fn all_reduce_sum(engine: &dyn Engine, tag: Tag, x: &Tensor) -> Result<Tenso
     let mine = reduce_scatter(engine, tag, &flat, 0)?;
     let whole = all_gather(engine, tag, &mine, 0)?;
     if whole.elem_count() != x.elem_count() {
-        let text = format!("expected {} elements on every rank, found {} in the sum", x.elem_count(), whole.elem_count());
+        let text = format!(
+            "expected {} elements on every rank, found {} in the sum",
+            x.elem_count(),
+            whole.elem_count()
+        );
         return Err(refuse(tag, text));
     }
     Ok(whole.reshape(x.shape())?)
@@ -110,7 +132,9 @@ pub fn all_reduce_sum(engine: &dyn Engine, tag: Tag, x: &Tensor) -> Result<Tenso
 
 /// Adds the parts in the order of the ranks; half precision is added in f32.
 fn sum_in_order(engine: &dyn Engine, tag: Tag, parts: Vec<Option<Tensor>>) -> Result<Tensor> {
-    let own = parts[engine.rank()].clone().ok_or_else(|| absent(engine, tag, engine.rank()))?;
+    let own = parts[engine.rank()]
+        .clone()
+        .ok_or_else(|| absent(engine, tag, engine.rank()))?;
     let wide = match own.dtype() {
         DType::BF16 | DType::F16 => DType::F32,
         same => same,
@@ -128,7 +152,13 @@ fn sum_in_order(engine: &dyn Engine, tag: Tag, parts: Vec<Option<Tensor>>) -> Re
     Ok(sum.unwrap_or_else(|| own.clone()).to_dtype(own.dtype())?)
 }
 
-fn expect_like(engine: &dyn Engine, tag: Tag, rank: usize, own: &Tensor, other: &Tensor) -> Result<()> {
+fn expect_like(
+    engine: &dyn Engine,
+    tag: Tag,
+    rank: usize,
+    own: &Tensor,
+    other: &Tensor,
+) -> Result<()> {
     if own.dims() == other.dims() && own.dtype() == other.dtype() {
         return Ok(());
     }
@@ -138,11 +168,24 @@ fn expect_like(engine: &dyn Engine, tag: Tag, rank: usize, own: &Tensor, other: 
 fn unlike(engine: &dyn Engine, tag: Tag, rank: usize, own: &Tensor, other: &Tensor) -> Error {
     let (here, there) = (engine.world_rank(), engine.members()[rank]);
     let show = |x: &Tensor| format!("{:?} {:?}", x.dims(), x.dtype());
-    refuse(tag, format!("expected shapes that agree, found {} on rank {here} and {} on rank {there}", show(own), show(other)))
+    refuse(
+        tag,
+        format!(
+            "expected shapes that agree, found {} on rank {here} and {} on rank {there}",
+            show(own),
+            show(other)
+        ),
+    )
 }
 
 fn absent(engine: &dyn Engine, tag: Tag, rank: usize) -> Error {
-    refuse(tag, format!("expected a part from rank {}, found none", engine.members()[rank]))
+    refuse(
+        tag,
+        format!(
+            "expected a part from rank {}, found none",
+            engine.members()[rank]
+        ),
+    )
 }
 
 fn refuse(tag: Tag, text: String) -> Error {

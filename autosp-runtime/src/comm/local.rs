@@ -15,8 +15,8 @@ use std::time::Instant;
 use autosp_plan::codes;
 use candle_core::Tensor;
 
-pub(crate) use world::{Fault, World};
-use world::{Envelope, Missing, list};
+use world::{Envelope, Missing};
+pub(crate) use world::{Fault, World, list};
 
 use super::ring::short;
 use super::{Engine, Pending, Tag};
@@ -44,11 +44,23 @@ pub(crate) struct LocalEngine {
 impl LocalEngine {
     /// The handle of the member `rank` of `group`.
     pub(crate) fn new(world: Arc<World>, group: Group, rank: usize, ledger: Arc<Ledger>) -> Self {
-        Self { world, world_rank: group.members[rank], group, rank, ledger, next: AtomicU64::new(0) }
+        Self {
+            world,
+            world_rank: group.members[rank],
+            group,
+            rank,
+            ledger,
+            next: AtomicU64::new(0),
+        }
     }
 
     fn peers(&self) -> impl Iterator<Item = (usize, usize)> + '_ {
-        self.group.members.iter().copied().enumerate().filter(|&(place, _)| place != self.rank)
+        self.group
+            .members
+            .iter()
+            .copied()
+            .enumerate()
+            .filter(|&(place, _)| place != self.rank)
     }
 
     /// A fault that this rank found: it ends the run.
@@ -72,8 +84,13 @@ impl LocalEngine {
     }
 
     fn returned(&self, tag: Tag, ranks: &[usize]) -> Error {
-        let text = format!("rank {} waits in {tag} for {}, which has returned", self.world_rank, list(ranks));
-        Error::new(codes::RANK_RETURNED, text).with_help("run the same number of steps on every rank")
+        let text = format!(
+            "rank {} waits in {tag} for {}, which has returned",
+            self.world_rank,
+            list(ranks)
+        );
+        Error::new(codes::RANK_RETURNED, text)
+            .with_help("run the same number of steps on every rank")
     }
 
     fn late(&self, tag: Tag, sequence: u64, missing: &[usize]) -> Error {
@@ -108,26 +125,35 @@ impl Engine for LocalEngine {
 
     fn start(&self, tag: Tag, mut parts: Vec<Option<Tensor>>) -> Result<Pending> {
         if parts.len() != self.size() {
-            let text = format!("{tag}: expected one part for each of {} ranks, found {}", self.size(), parts.len());
+            let text = format!(
+                "{tag}: expected one part for each of {} ranks, found {}",
+                self.size(),
+                parts.len()
+            );
             return Err(Error::new(codes::COLLECTIVE_ARGUMENT, text));
         }
         self.world.check(self.world_rank)?;
         let sequence = self.next.fetch_add(1, Ordering::Relaxed);
         let own = parts[self.rank].take();
         if self.size() > 1 {
-            self.world.ring(self.world_rank, |ring| ring.start(self.group.kind, tag, sequence));
+            self.world
+                .started(self.world_rank, self.group.kind, sequence, tag);
         }
         for (place, rank) in self.peers() {
             let part = match parts[place].take() {
                 Some(part) => {
                     let part = part.detach().contiguous()?;
-                    self.ledger.count((part.elem_count() * part.dtype().size_in_bytes()) as u64, tag.exchange);
+                    self.ledger.count(
+                        (part.elem_count() * part.dtype().size_in_bytes()) as u64,
+                        tag.exchange,
+                    );
                     Some(part)
                 }
                 None => None,
             };
             let envelope = Envelope { tag, part };
-            self.world.post(rank, (self.group.kind, self.world_rank, sequence), envelope);
+            self.world
+                .post(rank, (self.group.kind, self.world_rank, sequence), envelope);
         }
         Ok(Pending { tag, sequence, own })
     }
@@ -139,11 +165,16 @@ impl Engine for LocalEngine {
         let mut missing: Vec<(usize, usize)> = self.peers().collect();
         let until = Instant::now() + self.world.deadline;
         let kind = self.group.kind;
+        if !missing.is_empty() {
+            self.world.waits(self.world_rank, kind, sequence);
+        }
 
         while !missing.is_empty() {
             let ranks: Vec<usize> = missing.iter().map(|&(_, rank)| rank).collect();
             let keys: Vec<_> = ranks.iter().map(|&rank| (kind, rank, sequence)).collect();
-            let taken = self.world.take(self.world_rank, &Missing { tag, keys }, until)?;
+            let taken = self
+                .world
+                .take(self.world_rank, &Missing { tag, keys }, until)?;
             match taken {
                 world::Taken::Late => return Err(self.fault(self.late(tag, sequence, &ranks))),
                 world::Taken::Returned(gone) => return Err(self.fault(self.returned(tag, &gone))),
@@ -151,10 +182,15 @@ impl Engine for LocalEngine {
                 world::Taken::Envelopes(envelopes) => {
                     for ((_, from, _), envelope) in envelopes {
                         if envelope.tag != tag {
-                            return Err(self.fault(self.mismatch(tag, from, envelope.tag, sequence)));
+                            return Err(self.fault(self.mismatch(
+                                tag,
+                                from,
+                                envelope.tag,
+                                sequence,
+                            )));
                         }
                         if let Some(index) = missing.iter().position(|&(_, rank)| rank == from) {
-                            let (place, _) = missing.swap_remove(index);
+                            let (place, _) = missing.remove(index);
                             arrived[place] = envelope.part;
                         }
                     }
@@ -162,7 +198,7 @@ impl Engine for LocalEngine {
             }
         }
         if self.size() > 1 {
-            self.world.ring(self.world_rank, |ring| ring.done(kind, sequence));
+            self.world.completed(self.world_rank, kind, sequence);
         }
         Ok(arrived)
     }

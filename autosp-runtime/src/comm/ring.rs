@@ -1,7 +1,7 @@
 //! The last collectives of a rank, printed when something hangs.
 
 use std::collections::VecDeque;
-use std::fmt;
+use std::fmt::{self, Write as _};
 use std::time::{Duration, Instant};
 
 use super::Tag;
@@ -30,12 +30,22 @@ impl Ring {
         if self.0.len() == KEPT {
             self.0.pop_front();
         }
-        self.0.push_back(Entry { group, tag, sequence, started: Instant::now(), done: None });
+        self.0.push_back(Entry {
+            group,
+            tag,
+            sequence,
+            started: Instant::now(),
+            done: None,
+        });
     }
 
     /// Notes that it is complete.
     pub(crate) fn done(&mut self, group: &'static str, sequence: u64) {
-        let entry = self.0.iter_mut().rev().find(|entry| entry.group == group && entry.sequence == sequence);
+        let entry = self
+            .0
+            .iter_mut()
+            .rev()
+            .find(|entry| entry.group == group && entry.sequence == sequence);
         if let Some(entry) = entry {
             entry.done = Some(Instant::now());
         }
@@ -45,14 +55,27 @@ impl Ring {
     pub(crate) fn last(&self, count: usize, now: Instant) -> impl fmt::Display {
         let mut text = String::new();
         for entry in self.0.iter().rev().take(count) {
-            let Entry { group, tag, sequence, started, done } = entry;
+            let Entry {
+                group,
+                tag,
+                sequence,
+                started,
+                done,
+            } = entry;
             let state = match done {
                 Some(at) => format!("complete {} ago", short(now.duration_since(*at))),
-                None => format!("started {} ago, not complete", short(now.duration_since(*started))),
+                None => format!(
+                    "started {} ago, not complete",
+                    short(now.duration_since(*started))
+                ),
             };
-            text += &format!("\n    {group} #{sequence} {tag}: {state}");
+            let _ = write!(text, "\n    {group} #{sequence} {tag}: {state}");
         }
-        if text.is_empty() { "\n    no collective yet".to_owned() } else { text }
+        if text.is_empty() {
+            "\n    no collective yet".to_owned()
+        } else {
+            text
+        }
     }
 }
 

@@ -34,7 +34,8 @@ impl Band {
         if self.lo.is_some_and(|lo| largest < lo) || self.hi.is_some_and(|hi| smallest > hi) {
             return Some(false);
         }
-        let inside = self.lo.is_none_or(|lo| lo <= smallest) && self.hi.is_none_or(|hi| largest <= hi);
+        let inside =
+            self.lo.is_none_or(|lo| lo <= smallest) && self.hi.is_none_or(|hi| largest <= hi);
         inside.then_some(true)
     }
 
@@ -42,7 +43,9 @@ impl Band {
     pub(crate) fn queries(self, j: usize, queries: &Range<usize>) -> Range<usize> {
         let clamp = |x: i64| x.clamp(queries.start as i64, queries.end as i64) as usize;
         let first = self.hi.map_or(queries.start, |hi| clamp(j as i64 - hi));
-        let end = self.lo.map_or(queries.end, |lo| clamp((j as i64 - lo).saturating_add(1)));
+        let end = self
+            .lo
+            .map_or(queries.end, |lo| clamp((j as i64 - lo).saturating_add(1)));
         first..end.max(first)
     }
 }
@@ -89,13 +92,23 @@ pub struct HostMask<T> {
 
 impl<T> Clone for HostMask<T> {
     fn clone(&self) -> Self {
-        Self { rows: self.rows, cols: self.cols, rule: self.rule.clone(), declared: self.declared, element: PhantomData }
+        Self {
+            rows: self.rows,
+            cols: self.cols,
+            rule: self.rule.clone(),
+            declared: self.declared,
+            element: PhantomData,
+        }
     }
 }
 
 impl<T> std::fmt::Debug for HostMask<T> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("HostMask").field("rows", &self.rows).field("cols", &self.cols).field("band", &self.declared).finish()
+        f.debug_struct("HostMask")
+            .field("rows", &self.rows)
+            .field("cols", &self.cols)
+            .field("band", &self.declared)
+            .finish()
     }
 }
 
@@ -108,7 +121,13 @@ where
     T: WithDType,
     F: Fn(usize, usize) -> T + Send + Sync + 'static,
 {
-    HostMask { rows, cols, rule: Arc::new(Closure(rule)), declared: None, element: PhantomData }
+    HostMask {
+        rows,
+        cols,
+        rule: Arc::new(Closure(rule)),
+        declared: None,
+        element: PhantomData,
+    }
 }
 
 impl<T: WithDType> HostMask<T> {
@@ -116,7 +135,11 @@ impl<T: WithDType> HostMask<T> {
     /// made into a [`Mask`](crate::mask::Mask).
     #[must_use]
     pub fn band(mut self, band: Band, inside: T, outside: T) -> Self {
-        self.declared = Some(Declared { band, inside: inside.to_f64(), outside: outside.to_f64() });
+        self.declared = Some(Declared {
+            band,
+            inside: inside.to_f64(),
+            outside: outside.to_f64(),
+        });
         self
     }
 
@@ -139,7 +162,9 @@ impl<T: WithDType> HostMask<T> {
         const CORNER: usize = 48;
         const LATTICE: usize = 37;
         const EDGE: usize = 192;
-        let Some(declared) = self.declared else { return Ok(()) };
+        let Some(declared) = self.declared else {
+            return Ok(());
+        };
         for i in 0..self.rows.min(CORNER) {
             for j in 0..self.cols.min(CORNER) {
                 self.check_at(declared, i, j)?;
@@ -150,7 +175,10 @@ impl<T: WithDType> HostMask<T> {
                 self.check_at(declared, i, j)?;
             }
         }
-        for i in (0..self.rows).step_by(self.rows.div_ceil(EDGE).max(1)).chain(self.rows.checked_sub(1)) {
+        for i in (0..self.rows)
+            .step_by(self.rows.div_ceil(EDGE).max(1))
+            .chain(self.rows.checked_sub(1))
+        {
             for edge in [declared.band.lo, declared.band.hi].into_iter().flatten() {
                 for j in (i as i64 + edge - 1)..=(i as i64 + edge + 1) {
                     if (0..self.cols as i64).contains(&j) {
@@ -163,7 +191,11 @@ impl<T: WithDType> HostMask<T> {
     }
 
     fn check_at(&self, declared: Declared, i: usize, j: usize) -> SiteResult<()> {
-        let expected = if declared.band.contains(i, j) { declared.inside } else { declared.outside };
+        let expected = if declared.band.contains(i, j) {
+            declared.inside
+        } else {
+            declared.outside
+        };
         let found = self.rule.value(i, j);
         if expected == found || (expected.is_nan() && found.is_nan()) {
             return Ok(());
@@ -175,4 +207,3 @@ impl<T: WithDType> HostMask<T> {
         .with_help("report this with the function that builds the mask; a mask from a rule without a band is always exact"))
     }
 }
-

@@ -36,7 +36,11 @@ impl Action {
 enum Values {
     Band(Declared),
     Rule(Arc<dyn Rule>, Vec<Change>),
-    Dense { data: Vec<f64>, strides: [usize; 4], changes: Vec<Change> },
+    Dense {
+        data: Vec<f64>,
+        strides: [usize; 4],
+        changes: Vec<Change>,
+    },
 }
 
 /// One mask applied to the scores; cheap to clone.
@@ -71,7 +75,10 @@ enum Part {
     Uniform(f64),
     Band(Declared),
     /// Key by key, `stride` values each.
-    Values { values: Vec<f64>, stride: usize },
+    Values {
+        values: Vec<f64>,
+        stride: usize,
+    },
 }
 
 /// All terms on one block, ready to be applied.
@@ -88,29 +95,56 @@ impl Term {
     ///
     /// # Errors
     /// `AS0325` for sizes that do not fit the scores, or a float mask as condition or an integer mask as summand.
-    pub(crate) fn new(mask: &Mask, action: Action, batch: usize, heads: usize, length: usize) -> Result<Self> {
+    pub(crate) fn new(
+        mask: &Mask,
+        action: Action,
+        batch: usize,
+        heads: usize,
+        length: usize,
+    ) -> Result<Self> {
         let refused = |message: String| Error::new(codes::MASK, message);
         match action {
             Action::Fill { .. } if !mask.is_select() => {
-                return Err(refused(format!("where_cond: expected an integer mask, found {:?}", mask.dtype())));
+                return Err(refused(format!(
+                    "where_cond: expected an integer mask, found {:?}",
+                    mask.dtype()
+                )));
             }
             Action::Add if mask.is_select() => {
-                return Err(refused(format!("a mask that is added: expected a float mask, found {:?}", mask.dtype())));
+                return Err(refused(format!(
+                    "a mask that is added: expected a float mask, found {:?}",
+                    mask.dtype()
+                )));
             }
             _ => {}
         }
         let scores = [batch, heads, length, length];
         let dims = mask.dims();
-        let fits = dims.len() <= 4 && dims.iter().rev().zip(scores.iter().rev()).all(|(&m, &s)| m == s || m == 1);
+        let fits = dims.len() <= 4
+            && dims
+                .iter()
+                .rev()
+                .zip(scores.iter().rev())
+                .all(|(&m, &s)| m == s || m == 1);
         if !fits {
             return Err(refused(format!("expected a mask that broadcasts to the scores {scores:?}, found {dims:?}"))
                 .with_help("masks are over the global sequence: build them from the length that the model computes"));
         }
         let values = match &mask.source {
             Source::Rule { rows, cols, .. } if (*rows, *cols) != (length, length) => {
-                return Err(refused(format!("expected a mask of {length} queries by {length} keys, found {rows} by {cols}")));
+                return Err(refused(format!(
+                    "expected a mask of {length} queries by {length} keys, found {rows} by {cols}"
+                )));
             }
-            Source::Rule { declared: Some(Declared { band, inside, outside }), .. } => Values::Band(Declared {
+            Source::Rule {
+                declared:
+                    Some(Declared {
+                        band,
+                        inside,
+                        outside,
+                    }),
+                ..
+            } => Values::Band(Declared {
                 band: *band,
                 inside: mask.changed_value(*inside),
                 outside: mask.changed_value(*outside),
@@ -118,7 +152,10 @@ impl Term {
             Source::Rule { rule, .. } => Values::Rule(rule.clone(), mask.changes.clone()),
             Source::Dense(tensor) => dense(tensor, mask, scores)?,
         };
-        Ok(Self { values: Arc::new(values), action })
+        Ok(Self {
+            values: Arc::new(values),
+            action,
+        })
     }
 
     /// Whether the term needs an upper bound of the scores before it, to tell blocks that cannot count.
@@ -141,12 +178,20 @@ impl Term {
                 changed(&mut values, changes);
                 gathered(values, stride)
             }
-            Values::Dense { data, strides, changes } => {
+            Values::Dense {
+                data,
+                strides,
+                changes,
+            } => {
                 let stride = queries.len();
                 let mut values = Vec::with_capacity(stride * keys.len());
                 let origin = block.batch * strides[0] + block.head * strides[1];
                 for j in keys.clone() {
-                    values.extend(queries.clone().map(|i| data[origin + i * strides[2] + j * strides[3]]));
+                    values.extend(
+                        queries
+                            .clone()
+                            .map(|i| data[origin + i * strides[2] + j * strides[3]]),
+                    );
                 }
                 changed(&mut values, changes);
                 gathered(values, stride)
@@ -156,11 +201,34 @@ impl Term {
 
     /// The score (`Some`) after this term, or the value that replaces it: for the plain kernel. Returns the new score and whether
     /// the score was replaced.
-    pub(crate) fn at(&self, batch: usize, head: usize, i: usize, j: usize, score: f64) -> (f64, bool) {
+    pub(crate) fn at(
+        &self,
+        batch: usize,
+        head: usize,
+        i: usize,
+        j: usize,
+        score: f64,
+    ) -> (f64, bool) {
         let x = match &*self.values {
-            Values::Band(Declared { band, inside, outside }) => if band.contains(i, j) { *inside } else { *outside },
-            Values::Rule(rule, changes) => changes.iter().fold(rule.value(i, j), |x, change| change.apply(x)),
-            Values::Dense { data, strides, changes } => {
+            Values::Band(Declared {
+                band,
+                inside,
+                outside,
+            }) => {
+                if band.contains(i, j) {
+                    *inside
+                } else {
+                    *outside
+                }
+            }
+            Values::Rule(rule, changes) => changes
+                .iter()
+                .fold(rule.value(i, j), |x, change| change.apply(x)),
+            Values::Dense {
+                data,
+                strides,
+                changes,
+            } => {
                 let at = batch * strides[0] + head * strides[1] + i * strides[2] + j * strides[3];
                 changes.iter().fold(data[at], |x, change| change.apply(x))
             }
@@ -184,7 +252,9 @@ fn changed(values: &mut [f64], changes: &[Change]) {
 /// Block values as they are, or as the one number that all of them are.
 fn gathered(values: Vec<f64>, stride: usize) -> Part {
     match values.split_first() {
-        Some((first, rest)) if rest.iter().all(|x| x.to_bits() == first.to_bits()) => Part::Uniform(*first),
+        Some((first, rest)) if rest.iter().all(|x| x.to_bits() == first.to_bits()) => {
+            Part::Uniform(*first)
+        }
         _ => Part::Values { values, stride },
     }
 }
@@ -211,13 +281,21 @@ fn dense(tensor: &Tensor, mask: &Mask, scores: [usize; 4]) -> Result<Values> {
         stride *= size;
     }
     let data = core.flatten_all()?.to_dtype(DType::F64)?.to_vec1::<f64>()?;
-    Ok(Values::Dense { data, strides, changes: mask.changes.clone() })
+    Ok(Values::Dense {
+        data,
+        strides,
+        changes: mask.changes.clone(),
+    })
 }
 
 impl Prepared {
     /// Looks at all terms on a block whose scores are at most `bound` before them.
     pub(crate) fn new(terms: &[Term], block: &Block, bound: f64) -> Self {
-        let mut prepared = Self { parts: Vec::new(), upper: bound, covered: false };
+        let mut prepared = Self {
+            parts: Vec::new(),
+            upper: bound,
+            covered: false,
+        };
         for term in terms {
             prepared.push(term.action, term.part(block));
         }
@@ -243,7 +321,9 @@ impl Prepared {
             let largest = |a: f64, b: f64| if b > a { b } else { a };
             let added = match &part {
                 Part::Band(declared) => largest(declared.inside, declared.outside),
-                Part::Values { values, .. } => values.iter().copied().fold(f64::NEG_INFINITY, largest),
+                Part::Values { values, .. } => {
+                    values.iter().copied().fold(f64::NEG_INFINITY, largest)
+                }
                 Part::Uniform(x) => *x,
             };
             self.upper = match action {
@@ -261,9 +341,15 @@ impl Prepared {
             match *action {
                 Action::Fill { value, .. } => {
                     let value = R::from_double(value);
-                    part.visit(block, scores, stride, |x, mask| if action.fills(mask) { *x = value });
+                    part.visit(block, scores, stride, |x, mask| {
+                        if action.fills(mask) {
+                            *x = value
+                        }
+                    });
                 }
-                Action::Add => part.visit(block, scores, stride, |x, mask| *x += R::from_double(mask)),
+                Action::Add => {
+                    part.visit(block, scores, stride, |x, mask| *x += R::from_double(mask))
+                }
             }
         }
     }
@@ -273,7 +359,11 @@ impl Prepared {
     pub(crate) fn clear_filled<R: Real>(&self, block: &Block, gradients: &mut [R], stride: usize) {
         for (action, part) in &self.parts {
             if matches!(action, Action::Fill { .. }) {
-                part.visit(block, gradients, stride, |x, mask| if action.fills(mask) { *x = R::ZERO });
+                part.visit(block, gradients, stride, |x, mask| {
+                    if action.fills(mask) {
+                        *x = R::ZERO
+                    }
+                });
             }
         }
     }
@@ -281,22 +371,37 @@ impl Prepared {
 
 impl Part {
     #[inline(always)]
-    fn visit<R: Real>(&self, block: &Block, scores: &mut [R], stride: usize, mut change: impl FnMut(&mut R, f64)) {
+    fn visit<R: Real>(
+        &self,
+        block: &Block,
+        scores: &mut [R],
+        stride: usize,
+        mut change: impl FnMut(&mut R, f64),
+    ) {
         let width = block.queries.len();
         for (row, j) in scores.chunks_mut(stride).zip(block.keys.clone()) {
             let row = &mut row[..width];
             match self {
                 Self::Uniform(value) => row.iter_mut().for_each(|x| change(x, *value)),
-                Self::Band(Declared { band, inside, outside }) => {
+                Self::Band(Declared {
+                    band,
+                    inside,
+                    outside,
+                }) => {
                     let visible = band.queries(j, &block.queries);
-                    let (first, end) = (visible.start - block.queries.start, visible.end - block.queries.start);
+                    let (first, end) = (
+                        visible.start - block.queries.start,
+                        visible.end - block.queries.start,
+                    );
                     row[..first].iter_mut().for_each(|x| change(x, *outside));
                     row[first..end].iter_mut().for_each(|x| change(x, *inside));
                     row[end..].iter_mut().for_each(|x| change(x, *outside));
                 }
                 Self::Values { values, stride } => {
                     let at = (j - block.keys.start) * stride;
-                    row.iter_mut().zip(&values[at..at + width]).for_each(|(x, value)| change(x, *value));
+                    row.iter_mut()
+                        .zip(&values[at..at + width])
+                        .for_each(|(x, value)| change(x, *value));
                 }
             }
         }

@@ -17,9 +17,9 @@ const SHARDS: usize = 16;
 
 /// One rank of a run. Clones are the same rank.
 #[derive(Clone)]
-pub struct Sp(Arc<Rank>);
+pub struct Sp(Arc<Inner>);
 
-struct Rank {
+struct Inner {
     mesh: Mesh,
     rank: usize,
     sp_group: Box<dyn Engine>,
@@ -40,9 +40,15 @@ pub(super) struct Groups {
 }
 
 impl Sp {
-    pub(super) fn new(mesh: Mesh, rank: usize, groups: Groups, settings: Settings, ledger: Arc<Ledger>) -> Self {
+    pub(super) fn new(
+        mesh: Mesh,
+        rank: usize,
+        groups: Groups,
+        settings: Settings,
+        ledger: Arc<Ledger>,
+    ) -> Self {
         let Groups { sp, dp, world } = groups;
-        Self(Arc::new(Rank {
+        Self(Arc::new(Inner {
             mesh,
             rank,
             sp_group: sp,
@@ -129,7 +135,7 @@ impl Sp {
     /// # Errors
     /// AS0306 if the ranks of the group cut sequences of different lengths; else as [`Engine::wait`].
     pub fn register_shard(&self, tokens: TensorId, shard: Shard) -> Result<()> {
-        self.agree("sp.shard", "length", &[shard.valid as u64, shard.padded as u64])?;
+        self.agree("sp.shard", "length", &[shard.valid as u64])?;
         let mut shards = self.shards();
         if shards.len() == SHARDS {
             shards.pop_front();
@@ -152,8 +158,13 @@ impl Sp {
     /// As [`Engine::wait`].
     pub fn sum_bytes(&self, bytes: Bytes) -> Result<Bytes> {
         let engine = self.world_group();
-        let own = candle_core::Tensor::new(&[bytes.sent as i64, bytes.exchange as i64], &Device::Cpu)?;
-        let received = all_to_all(engine, Tag::new("ledger", "sum"), vec![Some(own); engine.size()])?;
+        let own =
+            candle_core::Tensor::new(&[bytes.sent as i64, bytes.exchange as i64], &Device::Cpu)?;
+        let received = all_to_all(
+            engine,
+            Tag::new("ledger", "sum"),
+            vec![Some(own); engine.size()],
+        )?;
         let mut sum = Bytes::default();
         for part in received.into_iter().flatten() {
             let numbers = part.to_vec1::<i64>()?;
@@ -165,7 +176,11 @@ impl Sp {
 
     /// The shard that was registered for exactly this tensor, if it is not too long ago.
     pub(crate) fn shard_of(&self, tokens: TensorId) -> Option<Shard> {
-        self.shards().iter().rev().find(|(id, _)| *id == tokens).map(|&(_, shard)| shard)
+        self.shards()
+            .iter()
+            .rev()
+            .find(|(id, _)| *id == tokens)
+            .map(|&(_, shard)| shard)
     }
 
     /// The latest shard of `len` tokens.
@@ -174,15 +189,22 @@ impl Sp {
     /// AS0303 if there is none; AS0307 if there are several of different valid lengths.
     pub(crate) fn shard_of_length(&self, len: usize) -> Result<Shard> {
         let shards = self.shards();
-        let mut fitting = shards.iter().rev().filter(|(_, shard)| shard.len == len).map(|&(_, shard)| shard);
+        let mut fitting = shards
+            .iter()
+            .rev()
+            .filter(|(_, shard)| shard.len == len)
+            .map(|&(_, shard)| shard);
         let Some(latest) = fitting.next() else {
             let known: Vec<usize> = shards.iter().rev().map(|(_, shard)| shard.len).collect();
             let expected = match known.as_slice() {
                 [] => "a tensor that `sp.shard` returned".to_owned(),
                 [latest, ..] => format!("length {latest} (this rank's shard)"),
             };
-            return Err(Error::new(codes::LOCAL_LENGTH, format!("expected {expected}, found length {len}"))
-                .with_help("let tokens = sp.shard(&tokens)?"));
+            return Err(Error::new(
+                codes::LOCAL_LENGTH,
+                format!("expected {expected}, found length {len}"),
+            )
+            .with_help("let tokens = sp.shard(&tokens)?"));
         };
         if let Some(other) = fitting.find(|other| *other != latest) {
             let text = format!(

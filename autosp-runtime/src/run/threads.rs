@@ -2,47 +2,92 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::time::Duration;
 
 use autosp_plan::{Settings, codes};
 
 use super::panics;
 use super::sp::{Groups, Sp};
-use crate::comm::{Engine, Fault, Group, LocalEngine, World};
+use crate::comm::{Engine, Fault, Group, LocalEngine, World, list};
 use crate::{Error, Ledger, Mesh, Result};
 
 /// Stack of a rank: candle's backward recurses once an operation. Pages that are not touched cost nothing.
 const STACK_BYTES: usize = 256 << 20;
 
-pub(super) fn run<T: Send>(settings: Settings, f: &(impl Fn(&Sp) -> Result<T> + Sync)) -> Result<Vec<T>> {
+/// Exit code of a process with a rank that cannot be stopped: `EX_SOFTWARE` of `sysexits.h`.
+const EXIT_STUCK: i32 = 70;
+
+/// How long a failed run waits, beyond the deadline, for ranks that are stuck outside of collectives.
+const GRACE: Duration = Duration::from_secs(30);
+
+/// What happens when a rank does not return although the run has failed: `(error, ranks)`.
+type OnStuck<'a> = &'a dyn Fn(&Error, &[usize]);
+
+pub(super) fn run<T: Send>(
+    settings: &Settings,
+    f: &(impl Fn(&Sp) -> Result<T> + Sync),
+) -> Result<Vec<T>> {
+    run_watched(settings, f, settings.deadline() + GRACE, &exit)
+}
+
+/// A thread cannot be killed and borrows from the caller, so there is no way back: the process ends, as a job that hangs costs more.
+#[allow(clippy::print_stderr, reason = "the last words of the process")]
+fn exit(error: &Error, ranks: &[usize]) {
+    eprintln!(
+        "error: {error}\nexiting: {} did not return after the run had failed",
+        list(ranks)
+    );
+    std::process::exit(EXIT_STUCK);
+}
+
+/// Runs the ranks; `on_stuck` is called if some do not return within `grace` after a failure.
+pub(super) fn run_watched<T: Send>(
+    settings: &Settings,
+    f: &(impl Fn(&Sp) -> Result<T> + Sync),
+    grace: Duration,
+    on_stuck: OnStuck<'_>,
+) -> Result<Vec<T>> {
     if panics::is_rank() {
-        return Err(Error::new(codes::NESTED_RUN, "expected one run at a time, found a run started by a rank of another")
-            .with_help("call the inner closure directly"));
+        return Err(Error::new(
+            codes::NESTED_RUN,
+            "expected one run at a time, found a run started by a rank of another",
+        )
+        .with_help("call the inner closure directly"));
     }
     panics::install_hook();
-    let mesh = Mesh::from_settings(&settings)?;
+    let mesh = Mesh::from_settings(settings)?;
     let size = mesh.world();
     let world = Arc::new(World::new(size, settings.deadline()));
 
     let results: Vec<Option<T>> = std::thread::scope(|scope| {
         let mut threads = Vec::with_capacity(size);
         for rank in 0..size {
-            let sp = connect(&world, mesh, rank, &settings);
+            let sp = connect(&world, mesh, rank, settings);
             let own_world = Arc::clone(&world);
-            let thread = std::thread::Builder::new().name(format!("rank {rank}")).stack_size(STACK_BYTES);
+            let thread = std::thread::Builder::new()
+                .name(format!("rank {rank}"))
+                .stack_size(STACK_BYTES);
             match thread.spawn_scoped(scope, move || rank_main(&own_world, &sp, f)) {
                 Ok(thread) => threads.push(thread),
                 Err(error) => {
                     let text = format!("could not start a thread for rank {rank}: {error}");
                     world.raise(rank, Error::new(codes::MESH, text));
+                    (rank..size).for_each(|rank| world.leave(rank));
                     break;
                 }
             }
         }
-        threads.into_iter().map(|thread| thread.join().ok().flatten()).collect()
+        let stuck = world.wait_for_all(grace);
+        if let (false, Some(error)) = (stuck.is_empty(), report(world.faults(), size)) {
+            on_stuck(&error, &stuck);
+        }
+        threads
+            .into_iter()
+            .map(|thread| thread.join().ok().flatten())
+            .collect()
     });
 
-    let faults = world.take_faults();
-    match report(faults, size) {
+    match report(world.take_faults(), size) {
         Some(error) => Err(error),
         None => Ok(results.into_iter().flatten().collect()),
     }
@@ -52,7 +97,12 @@ pub(super) fn run<T: Send>(settings: Settings, f: &(impl Fn(&Sp) -> Result<T> + 
 fn connect(world: &Arc<World>, mesh: Mesh, rank: usize, settings: &Settings) -> Sp {
     let ledger = Arc::new(Ledger::default());
     let engine = |kind: &'static str, members: Vec<usize>, place: usize| -> Box<dyn Engine> {
-        Box::new(LocalEngine::new(Arc::clone(world), Group { kind, members }, place, Arc::clone(&ledger)))
+        Box::new(LocalEngine::new(
+            Arc::clone(world),
+            Group { kind, members },
+            place,
+            Arc::clone(&ledger),
+        ))
     };
     let groups = Groups {
         sp: engine("sp", mesh.sp_members(rank).collect(), mesh.sp_rank(rank)),
@@ -75,7 +125,10 @@ fn rank_main<T>(world: &World, sp: &Sp, f: &impl Fn(&Sp) -> Result<T>) -> Option
             None
         }
         Err(payload) => {
-            world.raise(rank, Error::new(codes::RANK_FAILED, panics::describe(&*payload)));
+            world.raise(
+                rank,
+                Error::new(codes::RANK_FAILED, panics::describe(&*payload)),
+            );
             None
         }
     };
@@ -90,7 +143,9 @@ fn report(faults: Vec<Fault>, size: usize) -> Option<Error> {
     if size == 1 && error.code() != codes::RANK_FAILED {
         return Some(error);
     }
-    let same = faults.filter(|other| other.error.to_string() == error.to_string()).count();
+    let same = faults
+        .filter(|other| other.error.to_string() == error.to_string())
+        .count();
     Some(match same + 1 {
         all if all == size && size > 1 => error.context(format_args!("all {size} ranks failed")),
         _ => error.context(format_args!("rank {rank} of {size} failed")),

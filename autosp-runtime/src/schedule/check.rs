@@ -81,7 +81,10 @@ impl Check {
     }
 
     fn refused(&self, why: &str) -> Error {
-        Error::new(codes::SCHEDULE, format!("schedule of `{}`: {why}", self.site))
+        Error::new(
+            codes::SCHEDULE,
+            format!("schedule of `{}`: {why}", self.site),
+        )
     }
 
     fn call(&self, verb: Verb, g: usize) -> String {
@@ -98,19 +101,32 @@ impl Check {
         }
         let call = self.call(verb, g);
         let Some(&progress) = self.groups.get(g) else {
-            return Err(self.refused(&format!("{call}, but the last group is {}", self.groups.len().saturating_sub(1))));
+            return Err(self.refused(&format!(
+                "{call}, but the last group is {}",
+                self.groups.len().saturating_sub(1)
+            )));
         };
         let (done, before) = match verb {
             Verb::Send => (progress.sent, None),
             Verb::Wait => (progress.landed, (!progress.sent).then_some((Verb::Send, g))),
-            Verb::Attend => (progress.attended, self.missing(g).map(|bearer| (Verb::Wait, bearer))),
-            Verb::Return | Verb::Finish => (progress.returned, (!progress.attended).then_some((Verb::Attend, g))),
+            Verb::Attend => (
+                progress.attended,
+                self.missing(g).map(|bearer| (Verb::Wait, bearer)),
+            ),
+            Verb::Return | Verb::Finish => (
+                progress.returned,
+                (!progress.attended).then_some((Verb::Attend, g)),
+            ),
         };
         if done {
             return Err(self.refused(&format!("{call} for a second time")));
         }
         if let Some((missing, other)) = before {
-            let why = if other == g { "" } else { ", which brings a kv head that both groups use" };
+            let why = if other == g {
+                ""
+            } else {
+                ", which brings a kv head that both groups use"
+            };
             return Err(self.refused(&format!("{call} before {}{why}", self.call(missing, other))));
         }
         let progress = &mut self.groups[g];
@@ -136,7 +152,10 @@ impl Check {
         if self.direction == Direction::Backward {
             return None;
         }
-        self.needs[g].iter().filter_map(|&kv| self.bearer[kv]).find(|&bearer| !self.groups[bearer].landed)
+        self.needs[g]
+            .iter()
+            .filter_map(|&kv| self.bearer[kv])
+            .find(|&bearer| !self.groups[bearer].landed)
     }
 
     fn finish_exchange(&mut self) -> Result<()> {
@@ -181,14 +200,25 @@ impl Check {
 
     /// The kv heads of group `g` that group `g` itself brings (forward, after its send).
     pub(crate) fn brings(&self, g: usize) -> Vec<usize> {
-        self.needs[g].iter().copied().filter(|&kv| self.bearer[kv] == Some(g)).collect()
+        self.needs[g]
+            .iter()
+            .copied()
+            .filter(|&kv| self.bearer[kv] == Some(g))
+            .collect()
     }
 
     /// The kv heads of group `g` that no group which is still to be returned uses (backward, after its return).
     pub(crate) fn completes(&self, g: usize) -> Vec<usize> {
         let open = |kv: usize| {
-            self.groups.iter().zip(&self.needs).any(|(group, needs)| !group.returned && needs.contains(&kv))
+            self.groups
+                .iter()
+                .zip(&self.needs)
+                .any(|(group, needs)| !group.returned && needs.contains(&kv))
         };
-        self.needs[g].iter().copied().filter(|&kv| !open(kv)).collect()
+        self.needs[g]
+            .iter()
+            .copied()
+            .filter(|&kv| !open(kv))
+            .collect()
     }
 }

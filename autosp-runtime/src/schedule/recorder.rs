@@ -29,7 +29,12 @@ pub struct Recorder {
 
 impl Recorder {
     fn new(site: &'static str, direction: Direction, needs: &[Vec<usize>]) -> Self {
-        Self { site, direction, check: Check::new(site, direction, needs), verbs: Vec::new() }
+        Self {
+            site,
+            direction,
+            check: Check::new(site, direction, needs),
+            verbs: Vec::new(),
+        }
     }
 
     /// Records the forward of `S` for groups that use the kv heads `needs[g]`.
@@ -139,9 +144,17 @@ impl fmt::Display for Recorder {
         for g in 0..self.check.groups() {
             let attend = self.place(Verb::Attend, g);
             let lines = [
-                (format!("group {g}"), there, self.line(self.place(Verb::Send, g), self.place(Verb::Wait, g))),
+                (
+                    format!("group {g}"),
+                    there,
+                    self.line(self.place(Verb::Send, g), self.place(Verb::Wait, g)),
+                ),
                 (String::new(), "attend", self.line(attend, attend)),
-                (String::new(), back, self.line(self.place(Verb::Return, g), self.place(Verb::Finish, 0))),
+                (
+                    String::new(),
+                    back,
+                    self.line(self.place(Verb::Return, g), self.place(Verb::Finish, 0)),
+                ),
             ];
             for (group, what, line) in lines {
                 writeln!(f, "  {group:<9}{what:<9}{line}")?;

@@ -50,73 +50,118 @@ macro_rules! refused {
     };
 }
 
-refused!(a_dropped_wait, "attend(1) before wait_qkv(1)", |io, g| {
-    io.send_qkv(g)?;
-    if g != 1 {
-        io.wait_qkv(g)?;
-    }
-    io.attend(g)?;
-    io.send_out(g)?;
-}, { io.wait_out() });
-
-refused!(a_dropped_send, "wait_qkv(2) before send_qkv(2)", |io, g| {
-    if g != 2 {
+refused!(
+    a_dropped_wait,
+    "attend(1) before wait_qkv(1)",
+    |io, g| {
         io.send_qkv(g)?;
-    }
-    io.wait_qkv(g)?;
-    io.attend(g)?;
-    io.send_out(g)?;
-}, { io.wait_out() });
+        if g != 1 {
+            io.wait_qkv(g)?;
+        }
+        io.attend(g)?;
+        io.send_out(g)?;
+    },
+    { io.wait_out() }
+);
 
-refused!(attention_before_the_wait, "attend(0) before wait_qkv(0)", |io, g| {
-    io.send_qkv(g)?;
-    io.attend(g)?;
-    io.wait_qkv(g)?;
-    io.send_out(g)?;
-}, { io.wait_out() });
+refused!(
+    a_dropped_send,
+    "wait_qkv(2) before send_qkv(2)",
+    |io, g| {
+        if g != 2 {
+            io.send_qkv(g)?;
+        }
+        io.wait_qkv(g)?;
+        io.attend(g)?;
+        io.send_out(g)?;
+    },
+    { io.wait_out() }
+);
 
-refused!(a_group_attended_twice, "attend(0) for a second time", |io, g| {
-    io.send_qkv(g)?;
-    io.wait_qkv(g)?;
-    io.attend(g)?;
-    io.attend(g)?;
-    io.send_out(g)?;
-}, { io.wait_out() });
+refused!(
+    attention_before_the_wait,
+    "attend(0) before wait_qkv(0)",
+    |io, g| {
+        io.send_qkv(g)?;
+        io.attend(g)?;
+        io.wait_qkv(g)?;
+        io.send_out(g)?;
+    },
+    { io.wait_out() }
+);
 
-refused!(a_group_left_out, "wait_out before send_out(1)", |io, g| {
-    if g != 1 {
+refused!(
+    a_group_attended_twice,
+    "attend(0) for a second time",
+    |io, g| {
+        io.send_qkv(g)?;
+        io.wait_qkv(g)?;
+        io.attend(g)?;
+        io.attend(g)?;
+        io.send_out(g)?;
+    },
+    { io.wait_out() }
+);
+
+refused!(
+    a_group_left_out,
+    "wait_out before send_out(1)",
+    |io, g| {
+        if g != 1 {
+            io.send_qkv(g)?;
+            io.wait_qkv(g)?;
+            io.attend(g)?;
+            io.send_out(g)?;
+        }
+    },
+    { io.wait_out() }
+);
+
+refused!(
+    an_output_sent_before_it_is_there,
+    "send_out(0) before attend(0)",
+    |io, g| {
+        io.send_qkv(g)?;
+        io.wait_qkv(g)?;
+        io.send_out(g)?;
+    },
+    { io.wait_out() }
+);
+
+refused!(
+    outputs_never_waited_for,
+    "wait_out is missing",
+    |io, g| {
         io.send_qkv(g)?;
         io.wait_qkv(g)?;
         io.attend(g)?;
         io.send_out(g)?;
-    }
-}, { io.wait_out() });
+    },
+    { Ok(()) }
+);
 
-refused!(an_output_sent_before_it_is_there, "send_out(0) before attend(0)", |io, g| {
-    io.send_qkv(g)?;
-    io.wait_qkv(g)?;
-    io.send_out(g)?;
-}, { io.wait_out() });
+refused!(
+    a_group_that_is_not_there,
+    "send_qkv(3), but the last group is 2",
+    |io, g| {
+        io.send_qkv(g + 1)?;
+    },
+    { io.wait_out() }
+);
 
-refused!(outputs_never_waited_for, "wait_out is missing", |io, g| {
-    io.send_qkv(g)?;
-    io.wait_qkv(g)?;
-    io.attend(g)?;
-    io.send_out(g)?;
-}, { Ok(()) });
-
-refused!(a_group_that_is_not_there, "send_qkv(3), but the last group is 2", |io, g| {
-    io.send_qkv(g + 1)?;
-}, { io.wait_out() });
-
-refused!(a_shared_kv_head_that_has_not_landed, "attend(1) before wait_qkv(2), which brings a kv head", |io, g| {
-    let other = 2 - g;
-    io.send_qkv(other)?;
-    if g == 1 {
-        io.wait_qkv(1)?;
-        io.attend(1)?;
-    }
-}, { io.wait_out() });
+refused!(
+    a_shared_kv_head_that_has_not_landed,
+    "attend(1) before wait_qkv(2), which brings a kv head",
+    |io, g| {
+        let other = 2 - g;
+        io.send_qkv(other)?;
+        if g == 1 {
+            io.wait_qkv(1)?;
+            io.attend(1)?;
+        }
+    },
+    { io.wait_out() }
+);
 
 #[test]
 fn a_backward_is_checked_too() {
@@ -131,25 +176,36 @@ fn a_backward_is_checked_too() {
             io.attend_backward(0)
         }
     }
-    let text = Recorder::backward::<Wrong>(&needs()).unwrap_err().to_string();
-    assert!(text.contains("attend_backward(0) before wait_grad_out(0)"), "{text}");
-    let text = Recorder::forward::<Wrong>(&needs()).unwrap_err().to_string();
+    let text = Recorder::backward::<Wrong>(&needs())
+        .unwrap_err()
+        .to_string();
+    assert!(
+        text.contains("attend_backward(0) before wait_grad_out(0)"),
+        "{text}"
+    );
+    let text = Recorder::forward::<Wrong>(&needs())
+        .unwrap_err()
+        .to_string();
     assert!(text.contains("send_qkv(0) is missing"), "{text}");
 }
 
 #[test]
 fn a_correct_schedule_is_drawn() {
-    schedule!(Right, |io, g| {
-        if g == 0 {
-            io.send_qkv(0)?;
-        }
-        if g + 1 < io.groups() {
-            io.send_qkv(g + 1)?;
-        }
-        io.wait_qkv(g)?;
-        io.attend(g)?;
-        io.send_out(g)?;
-    }, { io.wait_out() });
+    schedule!(
+        Right,
+        |io, g| {
+            if g == 0 {
+                io.send_qkv(0)?;
+            }
+            if g + 1 < io.groups() {
+                io.send_qkv(g + 1)?;
+            }
+            io.wait_qkv(g)?;
+            io.attend(g)?;
+            io.send_out(g)?;
+        },
+        { io.wait_out() }
+    );
     let recorder = Recorder::forward::<Right>(&needs()).unwrap();
     let drawn = "\
 m::f, forward
@@ -164,7 +220,15 @@ m::f, forward
            out                 s w
 ";
     let drawn_now: String = recorder.to_string();
-    assert_eq!(recorder.verbs()[..4], ["send_qkv(0)", "send_qkv(1)", "wait_qkv(0)", "attend(0)"]);
+    assert_eq!(
+        recorder.verbs()[..4],
+        ["send_qkv(0)", "send_qkv(1)", "wait_qkv(0)", "attend(0)"]
+    );
     assert_eq!(drawn_now.lines().count(), drawn.lines().count());
-    assert!(Recorder::backward::<Right>(&needs()).unwrap().to_string().contains("m::f, backward"));
+    assert!(
+        Recorder::backward::<Right>(&needs())
+            .unwrap()
+            .to_string()
+            .contains("m::f, backward")
+    );
 }

@@ -62,20 +62,41 @@ impl Timeline {
 
     /// What was recorded so far, in the order in which verbs ended.
     pub fn events(&self) -> Vec<Event> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 
     fn push(&self, event: Event) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(event);
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(event);
     }
 }
 
 /// Runs one verb, and records it if this thread records.
-pub(crate) fn timed<T>(rank: usize, site: &'static str, verb: &'static str, group: usize, run: impl FnOnce() -> T) -> T {
-    let Some(timeline) = ATTACHED.with_borrow(Clone::clone) else { return run() };
+pub(crate) fn timed<T>(
+    rank: usize,
+    site: &'static str,
+    verb: &'static str,
+    group: usize,
+    run: impl FnOnce() -> T,
+) -> T {
+    let Some(timeline) = ATTACHED.with_borrow(Clone::clone) else {
+        return run();
+    };
     let start = Instant::now();
     let result = run();
-    timeline.push(Event { rank, site, verb, group, start, end: Instant::now() });
+    timeline.push(Event {
+        rank,
+        site,
+        verb,
+        group,
+        start,
+        end: Instant::now(),
+    });
     result
 }
 
@@ -85,10 +106,21 @@ impl fmt::Display for Timeline {
         let mut events = self.events();
         events.sort_by_key(|event| (event.rank, event.start));
         let origin = events.iter().map(|event| event.start).min();
-        for Event { rank, site, verb, group, start, end } in events {
+        for Event {
+            rank,
+            site,
+            verb,
+            group,
+            start,
+            end,
+        } in events
+        {
             let since = origin.map_or(Duration::ZERO, |origin| start - origin);
             let (at, took) = (since.as_micros(), (end - start).as_micros());
-            writeln!(f, "rank {rank}  {at:>9} us  {took:>8} us  {verb}({group})  {site}")?;
+            writeln!(
+                f,
+                "rank {rank}  {at:>9} us  {took:>8} us  {verb}({group})  {site}"
+            )?;
         }
         Ok(())
     }

@@ -41,13 +41,25 @@ pub trait Choice<Other: ?Sized> {
 
 impl Choice<Scores> for Tensor {
     fn choose(mask: &Mask, on_true: &Self, on_false: &Scores) -> Result<Scores> {
-        on_false.masked(mask, Action::Fill { value: scalar(on_true)?, nonzero: true })
+        on_false.masked(
+            mask,
+            Action::Fill {
+                value: scalar(on_true)?,
+                nonzero: true,
+            },
+        )
     }
 }
 
 impl Choice<Tensor> for Scores {
     fn choose(mask: &Mask, on_true: &Self, on_false: &Tensor) -> Result<Scores> {
-        on_true.masked(mask, Action::Fill { value: scalar(on_false)?, nonzero: false })
+        on_true.masked(
+            mask,
+            Action::Fill {
+                value: scalar(on_false)?,
+                nonzero: false,
+            },
+        )
     }
 }
 
@@ -63,10 +75,16 @@ impl Mask {
 
 /// The number that a scalar or broadcast scalar tensor holds.
 pub(super) fn scalar(x: &Tensor) -> Result<f64> {
-    let one = x.elem_count() > 0 && x.dims().iter().zip(x.stride()).all(|(&size, &stride)| size == 1 || stride == 0);
+    let one = x.elem_count() > 0
+        && x.dims()
+            .iter()
+            .zip(x.stride())
+            .all(|(&size, &stride)| size == 1 || stride == 0);
     if !one {
         let text = format!("expected one number, found a tensor {:?}", x.dims());
-        return Err(Error::new(codes::FILL, text).with_help("Tensor::new(f32::NEG_INFINITY, device)?.broadcast_as(shape)?").into());
+        return Err(Error::new(codes::FILL, text)
+            .with_help("Tensor::new(f32::NEG_INFINITY, device)?.broadcast_as(shape)?")
+            .into());
     }
     if x.track_op() {
         let text = "expected a constant, found a number that is computed from variables and would lose its gradient";
@@ -76,7 +94,10 @@ pub(super) fn scalar(x: &Tensor) -> Result<f64> {
     for dim in 0..x.rank() {
         x = x.narrow(dim, 0, 1)?;
     }
-    x.flatten_all()?.to_dtype(DType::F64)?.get(0)?.to_scalar::<f64>()
+    x.flatten_all()?
+        .to_dtype(DType::F64)?
+        .get(0)?
+        .to_scalar::<f64>()
 }
 
 macro_rules! operators {

@@ -16,7 +16,12 @@ pub(super) struct Recipe {
 
 impl Default for Recipe {
     fn default() -> Self {
-        Self { scale: 1.0, cap: None, terms: Vec::new(), only_minus_infinity: true }
+        Self {
+            scale: 1.0,
+            cap: None,
+            terms: Vec::new(),
+            only_minus_infinity: true,
+        }
     }
 }
 
@@ -26,10 +31,14 @@ impl Recipe {
             return Err(format!("expected no summand on the scores, found {add}"));
         }
         if !mul.is_finite() {
-            return Err(format!("expected a finite factor on the scores, found {mul}"));
+            return Err(format!(
+                "expected a finite factor on the scores, found {mul}"
+            ));
         }
         if !self.terms.is_empty() && !(self.only_minus_infinity && mul > 0.0) {
-            return Err(format!("expected factors before masks, found the factor {mul} after a mask that is not a fill with -inf"));
+            return Err(format!(
+                "expected factors before masks, found the factor {mul} after a mask that is not a fill with -inf"
+            ));
         }
         let mut recipe = self.clone();
         match &mut recipe.cap {
@@ -46,13 +55,22 @@ impl Recipe {
         if !self.terms.is_empty() {
             return Err("expected the soft cap before masks, found tanh after a mask".to_owned());
         }
-        Ok(Self { cap: Some(1.0), ..self.clone() })
+        Ok(Self {
+            cap: Some(1.0),
+            ..self.clone()
+        })
     }
 
     pub(super) fn masked(&self, term: Term, action: Action) -> Self {
         let mut recipe = self.clone();
         recipe.terms.push(term);
-        recipe.only_minus_infinity &= matches!(action, Action::Fill { value: f64::NEG_INFINITY, .. });
+        recipe.only_minus_infinity &= matches!(
+            action,
+            Action::Fill {
+                value: f64::NEG_INFINITY,
+                ..
+            }
+        );
         recipe
     }
 

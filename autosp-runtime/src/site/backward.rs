@@ -36,11 +36,25 @@ struct Group {
 }
 
 impl<'a> RankBackward<'a> {
-    pub(super) fn new(place: &'a Place, kept: &'a [Kept], output: &'a Tensor, grad: Tensor) -> Self {
+    pub(super) fn new(
+        place: &'a Place,
+        kept: &'a [Kept],
+        output: &'a Tensor,
+        grad: Tensor,
+    ) -> Self {
         let check = Check::new(place.site.name, Direction::Backward, &place.plan.needs());
         let groups = (0..check.groups()).map(|_| Group::default()).collect();
         let kv = vec![None; place.plan.kv_held(0).len()];
-        Self { place, kept, output, grad, check, groups, kv, done: None }
+        Self {
+            place,
+            kept,
+            output,
+            grad,
+            check,
+            groups,
+            kv,
+            done: None,
+        }
     }
 
     /// dQ [b, H, len, d], dK [b, G, len, d] and dV [b, G, len, dv] of this rank's shard.
@@ -57,9 +71,16 @@ impl<'a> RankBackward<'a> {
         }
         let mut parts = Vec::with_capacity(plan.ranks());
         for peer in 0..plan.ranks() {
-            parts.push(Some(Tensor::cat(&runs(&self.grad, 1, plan.q_heads(peer, g))?, 1)?));
+            parts.push(Some(Tensor::cat(
+                &runs(&self.grad, 1, plan.q_heads(peer, g))?,
+                1,
+            )?));
         }
-        self.groups[g].coming = Some(self.place.engine().start(self.place.tag("grad_out", g), parts)?);
+        self.groups[g].coming = Some(
+            self.place
+                .engine()
+                .start(self.place.tag("grad_out", g), parts)?,
+        );
         Ok(())
     }
 
@@ -77,11 +98,22 @@ impl<'a> RankBackward<'a> {
         self.check.step(Verb::Attend, g)?;
         let Place { plan, kernel, .. } = self.place;
         let group = &mut self.groups[g];
-        let grad = group.grad.take().ok_or_else(|| missing(self.place.site.name))?;
+        let grad = group
+            .grad
+            .take()
+            .ok_or_else(|| missing(self.place.site.name))?;
         let Kept { q, k, v, output } = &self.kept[g];
-        let on_one_rank = Output { o: self.output.clone(), ..output.clone() };
-        let output = if plan.ranks() == 1 { &on_one_rank } else { output };
-        let gradients = attention::backward(*kernel, &self.place.group_spec(g), (q, k, v), output, &grad)?;
+        let on_one_rank = Output {
+            o: self.output.clone(),
+            ..output.clone()
+        };
+        let output = if plan.ranks() == 1 {
+            &on_one_rank
+        } else {
+            output
+        };
+        let gradients =
+            attention::backward(*kernel, &self.place.group_spec(g), (q, k, v), output, &grad)?;
         group.dq = Some(gradients.q);
         if plan.ranks() == 1 {
             // One group, in the model's order of heads: nothing to sum or to put together.
@@ -106,8 +138,17 @@ impl<'a> RankBackward<'a> {
         }
         let completes = self.check.completes(g);
         let group = &mut self.groups[g];
-        let mut grads = vec![group.dq.take().ok_or_else(|| missing(self.place.site.name))?];
-        let sums = completes.iter().map(|&kv| self.kv[kv].take().ok_or_else(|| missing(self.place.site.name)));
+        let mut grads = vec![
+            group
+                .dq
+                .take()
+                .ok_or_else(|| missing(self.place.site.name))?,
+        ];
+        let sums = completes.iter().map(|&kv| {
+            self.kv[kv]
+                .take()
+                .ok_or_else(|| missing(self.place.site.name))
+        });
         let (k, v): (Vec<_>, Vec<_>) = sums.collect::<Result<Vec<_>>>()?.into_iter().unzip();
         grads.extend(k);
         grads.extend(v);
@@ -120,13 +161,23 @@ impl<'a> RankBackward<'a> {
                 .collect::<candle_core::Result<Vec<_>>>()?;
             parts.push(Some(packed(&rows)?));
         }
-        group.going = Some(self.place.engine().start(self.place.tag("grad_qkv", g), parts)?);
+        group.going = Some(
+            self.place
+                .engine()
+                .start(self.place.tag("grad_qkv", g), parts)?,
+        );
         Ok(())
     }
 
     fn gather(&mut self) -> Result<()> {
         self.check.step(Verb::Finish, 0)?;
-        let Place { plan, shard, widths: (d, dv), site, .. } = self.place;
+        let Place {
+            plan,
+            shard,
+            widths: (d, dv),
+            site,
+            ..
+        } = self.place;
         if plan.ranks() == 1 {
             let dq = self.groups[0].dq.take().ok_or_else(|| missing(site.name))?;
             let (dk, dv) = self.kv[0].take().ok_or_else(|| missing(site.name))?;
@@ -160,12 +211,22 @@ impl<'a> RankBackward<'a> {
         Ok(())
     }
 
-    fn timed(&mut self, verb: Verb, g: usize, run: impl FnOnce(&mut Self) -> Result<()>) -> candle_core::Result<()> {
+    fn timed(
+        &mut self,
+        verb: Verb,
+        g: usize,
+        run: impl FnOnce(&mut Self) -> Result<()>,
+    ) -> candle_core::Result<()> {
         let (rank, site) = (self.place.scope.sp().rank(), self.place.site.name);
-        Ok(timed(rank, site, verb.name(Direction::Backward), g, || run(self))?)
+        Ok(timed(
+            rank,
+            site,
+            verb.name(Direction::Backward),
+            g,
+            || run(self),
+        )?)
     }
 }
-
 
 /// [b, G, len, d]: each kv head summed over the ranks that hold it, in their order.
 fn summed(heads: Vec<Vec<(usize, Tensor)>>) -> Result<Tensor> {

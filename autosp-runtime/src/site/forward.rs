@@ -37,13 +37,25 @@ impl<'a> RankForward<'a> {
     pub(super) fn new(place: &'a Place, q: Tensor, k: Tensor, v: Tensor) -> Self {
         let check = Check::new(place.site.name, Direction::Forward, &place.plan.needs());
         let groups = (0..check.groups()).map(|_| Group::default()).collect();
-        Self { place, q, k, v, check, groups, out: None }
+        Self {
+            place,
+            q,
+            k,
+            v,
+            check,
+            groups,
+            out: None,
+        }
     }
 
     /// The output [b, H, len, dv] and what the groups keep.
     pub(super) fn finish(self) -> Result<(Tensor, Vec<Kept>)> {
         self.check.end()?;
-        let kept = self.groups.into_iter().filter_map(|group| group.kept).collect();
+        let kept = self
+            .groups
+            .into_iter()
+            .filter_map(|group| group.kept)
+            .collect();
         let out = self.out.ok_or_else(|| missing(self.place.site.name))?;
         Ok((out, kept))
     }
@@ -72,7 +84,12 @@ impl<'a> RankForward<'a> {
 
     fn wait(&mut self, g: usize) -> Result<()> {
         self.check.step(Verb::Wait, g)?;
-        let Place { plan, shard, widths: (d, dv), .. } = self.place;
+        let Place {
+            plan,
+            shard,
+            widths: (d, dv),
+            ..
+        } = self.place;
         let group = &mut self.groups[g];
         let Some(coming) = group.coming.take() else {
             // One rank: its shard is the whole sequence, viewed as it is.
@@ -81,7 +98,11 @@ impl<'a> RankForward<'a> {
             return Ok(());
         };
         let heads = plan.locals(g).len();
-        let sizes = [(heads, *d), (group.brings.len(), *d), (group.brings.len(), *dv)];
+        let sizes = [
+            (heads, *d),
+            (group.brings.len(), *d),
+            (group.brings.len(), *dv),
+        ];
         let batch = self.q.dim(0)?;
         let (mut q, mut k, mut v) = (Vec::new(), Vec::new(), Vec::new());
         for part in received(self.place, coming)? {
@@ -101,7 +122,11 @@ impl<'a> RankForward<'a> {
     /// Keys and values of group `g`, [b, kv heads, S, d]: as they landed if they came with this group or are a single head.
     fn kv_of(&self, g: usize) -> Result<(Tensor, Tensor)> {
         let needs = self.place.plan.kv_of_group(g);
-        if let Some((k, v)) = self.groups[g].kv.as_ref().filter(|_| self.groups[g].brings == needs) {
+        if let Some((k, v)) = self.groups[g]
+            .kv
+            .as_ref()
+            .filter(|_| self.groups[g].brings == needs)
+        {
             return Ok((k.clone(), v.clone()));
         }
         let (mut keys, mut values) = (Vec::new(), Vec::new());
@@ -118,7 +143,10 @@ impl<'a> RankForward<'a> {
 
     fn compute(&mut self, g: usize) -> Result<()> {
         self.check.step(Verb::Attend, g)?;
-        let q = self.groups[g].q.take().ok_or_else(|| missing(self.place.site.name))?;
+        let q = self.groups[g]
+            .q
+            .take()
+            .ok_or_else(|| missing(self.place.site.name))?;
         let (k, v) = self.kv_of(g)?;
         let output = attention::forward(self.place.kernel, &self.place.group_spec(g), &q, &k, &v)?;
         self.groups[g].kept = Some(Kept { q, k, v, output });
@@ -132,9 +160,18 @@ impl<'a> RankForward<'a> {
         if plan.ranks() == 1 {
             return Ok(());
         }
-        let kept = group.kept.as_ref().ok_or_else(|| missing(self.place.site.name))?;
+        let kept = group
+            .kept
+            .as_ref()
+            .ok_or_else(|| missing(self.place.site.name))?;
         let parts = (0..plan.ranks())
-            .map(|peer| Ok(Some(kept.output.o.narrow(2, peer * shard.len, shard.len)?)))
+            .map(|peer| {
+                Ok(Some(kept.output.o.narrow(
+                    2,
+                    peer * shard.len,
+                    shard.len,
+                )?))
+            })
             .collect::<Result<Vec<_>>>()?;
         group.going = Some(self.place.engine().start(self.place.tag("out", g), parts)?);
         Ok(())
@@ -143,21 +180,34 @@ impl<'a> RankForward<'a> {
     fn gather(&mut self) -> Result<()> {
         self.check.step(Verb::Finish, 0)?;
         if self.place.plan.ranks() == 1 {
-            self.out = self.groups[0].kept.as_ref().map(|kept| kept.output.o.clone());
+            self.out = self.groups[0]
+                .kept
+                .as_ref()
+                .map(|kept| kept.output.o.clone());
             return Ok(());
         }
         let mut parts = Vec::new();
         for group in &mut self.groups {
-            let going = group.going.take().ok_or_else(|| missing(self.place.site.name))?;
+            let going = group
+                .going
+                .take()
+                .ok_or_else(|| missing(self.place.site.name))?;
             parts.push(received(self.place, going)?);
         }
         self.out = Some(by_head(self.place, &parts)?);
         Ok(())
     }
 
-    fn timed(&mut self, verb: Verb, g: usize, run: impl FnOnce(&mut Self) -> Result<()>) -> candle_core::Result<()> {
+    fn timed(
+        &mut self,
+        verb: Verb,
+        g: usize,
+        run: impl FnOnce(&mut Self) -> Result<()>,
+    ) -> candle_core::Result<()> {
         let (rank, site) = (self.place.scope.sp().rank(), self.place.site.name);
-        Ok(timed(rank, site, verb.name(Direction::Forward), g, || run(self))?)
+        Ok(timed(rank, site, verb.name(Direction::Forward), g, || {
+            run(self)
+        })?)
     }
 }
 
@@ -184,13 +234,19 @@ impl Forward for RankForward<'_> {
 
 /// The state that [`Check`] vouches for is not there: only a bug of the runtime gets here.
 pub(super) fn missing(site: &str) -> crate::Error {
-    crate::Error::new(autosp_plan::codes::SCHEDULE, format!("schedule of `{site}`: a tensor is used that has not landed"))
+    crate::Error::new(
+        autosp_plan::codes::SCHEDULE,
+        format!("schedule of `{site}`: a tensor is used that has not landed"),
+    )
 }
 
 /// Waits for an exchange in which every rank sends something.
 pub(super) fn received(place: &Place, pending: Pending) -> Result<Vec<Tensor>> {
     let parts = place.engine().wait(pending)?;
-    parts.into_iter().map(|part| part.ok_or_else(|| missing(place.site.name))).collect()
+    parts
+        .into_iter()
+        .map(|part| part.ok_or_else(|| missing(place.site.name)))
+        .collect()
 }
 
 /// Heads along dim 1; a single one as it is.

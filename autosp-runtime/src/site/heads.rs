@@ -32,19 +32,34 @@ impl HeadPlan {
     ///
     /// # Errors
     /// `AS0321` if the ranks do not divide the query heads, or neither divide nor are divided by the kv heads.
-    pub fn new(site: &str, map: HeadMap, heads: usize, kv_heads: usize, ranks: usize, groups: usize) -> Result<Self> {
+    pub fn new(
+        site: &str,
+        map: HeadMap,
+        heads: usize,
+        kv_heads: usize,
+        ranks: usize,
+        groups: usize,
+    ) -> Result<Self> {
         if kv_heads == 0 || ranks == 0 || heads == 0 || !heads.is_multiple_of(kv_heads) {
-            let text = format!("`{site}`: expected query heads that kv heads divide, found {heads} and {kv_heads}");
+            let text = format!(
+                "`{site}`: expected query heads that kv heads divide, found {heads} and {kv_heads}"
+            );
             return Err(Error::new(codes::SITE_HEADS, text));
         }
         let fits = |p: usize| {
             heads.is_multiple_of(p) && (kv_heads.is_multiple_of(p) || p.is_multiple_of(kv_heads))
         };
         if !fits(ranks) {
-            let feasible: Vec<String> = (1..=heads).filter(|&p| fits(p)).map(|p| p.to_string()).collect();
+            let feasible: Vec<String> = (1..=heads)
+                .filter(|&p| fits(p))
+                .map(|p| p.to_string())
+                .collect();
             let feasible = feasible.join(", ");
-            let text = format!("`{site}`: {heads} query heads and {kv_heads} kv heads: expected sp among {feasible}, found {ranks}");
-            return Err(Error::new(codes::SITE_HEADS, text).with_help(format!("set sp to one of {feasible}")));
+            let text = format!(
+                "`{site}`: {heads} query heads and {kv_heads} kv heads: expected sp among {feasible}, found {ranks}"
+            );
+            return Err(Error::new(codes::SITE_HEADS, text)
+                .with_help(format!("set sp to one of {feasible}")));
         }
         let local = heads / ranks;
         let mut order: Vec<usize> = (0..heads).collect();
@@ -65,12 +80,25 @@ impl HeadPlan {
         };
         let kv_of_local = order[..local].iter().map(|&h| kv_of(h)).collect();
         let kv_local = kv_order.len() / ranks;
-        let groups = if ranks == 1 { 1 } else { groups.clamp(1, local) };
+        let groups = if ranks == 1 {
+            1
+        } else {
+            groups.clamp(1, local)
+        };
         let units = if groups <= kv_local { kv_local } else { local };
         let groups = (0..groups)
-            .map(|g| g * units / groups * (local / units)..(g + 1) * units / groups * (local / units))
+            .map(|g| {
+                g * units / groups * (local / units)..(g + 1) * units / groups * (local / units)
+            })
             .collect();
-        Ok(Self { ranks, order, kv_order, kv_heads, kv_of_local, groups })
+        Ok(Self {
+            ranks,
+            order,
+            kv_order,
+            kv_heads,
+            kv_of_local,
+            groups,
+        })
     }
 
     /// Ranks.
@@ -170,14 +198,24 @@ mod tests {
         let plan = plan(HeadMap::Blocked, 8, 1, 2, 3);
         assert_eq!(plan.groups, [0..1, 1..2, 2..4]);
         assert_eq!(plan.needs(), [vec![0], vec![0], vec![0]]);
-        assert_eq!((plan.kv_held(0), plan.kv_held(1)), ([0].as_slice(), [0].as_slice()));
+        assert_eq!(
+            (plan.kv_held(0), plan.kv_held(1)),
+            ([0].as_slice(), [0].as_slice())
+        );
     }
 
     #[test]
     fn what_does_not_divide_is_refused_with_what_does() {
-        let refused = |heads, kv, ranks| HeadPlan::new("m::f", HeadMap::Blocked, heads, kv, ranks, 1).unwrap_err().to_string();
+        let refused = |heads, kv, ranks| {
+            HeadPlan::new("m::f", HeadMap::Blocked, heads, kv, ranks, 1)
+                .unwrap_err()
+                .to_string()
+        };
         let text = refused(12, 4, 3);
-        assert!(text.contains("AS0321") && text.contains("expected sp among 1, 2, 4, 12, found 3"), "{text}");
+        assert!(
+            text.contains("AS0321") && text.contains("expected sp among 1, 2, 4, 12, found 3"),
+            "{text}"
+        );
         assert!(refused(8, 3, 1).contains("kv heads divide"));
         assert!(refused(8, 8, 5).contains("among 1, 2, 4, 8"));
     }

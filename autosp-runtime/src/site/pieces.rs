@@ -21,16 +21,27 @@ pub(super) fn runs(x: &Tensor, dim: usize, heads: &[usize]) -> Result<Vec<Tensor
 
 /// One buffer out of tensors [heads, b, len, d]: stacked by head where widths agree, else one after the other.
 pub(super) fn packed(parts: &[Tensor]) -> Result<Tensor> {
-    let widths = parts.iter().map(|part| part.dim(3)).collect::<candle_core::Result<Vec<_>>>()?;
+    let widths = parts
+        .iter()
+        .map(|part| part.dim(3))
+        .collect::<candle_core::Result<Vec<_>>>()?;
     if widths.windows(2).all(|pair| pair[0] == pair[1]) {
         return Ok(Tensor::cat(parts, 0)?);
     }
-    let flat = parts.iter().map(Tensor::flatten_all).collect::<candle_core::Result<Vec<_>>>()?;
+    let flat = parts
+        .iter()
+        .map(Tensor::flatten_all)
+        .collect::<candle_core::Result<Vec<_>>>()?;
     Ok(Tensor::cat(&flat, 0)?)
 }
 
 /// Takes [`packed`] apart: tensors [heads, b, len, d] for each (heads, d), which may have no heads.
-pub(super) fn unpacked(buffer: &Tensor, batch: usize, len: usize, parts: &[(usize, usize)]) -> Result<Vec<Tensor>> {
+pub(super) fn unpacked(
+    buffer: &Tensor,
+    batch: usize,
+    len: usize,
+    parts: &[(usize, usize)],
+) -> Result<Vec<Tensor>> {
     let mut at = 0;
     let flat = buffer.rank() == 1;
     parts
@@ -39,7 +50,11 @@ pub(super) fn unpacked(buffer: &Tensor, batch: usize, len: usize, parts: &[(usiz
             let size = if flat { heads * batch * len * d } else { heads };
             let part = buffer.narrow(0, at, size)?;
             at += size;
-            Ok(if flat { part.reshape((heads, batch, len, d))? } else { part })
+            Ok(if flat {
+                part.reshape((heads, batch, len, d))?
+            } else {
+                part
+            })
         })
         .collect()
 }

@@ -17,22 +17,52 @@ use crate::scope::{Scope, Shard};
 ///
 /// # Errors
 /// `AS0321` if heads and ranks do not fit, `AS0323` for shapes, `AS0328` for a wrong schedule, AS04xx if the run fails.
-pub(crate) fn run(site: SiteRef, scope: Scope, shard: Shard, spec: Spec, (q, k, v): (&Tensor, &Tensor, &Tensor)) -> Result<Tensor> {
+pub(crate) fn run(
+    site: SiteRef,
+    scope: Scope,
+    shard: Shard,
+    spec: Spec,
+    (q, k, v): (&Tensor, &Tensor, &Tensor),
+) -> Result<Tensor> {
     let (batch, heads, len, d) = q.dims4()?;
     let (_, kv_heads, _, dv) = v.dims4()?;
-    let expected = ([batch, kv_heads, shard.len, d], [batch, kv_heads, shard.len, dv]);
+    let expected = (
+        [batch, kv_heads, shard.len, d],
+        [batch, kv_heads, shard.len, dv],
+    );
     if len != shard.len || k.dims() != expected.0 || v.dims() != expected.1 {
         let text = format!(
             "`{}`: expected q [{batch}, {heads}, {}, {d}], k {:?} and v {:?}, found {:?}, {:?} and {:?}",
-            site.name, shard.len, expected.0, expected.1, q.dims(), k.dims(), v.dims()
+            site.name,
+            shard.len,
+            expected.0,
+            expected.1,
+            q.dims(),
+            k.dims(),
+            v.dims()
         );
         return Err(Error::new(codes::SITE_SHAPE, text));
     }
     let settings = scope.sp().settings();
-    let plan = HeadPlan::new(site.name, site.heads, heads, kv_heads, shard.size, settings.groups())?;
+    let plan = HeadPlan::new(
+        site.name,
+        site.heads,
+        heads,
+        kv_heads,
+        shard.size,
+        settings.groups(),
+    )?;
     (site.check)(&plan.needs())?;
     let kernel = settings.attention();
-    let place = Place { site, shard, plan, kernel, spec, widths: (d, dv), scope };
+    let place = Place {
+        site,
+        shard,
+        plan,
+        kernel,
+        spec,
+        widths: (d, dv),
+        scope,
+    };
 
     let mut io = RankForward::new(&place, q.detach(), k.detach(), v.detach());
     (site.forward)(&mut io)?;
@@ -48,7 +78,15 @@ pub(crate) fn run(site: SiteRef, scope: Scope, shard: Shard, spec: Spec, (q, k, 
     }
     let shape = out.shape().clone();
     let finished = Mutex::new(Some((storage_of(out)?, shape)));
-    Ok(q.apply_op3(k, v, Recorded { place, kept, finished })?)
+    Ok(q.apply_op3(
+        k,
+        v,
+        Recorded {
+            place,
+            kept,
+            finished,
+        },
+    )?)
 }
 
 /// The operation q, k, v -> O: its forward hands over what the schedule computed, its backward runs the emitted one.
@@ -72,7 +110,11 @@ impl CustomOp3 for Recorded {
         _: &CpuStorage,
         _: &candle_core::Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let finished = self.finished.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let finished = self
+            .finished
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
         Ok(finished.ok_or_else(|| super::forward::missing(self.place.site.name))?)
     }
 
@@ -101,7 +143,11 @@ fn storage_of(x: Tensor) -> Result<CpuStorage> {
             "take"
         }
 
-        fn cpu_fwd(&self, storage: &mut CpuStorage, _: &candle_core::Layout) -> candle_core::Result<()> {
+        fn cpu_fwd(
+            &self,
+            storage: &mut CpuStorage,
+            _: &candle_core::Layout,
+        ) -> candle_core::Result<()> {
             let taken = std::mem::replace(storage, CpuStorage::U8(Vec::new()));
             *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(taken);
             Ok(())

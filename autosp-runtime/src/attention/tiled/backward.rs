@@ -47,7 +47,11 @@ pub(in crate::attention) fn backward<E: Element>(
         .into_par_iter()
         .with_min_len(256)
         .map(|at| {
-            let (b, h, i) = (at / s.queries / s.heads, at / s.queries % s.heads, at % s.queries);
+            let (b, h, i) = (
+                at / s.queries / s.heads,
+                at / s.queries % s.heads,
+                at % s.queries,
+            );
             let pairs = given.grad.row(b, h, i).iter().zip(given.o.row(b, h, i));
             pairs.fold(E::Acc::ZERO, |sum, (g, o)| sum + g.up() * o.up())
         })
@@ -72,7 +76,16 @@ pub(in crate::attention) fn backward<E: Element>(
             let (b, g) = (task / blocks / s.kv_heads, task / blocks % s.kv_heads);
             let first = task % blocks * block;
             let keys = first..(first + block).min(p.keys());
-            dispatch(KeyBlock { p, given, delta: &delta, tiles, b, g, heads: &heads[g], keys })
+            dispatch(KeyBlock {
+                p,
+                given,
+                delta: &delta,
+                tiles,
+                b,
+                g,
+                heads: &heads[g],
+                keys,
+            })
         })
         .collect();
 
@@ -82,15 +95,22 @@ pub(in crate::attention) fn backward<E: Element>(
         dv[first * s.dv..][..part.v.len()].copy_from_slice(&part.v);
     }
     if s.d > 0 && s.queries > 0 {
-        dq.par_chunks_mut(s.queries * s.d).enumerate().for_each(|(at, out)| {
-            let (b, h) = (at / s.heads, at % s.heads);
-            let g = p.spec.kv_of[h];
-            let place = heads[g].iter().position(|&other| other == h).unwrap_or(0) * s.queries * s.d;
-            let parts = &parts[(b * s.kv_heads + g) * blocks..][..blocks];
-            for (x, out) in out.iter_mut().enumerate() {
-                *out = E::down(parts.iter().fold(E::Acc::ZERO, |sum, part| sum + part.q[place + x]));
-            }
-        });
+        dq.par_chunks_mut(s.queries * s.d)
+            .enumerate()
+            .for_each(|(at, out)| {
+                let (b, h) = (at / s.heads, at % s.heads);
+                let g = p.spec.kv_of[h];
+                let place =
+                    heads[g].iter().position(|&other| other == h).unwrap_or(0) * s.queries * s.d;
+                let parts = &parts[(b * s.kv_heads + g) * blocks..][..blocks];
+                for (x, out) in out.iter_mut().enumerate() {
+                    *out = E::down(
+                        parts
+                            .iter()
+                            .fold(E::Acc::ZERO, |sum, part| sum + part.q[place + x]),
+                    );
+                }
+            });
     }
     (dq, dk, dv)
 }
@@ -148,7 +168,9 @@ impl<E: Element> KeyBlock<'_, E> {
     /// Loads a tile of queries.
     #[inline(always)]
     fn load(&self, h: usize, queries: &Range<usize>, bounded: bool, tile: &mut QueryTile<E::Acc>) {
-        let Self { p, given, tiles, b, .. } = self;
+        let Self {
+            p, given, tiles, b, ..
+        } = self;
         let s = p.sizes;
         let rows = p.q.rows(*b, h, queries.clone());
         let grads = given.grad.rows(*b, h, queries.clone());
@@ -165,8 +187,18 @@ impl<E: Element> KeyBlock<'_, E> {
         tile.lse[..queries.len()].copy_from_slice(&given.lse[first..end]);
         tile.rest[..queries.len()].copy_from_slice(&given.rest[first..end]);
         tile.delta[..queries.len()].copy_from_slice(&self.delta[first..end]);
-        tile.norm = if bounded { pack::largest_norm(rows) } else { 0.0 };
-        let low = |low: f64, x: &E::Acc| if low.is_nan() || x.double() >= low { low } else { x.double() };
+        tile.norm = if bounded {
+            pack::largest_norm(rows)
+        } else {
+            0.0
+        };
+        let low = |low: f64, x: &E::Acc| {
+            if low.is_nan() || x.double() >= low {
+                low
+            } else {
+                x.double()
+            }
+        };
         tile.low = tile.lse.iter().fold(f64::INFINITY, low);
         tile.dq.fill(E::Acc::ZERO);
     }
@@ -185,7 +217,10 @@ fn weigh<R: Real, const FMA: bool>(
         let lse: [R; NR] = std::array::from_fn(|i| tile.lse[lane + i]);
         let rest: [R; NR] = std::array::from_fn(|i| tile.rest[lane + i]);
         let delta: [R; NR] = std::array::from_fn(|i| tile.delta[lane + i]);
-        for (p, ds) in scores.chunks_exact_mut(width).zip(gradients.chunks_exact_mut(width)) {
+        for (p, ds) in scores
+            .chunks_exact_mut(width)
+            .zip(gradients.chunks_exact_mut(width))
+        {
             let lanes = p[lane..lane + NR].iter_mut().zip(&mut ds[lane..lane + NR]);
             for (i, (p, ds)) in lanes.enumerate() {
                 *p = ((*p - lse[i]) - rest[i]).fast_exp::<FMA>();
@@ -194,7 +229,10 @@ fn weigh<R: Real, const FMA: bool>(
         }
     }
     if let Some(slope) = slope {
-        gradients.iter_mut().zip(slope).for_each(|(ds, slope)| *ds *= *slope);
+        gradients
+            .iter_mut()
+            .zip(slope)
+            .for_each(|(ds, slope)| *ds *= *slope);
     }
 }
 
@@ -203,7 +241,15 @@ impl<E: Element> Job for KeyBlock<'_, E> {
 
     #[inline(always)]
     fn run<const FMA: bool>(self) -> Part<E> {
-        let Self { p, tiles, b, g, heads, ref keys, .. } = self;
+        let Self {
+            p,
+            tiles,
+            b,
+            g,
+            heads,
+            ref keys,
+            ..
+        } = self;
         let (spec, s, width) = (p.spec, p.sizes, tiles.queries);
         let (scale, zero) = (E::Acc::from_double(spec.scale), E::Acc::ZERO);
         let padded = keys.len().next_multiple_of(tiles.keys);
@@ -216,14 +262,25 @@ impl<E: Element> Job for KeyBlock<'_, E> {
         pack::panels::<E, MR>(k_rows(), s.d, &mut k_panels);
         pack::matrix::<E>(k_rows(), tiles.d, &mut k_matrix);
         pack::panels::<E, MR>(p.v.rows(b, g, keys.clone()), s.dv, &mut v_panels);
-        let norm = if bounded { pack::largest_norm(k_rows()) } else { 0.0 };
+        let norm = if bounded {
+            pack::largest_norm(k_rows())
+        } else {
+            0.0
+        };
 
         let mut dk = vec![zero; padded * tiles.d];
         let mut dv = vec![zero; padded * tiles.dv];
         let mut dq = vec![zero; heads.len() * s.queries * s.d];
         let mut scores = vec![zero; tiles.keys * width];
         let mut grads = vec![zero; tiles.keys * width];
-        let mut slope = vec![zero; if spec.cap.is_some() { tiles.keys * width } else { 0 }];
+        let mut slope = vec![
+            zero;
+            if spec.cap.is_some() {
+                tiles.keys * width
+            } else {
+                0
+            }
+        ];
         let mut tile = QueryTile::new(tiles, s.d, s.dv);
 
         for (place, &h) in heads.iter().enumerate() {
@@ -268,7 +325,14 @@ impl<E: Element> Job for KeyBlock<'_, E> {
                     }
                     scores::mask(&prepared, &block, width, &mut scores);
                     let v = &v_panels[at * s.dv..(at + tiles.keys) * s.dv];
-                    scores::product::<_, FMA>(v, &tile.grad_panels, s.dv, E::Acc::ONE, width, &mut grads);
+                    scores::product::<_, FMA>(
+                        v,
+                        &tile.grad_panels,
+                        s.dv,
+                        E::Acc::ONE,
+                        width,
+                        &mut grads,
+                    );
                     let slope = spec.cap.map(|_| slope.as_slice());
                     weigh::<_, FMA>(&mut scores, &mut grads, slope, &tile, width);
                     let there = block.keys.len() * width;
@@ -277,21 +341,37 @@ impl<E: Element> Job for KeyBlock<'_, E> {
                     grads[there..].fill(zero);
 
                     let dv = &mut dv[at * tiles.dv..];
-                    product_rows::<_, FMA>(&scores, width, &tile.grad_rows, tiles.dv, tiles.keys, dv);
+                    product_rows::<_, FMA>(
+                        &scores,
+                        width,
+                        &tile.grad_rows,
+                        tiles.dv,
+                        tiles.keys,
+                        dv,
+                    );
                     let dk = &mut dk[at * tiles.d..];
                     product_rows::<_, FMA>(&grads, width, &tile.rows, tiles.d, tiles.keys, dk);
                     let k = &k_matrix[at * tiles.d..];
                     for c in (0..tiles.d).step_by(NR) {
                         for i in (0..width).step_by(MR) {
-                            let acc =
-                                micro::columns::<_, FMA>(&grads[i..], width, &k[c..], tiles.d, block.keys.len());
+                            let acc = micro::columns::<_, FMA>(
+                                &grads[i..],
+                                width,
+                                &k[c..],
+                                tiles.d,
+                                block.keys.len(),
+                            );
                             micro::accumulate(&acc, &mut tile.dq[i * tiles.d + c..], tiles.d);
                         }
                     }
                 }
                 if loaded {
                     let out = &mut dq[(place * s.queries + first) * s.d..];
-                    for (out, x) in out.chunks_mut(s.d.max(1)).zip(tile.dq.chunks(tiles.d.max(1))).take(queries.len()) {
+                    for (out, x) in out
+                        .chunks_mut(s.d.max(1))
+                        .zip(tile.dq.chunks(tiles.d.max(1)))
+                        .take(queries.len())
+                    {
                         out.iter_mut().zip(x).for_each(|(out, x)| *out = *x * scale);
                     }
                 }
@@ -299,9 +379,14 @@ impl<E: Element> Job for KeyBlock<'_, E> {
         }
         let rows = |x: &[E::Acc], width: usize, d: usize, factor: E::Acc| -> Vec<E> {
             let rows = x.chunks(width.max(1)).take(keys.len());
-            rows.flat_map(|row| row[..d].iter().map(|x| E::down(*x * factor))).collect()
+            rows.flat_map(|row| row[..d].iter().map(|x| E::down(*x * factor)))
+                .collect()
         };
-        Part { q: dq, k: rows(&dk, tiles.d, s.d, scale), v: rows(&dv, tiles.dv, s.dv, E::Acc::ONE) }
+        Part {
+            q: dq,
+            k: rows(&dk, tiles.d, s.d, scale),
+            v: rows(&dv, tiles.dv, s.dv, E::Acc::ONE),
+        }
     }
 }
 
@@ -309,7 +394,13 @@ impl<E: Element> Job for KeyBlock<'_, E> {
 fn lowest<E: Element>(task: &KeyBlock<'_, E>, h: usize, queries: &Range<usize>) -> f64 {
     let at = (task.b * task.p.sizes.heads + h) * task.p.sizes.queries;
     let lse = &task.given.lse[at + queries.start..at + queries.end];
-    lse.iter().fold(f64::INFINITY, |low, x| if low.is_nan() || x.double() >= low { low } else { x.double() })
+    lse.iter().fold(f64::INFINITY, |low, x| {
+        if low.is_nan() || x.double() >= low {
+            low
+        } else {
+            x.double()
+        }
+    })
 }
 
 /// Adds `left` [keys][queries] times `right` [queries][d] to `out` [keys][d]; `d` is a multiple of [`NR`].

@@ -4,9 +4,9 @@ use rayon::prelude::*;
 
 use super::micro::{self, MR, NR};
 use super::{KEYS, QUERIES, pack, scores, side};
-use crate::attention::{Problem, log_sum};
 use crate::attention::real::{Element, Real};
 use crate::attention::simd::{Job, dispatch};
+use crate::attention::{Problem, log_sum};
 use crate::mask::{Block, Prepared};
 
 /// Keys and values of one (batch row, kv head), packed once for all tiles of queries.
@@ -31,7 +31,9 @@ struct Tiles {
 }
 
 /// O [b, h, S, dv], LSE and its rest [b, h, S].
-pub(in crate::attention) fn forward<E: Element>(p: &Problem<'_, E>) -> (Vec<E>, Vec<E::Acc>, Vec<E::Acc>) {
+pub(in crate::attention) fn forward<E: Element>(
+    p: &Problem<'_, E>,
+) -> (Vec<E>, Vec<E::Acc>, Vec<E::Acc>) {
     let s = p.sizes;
     let tiles = Tiles {
         queries: side(p.queries(), QUERIES),
@@ -48,7 +50,15 @@ pub(in crate::attention) fn forward<E: Element>(p: &Problem<'_, E>) -> (Vec<E>, 
             let mut v = vec![E::Acc::ZERO; padded * tiles.dv];
             pack::panels::<E, MR>(p.k.rows(b, g, 0..p.keys()), s.d, &mut k);
             pack::matrix::<E>(p.v.rows(b, g, 0..p.keys()), tiles.dv, &mut v);
-            Packed { k, v, norm: if bounded { pack::largest_norm(p.k.rows(b, g, 0..p.keys())) } else { 0.0 } }
+            Packed {
+                k,
+                v,
+                norm: if bounded {
+                    pack::largest_norm(p.k.rows(b, g, 0..p.keys()))
+                } else {
+                    0.0
+                },
+            }
         })
         .collect();
 
@@ -64,16 +74,30 @@ pub(in crate::attention) fn forward<E: Element>(p: &Problem<'_, E>) -> (Vec<E>, 
         .zip(heads)
         .enumerate()
         .flat_map(|(at, (o, (lse, rest)))| {
-            let rows = lse.chunks_mut(tiles.queries).zip(rest.chunks_mut(tiles.queries));
+            let rows = lse
+                .chunks_mut(tiles.queries)
+                .zip(rest.chunks_mut(tiles.queries));
             let parts = o.chunks_mut(tiles.queries * s.dv).zip(rows);
-            parts.enumerate().map(move |(tile, (o, (lse, rest)))| (at, tile * tiles.queries, o, lse, rest))
+            parts
+                .enumerate()
+                .map(move |(tile, (o, (lse, rest)))| (at, tile * tiles.queries, o, lse, rest))
         })
         .filter(|(_, first, ..)| *first < p.queries())
         .collect();
     tasks.into_par_iter().for_each(|(at, first, o, lse, rest)| {
         let (b, h) = (at / s.heads, at % s.heads);
         let packed = &packed[b * s.kv_heads + p.spec.kv_of[h]];
-        dispatch(Tile { p, packed, tiles, b, h, first, o, lse, rest });
+        dispatch(Tile {
+            p,
+            packed,
+            tiles,
+            b,
+            h,
+            first,
+            o,
+            lse,
+            rest,
+        });
     });
     (o, lse, rest)
 }
@@ -114,7 +138,8 @@ impl<R: Real> Running<R> {
             let base = max.map(|max| if max == R::NEG_INFINITY { R::ZERO } else { max });
             let mut total = [R::ZERO; NR];
             for row in scores.chunks_exact_mut(width) {
-                for ((x, base), total) in row[lane..lane + NR].iter_mut().zip(&base).zip(&mut total) {
+                for ((x, base), total) in row[lane..lane + NR].iter_mut().zip(&base).zip(&mut total)
+                {
                     *x = (*x - *base).fast_exp::<FMA>();
                     *total += *x;
                 }
@@ -134,7 +159,17 @@ impl<E: Element> Job for Tile<'_, E> {
 
     #[inline(always)]
     fn run<const FMA: bool>(self) {
-        let Self { p, packed, tiles, b, h, first, o, lse, rest } = self;
+        let Self {
+            p,
+            packed,
+            tiles,
+            b,
+            h,
+            first,
+            o,
+            lse,
+            rest,
+        } = self;
         let (spec, sizes, width) = (p.spec, p.sizes, tiles.queries);
         let scale = E::Acc::from_double(spec.scale);
         let queries = first..(first + width).min(p.queries());
@@ -144,7 +179,9 @@ impl<E: Element> Job for Tile<'_, E> {
         pack::panels::<E, NR>(rows.clone(), sizes.d, &mut q);
         let bound = match spec.cap {
             Some(cap) => cap.abs(),
-            None if packed.norm > 0.0 => spec.scale.abs() * packed.norm * pack::largest_norm(rows) * 1.001,
+            None if packed.norm > 0.0 => {
+                spec.scale.abs() * packed.norm * pack::largest_norm(rows) * 1.001
+            }
             None => f64::INFINITY,
         };
         let mut scores = vec![E::Acc::ZERO; tiles.keys * width];
@@ -172,7 +209,13 @@ impl<E: Element> Job for Tile<'_, E> {
             let v = &packed.v[at * tiles.dv..(at + tiles.keys) * tiles.dv];
             for c in (0..tiles.dv).step_by(NR) {
                 for i in (0..width).step_by(MR) {
-                    let acc = micro::columns::<_, FMA>(&scores[i..], width, &v[c..], tiles.dv, block.keys.len());
+                    let acc = micro::columns::<_, FMA>(
+                        &scores[i..],
+                        width,
+                        &v[c..],
+                        tiles.dv,
+                        block.keys.len(),
+                    );
                     micro::accumulate(&acc, &mut sums[i * tiles.dv + c..], tiles.dv);
                 }
             }
@@ -181,7 +224,12 @@ impl<E: Element> Job for Tile<'_, E> {
         let mut covered = Vec::new();
         for key in (0..p.keys()).step_by(tiles.keys) {
             let keys = key..(key + tiles.keys).min(p.keys());
-            let block = Block { batch: b, head: spec.heads[h], queries: queries.clone(), keys };
+            let block = Block {
+                batch: b,
+                head: spec.heads[h],
+                queries: queries.clone(),
+                keys,
+            };
             let prepared = Prepared::new(&spec.terms, &block, bound);
             if prepared.upper == f64::NEG_INFINITY {
                 continue;
@@ -195,7 +243,9 @@ impl<E: Element> Job for Tile<'_, E> {
         // Blocks under a finite fill count only for rows whose other scores are as low: mostly fully masked rows.
         for block in covered {
             let prepared = Prepared::new(&spec.terms, &block, bound);
-            let low = running.max[..queries.len()].iter().fold(f64::INFINITY, |low, max| low.min(max.double()));
+            let low = running.max[..queries.len()]
+                .iter()
+                .fold(f64::INFINITY, |low, max| low.min(max.double()));
             if !(prepared.upper - low < E::Acc::EXP_UNDERFLOW) {
                 absorb(&block, &prepared, &mut running);
             }
@@ -203,7 +253,11 @@ impl<E: Element> Job for Tile<'_, E> {
 
         for (i, o) in o.chunks_mut(sizes.dv).take(queries.len()).enumerate() {
             let total = running.total[i];
-            let factor = if total == E::Acc::ZERO { E::Acc::NAN } else { E::Acc::ONE / total };
+            let factor = if total == E::Acc::ZERO {
+                E::Acc::NAN
+            } else {
+                E::Acc::ONE / total
+            };
             for (o, sum) in o.iter_mut().zip(&sums[i * tiles.dv..]) {
                 *o = E::down(*sum * factor);
             }

@@ -47,21 +47,41 @@ pub(super) fn panels<R: Real, const FMA: bool>(a: &[R], b: &[R]) -> Acc<R> {
 
 /// `sum_p a[p * lda + i] b[p * ldb + j]` for `p < k`.
 #[inline(always)]
-pub(super) fn columns<R: Real, const FMA: bool>(a: &[R], lda: usize, b: &[R], ldb: usize, k: usize) -> Acc<R> {
+pub(super) fn columns<R: Real, const FMA: bool>(
+    a: &[R],
+    lda: usize,
+    b: &[R],
+    ldb: usize,
+    k: usize,
+) -> Acc<R> {
     let mut acc = [[R::ZERO; NR]; MR];
     for p in 0..k {
-        step::<R, FMA>(&mut acc, *lanes::<R, MR>(&a[p * lda..]), lanes::<R, NR>(&b[p * ldb..]));
+        step::<R, FMA>(
+            &mut acc,
+            *lanes::<R, MR>(&a[p * lda..]),
+            lanes::<R, NR>(&b[p * ldb..]),
+        );
     }
     acc
 }
 
 /// `sum_p a[i * lda + p] b[p * ldb + j]` for `p < k`.
 #[inline(always)]
-pub(super) fn rows<R: Real, const FMA: bool>(a: &[R], lda: usize, b: &[R], ldb: usize, k: usize) -> Acc<R> {
+pub(super) fn rows<R: Real, const FMA: bool>(
+    a: &[R],
+    lda: usize,
+    b: &[R],
+    ldb: usize,
+    k: usize,
+) -> Acc<R> {
     let mut acc = [[R::ZERO; NR]; MR];
     let a: [&[R]; MR] = std::array::from_fn(|i| &a[i * lda..i * lda + k]);
     for p in 0..k {
-        step::<R, FMA>(&mut acc, std::array::from_fn(|i| a[i][p]), lanes::<R, NR>(&b[p * ldb..]));
+        step::<R, FMA>(
+            &mut acc,
+            std::array::from_fn(|i| a[i][p]),
+            lanes::<R, NR>(&b[p * ldb..]),
+        );
     }
     acc
 }

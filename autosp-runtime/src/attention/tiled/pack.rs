@@ -22,7 +22,11 @@ pub(super) fn panels<'a, E: Element, const W: usize>(
 
 /// `rows` one after the other, each padded with zeros to `width`; missing rows are zero.
 #[inline(always)]
-pub(super) fn matrix<'a, E: Element>(rows: impl Iterator<Item = &'a [E]>, width: usize, out: &mut [E::Acc]) {
+pub(super) fn matrix<'a, E: Element>(
+    rows: impl Iterator<Item = &'a [E]>,
+    width: usize,
+    out: &mut [E::Acc],
+) {
     out.fill(E::Acc::ZERO);
     for (row, out) in rows.zip(out.chunks_mut(width.max(1))) {
         for (x, out) in row.iter().zip(out) {
@@ -33,5 +37,7 @@ pub(super) fn matrix<'a, E: Element>(rows: impl Iterator<Item = &'a [E]>, width:
 
 /// The largest 2-norm of `rows`.
 pub(super) fn largest_norm<'a, E: Element>(rows: impl Iterator<Item = &'a [E]>) -> f64 {
-    rows.map(|row| row.iter().map(|x| x.up().double().powi(2)).sum::<f64>()).fold(0.0, f64::max).sqrt()
+    rows.map(|row| row.iter().map(|x| x.up().double().powi(2)).sum::<f64>())
+        .fold(0.0, f64::max)
+        .sqrt()
 }

@@ -48,8 +48,28 @@ pub(super) enum Taken {
 
 #[derive(Debug, Default)]
 struct Mailbox {
-    letters: Mutex<HashMap<Key, Envelope>>,
+    content: Mutex<Content>,
     bell: Condvar,
+}
+
+/// Letters that have come, and what the rank is doing about them.
+#[derive(Debug, Default)]
+struct Content {
+    letters: HashMap<Key, Envelope>,
+    asleep: Option<Missing>,
+    /// Collectives that the rank has started and not waited for.
+    open: Vec<(&'static str, u64, Tag)>,
+}
+
+impl Content {
+    /// Takes the letters among `keys` that are there; `None` if there are none.
+    fn pick(&mut self, keys: &[Key]) -> Option<Vec<(Key, Envelope)>> {
+        let found: Vec<_> = keys
+            .iter()
+            .filter_map(|key| Some((*key, self.letters.remove(key)?)))
+            .collect();
+        (!found.is_empty()).then_some(found)
+    }
 }
 
 /// The first failure of a rank.
@@ -68,8 +88,9 @@ pub(crate) struct World {
     returned: Vec<AtomicBool>,
     failed: AtomicBool,
     faults: Mutex<Vec<Fault>>,
-    /// What each rank waits for; locked before a mailbox, never after.
-    waiting: Mutex<Vec<Option<Missing>>>,
+    /// Ranks that have not returned yet; its bell rings when one does, and when one fails.
+    running: Mutex<usize>,
+    changed: Condvar,
 }
 
 impl World {
@@ -82,7 +103,8 @@ impl World {
             returned: (0..size).map(|_| AtomicBool::new(false)).collect(),
             failed: AtomicBool::new(false),
             faults: Mutex::default(),
-            waiting: Mutex::new(vec![None; size]),
+            running: Mutex::new(size),
+            changed: Condvar::new(),
         }
     }
 
@@ -99,13 +121,66 @@ impl World {
         self.ring_all_bells();
     }
 
-    /// Records that `rank` starts no further collective, and wakes everybody who may wait for one.
+    /// Records that `rank` has returned, and wakes everybody who may wait for it.
     pub(crate) fn leave(&self, rank: usize) {
         self.returned[rank].store(true, Ordering::SeqCst);
+        if !self.has_failed() {
+            let open = lock(&self.mailboxes[rank].content).open.first().copied();
+            if let Some((kind, sequence, tag)) = open {
+                let text = format!(
+                    "expected a wait for each collective, found none for {tag}, collective #{sequence} of the {kind} group"
+                );
+                self.raise(rank, Error::new(codes::UNFINISHED, text));
+            } else if let Some(error) = self.all_asleep() {
+                self.raise(rank, error);
+            }
+        }
+        *lock(&self.running) -= 1;
         self.ring_all_bells();
     }
 
+    /// Blocks until all ranks have returned. Gives up `grace` after one has failed: then the ranks that still run are the result.
+    pub(crate) fn wait_for_all(&self, grace: Duration) -> Vec<usize> {
+        let mut running = lock(&self.running);
+        let mut until: Option<Instant> = None;
+        while *running > 0 {
+            if until.is_none() && self.has_failed() {
+                until = Some(Instant::now() + grace);
+            }
+            running = match until.map(|until| until.saturating_duration_since(Instant::now())) {
+                None => self
+                    .changed
+                    .wait(running)
+                    .unwrap_or_else(PoisonError::into_inner),
+                Some(left) if left.is_zero() => {
+                    let ranks = 0..self.returned.len();
+                    return ranks
+                        .filter(|&rank| !self.returned[rank].load(Ordering::SeqCst))
+                        .collect();
+                }
+                Some(left) => {
+                    self.changed
+                        .wait_timeout(running, left)
+                        .unwrap_or_else(PoisonError::into_inner)
+                        .0
+                }
+            };
+        }
+        Vec::new()
+    }
+
     /// The failures so far, in the order of time; at most one a rank.
+    pub(crate) fn faults(&self) -> Vec<Fault> {
+        lock(&self.faults)
+            .iter()
+            .map(|Fault { rank, error }| Fault {
+                rank: *rank,
+                error: error.copy(),
+            })
+            .collect()
+    }
+
+    /// As [`faults`](Self::faults), when the run is over.
     pub(crate) fn take_faults(&self) -> Vec<Fault> {
         std::mem::take(&mut *lock(&self.faults))
     }
@@ -123,14 +198,32 @@ impl World {
         let faults = lock(&self.faults);
         Err(match faults.first() {
             Some(first) if first.rank == rank => first.error.copy(),
-            Some(first) => Error::new(codes::STOPPED, format!("stopped: rank {} failed: {}", first.rank, first.error)),
+            Some(first) => Error::new(
+                codes::STOPPED,
+                format!("stopped: rank {} failed: {}", first.rank, first.error),
+            ),
             None => Error::new(codes::STOPPED, "stopped: the run has failed"),
         })
     }
 
-    /// Lets `rank` note something in its ring.
-    pub(super) fn ring(&self, rank: usize, note: impl FnOnce(&mut Ring)) {
-        note(&mut lock(&self.rings[rank]));
+    /// Notes that `rank` has started a collective.
+    pub(super) fn started(&self, rank: usize, kind: &'static str, sequence: u64, tag: Tag) {
+        lock(&self.rings[rank]).start(kind, tag, sequence);
+        lock(&self.mailboxes[rank].content)
+            .open
+            .push((kind, sequence, tag));
+    }
+
+    /// Notes that `rank` waits for a collective that it has started.
+    pub(super) fn waits(&self, rank: usize, kind: &'static str, sequence: u64) {
+        lock(&self.mailboxes[rank].content)
+            .open
+            .retain(|&(k, s, _)| (k, s) != (kind, sequence));
+    }
+
+    /// Notes that a collective is complete on `rank`.
+    pub(super) fn completed(&self, rank: usize, kind: &'static str, sequence: u64) {
+        lock(&self.rings[rank]).done(kind, sequence);
     }
 
     /// The last collectives of all ranks, one a line.
@@ -146,83 +239,109 @@ impl World {
     /// Puts an envelope into the mailbox of `to`.
     pub(super) fn post(&self, to: usize, key: Key, envelope: Envelope) {
         let mailbox = &self.mailboxes[to];
-        lock(&mailbox.letters).insert(key, envelope);
+        lock(&mailbox.content).letters.insert(key, envelope);
         mailbox.bell.notify_all();
     }
 
     /// Blocks until at least one of the missing envelopes is there, and takes those that are.
+    ///
+    /// What has arrived is taken even if the run has failed meanwhile, so that an error which all ranks find is found by all.
     pub(super) fn take(&self, rank: usize, missing: &Missing, until: Instant) -> Result<Taken> {
-        if let Some(envelopes) = pick(&mut lock(&self.mailboxes[rank].letters), &missing.keys) {
-            self.check(rank)?;
-            return Ok(Taken::Envelopes(envelopes));
+        {
+            let mut content = lock(&self.mailboxes[rank].content);
+            if let Some(envelopes) = content.pick(&missing.keys) {
+                return Ok(Taken::Envelopes(envelopes));
+            }
+            content.asleep = Some(missing.clone());
         }
-        if let Some(error) = self.announce(rank, missing) {
+        if let Some(error) = self.all_asleep() {
             return Ok(Taken::Stuck(error));
         }
-        let taken = self.sleep(rank, missing, until);
-        lock(&self.waiting)[rank] = None;
-        taken
+        self.sleep(rank, missing, until)
     }
 
     fn sleep(&self, rank: usize, missing: &Missing, until: Instant) -> Result<Taken> {
         let mailbox = &self.mailboxes[rank];
-        let mut letters = lock(&mailbox.letters);
-        loop {
-            self.check(rank)?;
-            if let Some(envelopes) = pick(&mut letters, &missing.keys) {
-                return Ok(Taken::Envelopes(envelopes));
+        let mut content = lock(&mailbox.content);
+        let taken = loop {
+            if let Some(envelopes) = content.pick(&missing.keys) {
+                break Ok(Taken::Envelopes(envelopes));
+            }
+            if let Err(error) = self.check(rank) {
+                break Err(error);
             }
             // A rank posts before it returns, and the mailbox is locked: what is not here now will never come.
-            let gone = missing.keys.iter().map(|&(_, from, _)| from);
-            let gone: Vec<usize> = gone.filter(|&from| self.returned[from].load(Ordering::SeqCst)).collect();
+            let gone = self.returned_among(missing);
             if !gone.is_empty() {
-                return Ok(Taken::Returned(gone));
+                break Ok(Taken::Returned(gone));
             }
-            let Some(left) = until.checked_duration_since(Instant::now()).filter(|left| !left.is_zero()) else {
-                return Ok(Taken::Late);
-            };
-            let woken = mailbox.bell.wait_timeout(letters, left);
-            letters = woken.unwrap_or_else(PoisonError::into_inner).0;
-        }
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break Ok(Taken::Late);
+            }
+            let woken = mailbox.bell.wait_timeout(content, left);
+            content = woken.unwrap_or_else(PoisonError::into_inner).0;
+        };
+        content.asleep = None;
+        taken
     }
 
-    /// Records what `rank` waits for. If every rank waits and nothing is on its way, says who waits where.
-    fn announce(&self, rank: usize, missing: &Missing) -> Option<Error> {
-        let mut waiting = lock(&self.waiting);
-        waiting[rank] = Some(missing.clone());
-        let stuck = waiting.iter().enumerate().all(|(rank, missing)| {
-            missing.as_ref().is_some_and(|missing| {
-                let letters = lock(&self.mailboxes[rank].letters);
-                missing.keys.iter().all(|key| !letters.contains_key(key))
-            })
-        });
-        if !stuck || self.has_failed() {
-            return None;
-        }
-        let mut text = "expected the same collectives on all ranks, found every rank waiting:".to_owned();
-        for (rank, missing) in waiting.iter().enumerate() {
-            if let Some(Missing { tag, keys }) = missing {
-                let ranks: Vec<usize> = keys.iter().map(|&(_, rank, _)| rank).collect();
-                let kind = keys.first().map_or("", |key| key.0);
-                let _ = write!(text, "\n   rank {rank} in {tag} of the {kind} group, for {}", list(&ranks));
+    fn returned_among(&self, missing: &Missing) -> Vec<usize> {
+        let senders = missing.keys.iter().map(|&(_, from, _)| from);
+        senders
+            .filter(|&from| self.returned[from].load(Ordering::SeqCst))
+            .collect()
+    }
+
+    /// If every rank that has not returned sleeps, and no letter is there for any: who waits where.
+    ///
+    /// All mailboxes are locked together (by index, and nobody else holds two), so that this is one moment of the run. Then nobody is
+    /// left to write a letter, and waiting for the deadline would change nothing.
+    fn all_asleep(&self) -> Option<Error> {
+        let all: Vec<MutexGuard<'_, Content>> = self
+            .mailboxes
+            .iter()
+            .map(|mailbox| lock(&mailbox.content))
+            .collect();
+        let mut text =
+            "expected the same collectives on all ranks, found every rank waiting:".to_owned();
+        let mut sleepers = 0;
+        for (rank, content) in all.iter().enumerate() {
+            if self.returned[rank].load(Ordering::SeqCst) {
+                let _ = write!(text, "\n   rank {rank} has returned");
+                continue;
             }
+            let missing = content.asleep.as_ref()?;
+            let about_to_wake = missing
+                .keys
+                .iter()
+                .any(|key| content.letters.contains_key(key));
+            // A rank that waits for one that has returned finds that out itself, and says it better.
+            if about_to_wake || !self.returned_among(missing).is_empty() || self.has_failed() {
+                return None;
+            }
+            let ranks: Vec<usize> = missing.keys.iter().map(|&(_, rank, _)| rank).collect();
+            let kind = missing.keys.first().map_or("", |key| key.0);
+            let _ = write!(
+                text,
+                "\n   rank {rank} in {} of the {kind} group, for {}",
+                missing.tag,
+                list(&ranks)
+            );
+            sleepers += 1;
         }
-        waiting[rank] = None;
-        Some(Error::new(codes::MISMATCH, text))
+        (sleepers > 0).then(|| Error::new(codes::MISMATCH, text))
     }
 
     /// Whoever is about to sleep holds its mailbox, so that no bell is missed.
     fn ring_all_bells(&self) {
         for mailbox in &self.mailboxes {
-            drop(lock(&mailbox.letters));
+            drop(lock(&mailbox.content));
             mailbox.bell.notify_all();
         }
+        drop(lock(&self.running));
+        self.changed.notify_all();
     }
-}
-
-fn pick(letters: &mut HashMap<Key, Envelope>, keys: &[Key]) -> Option<Vec<(Key, Envelope)>> {
-    let found: Vec<_> = keys.iter().filter_map(|key| Some((*key, letters.remove(key)?))).collect();
-    (!found.is_empty()).then_some(found)
 }
 
 /// A panic elsewhere is reported as such; the data behind our locks is whole after each statement.
@@ -231,14 +350,37 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// `rank 3`, `ranks 1 and 3`, `ranks 0 to 3`.
-pub(super) fn list(ranks: &[usize]) -> String {
-    match ranks {
+pub(crate) fn list(ranks: &[usize]) -> String {
+    let mut ranks = ranks.to_vec();
+    ranks.sort_unstable();
+    match ranks.as_slice() {
         [] => "no rank".to_owned(),
         [one] => format!("rank {one}"),
-        [first, .., last] if ranks.len() > 2 && last - first == ranks.len() - 1 => format!("ranks {first} to {last}"),
+        [first, .., last] if ranks.len() > 2 && last - first == ranks.len() - 1 => {
+            format!("ranks {first} to {last}")
+        }
         [init @ .., last] => {
             let init: Vec<String> = init.iter().map(ToString::to_string).collect();
             format!("ranks {} and {last}", init.join(", "))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::list;
+
+    #[test]
+    fn ranks_are_listed_in_order() {
+        let cases: [(&[usize], &str); 5] = [
+            (&[], "no rank"),
+            (&[7], "rank 7"),
+            (&[3, 1], "ranks 1 and 3"),
+            (&[2, 0, 1, 3], "ranks 0 to 3"),
+            (&[4, 0, 1], "ranks 0, 1 and 4"),
+        ];
+        for (ranks, text) in cases {
+            assert_eq!(list(ranks), text);
         }
     }
 }

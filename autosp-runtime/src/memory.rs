@@ -1,0 +1,113 @@
+//! What a forward keeps for its backward.
+//!
+//! Under the policy `all` candle's graph keeps every activation. Under `input` a [`checkpoint`] keeps the input of a block alone and
+//! computes the block again in the backward.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+
+use autosp_plan::settings::Policy;
+use candle_core::backprop::GradStore;
+use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, TensorId, Var};
+
+use crate::ops::{owned, record1, tracked};
+use crate::scope::{self, Scope};
+
+thread_local! {
+    /// Gradients of variables that recomputed blocks have found on this thread, which is this rank.
+    static SINK: RefCell<HashMap<TensorId, Tensor>> = RefCell::new(HashMap::new());
+}
+
+/// Runs `f(x)` and, under the policy `input`, keeps `x` in place of what happens inside.
+///
+/// In the backward, `f` runs again on the same `x`, in the scope of the forward, collectives included, and gives the same bits. The
+/// gradients of the variables that `f` captures do not pass through candle's gradient store: a trainer collects them, and
+/// [`Sp::reduce_gradients`](crate::Sp::reduce_gradients) does for own loops. Outside a sharded scope, and under the policy `all`,
+/// this is `f(x)`.
+///
+/// # Errors
+/// Those of `f`.
+pub fn checkpoint<F>(x: &Tensor, f: F) -> Result<Tensor>
+where
+    F: Fn(&Tensor) -> Result<Tensor> + Send + Sync + 'static,
+{
+    match scope::current() {
+        Some(scope) if scope.sp().settings().policy() == Policy::Input => recomputed(x, scope, f),
+        _ => f(x),
+    }
+}
+
+fn recomputed<F>(x: &Tensor, scope: Scope, f: F) -> Result<Tensor>
+where
+    F: Fn(&Tensor) -> Result<Tensor> + Send + Sync + 'static,
+{
+    // The graph of the block dies with this statement, except where nothing in it is tracked.
+    let y = f(&x.detach())?.detach();
+    // A block whose input is not tracked still has variables: a variable in the input's place makes candle call the backward.
+    let x = if tracked(x) { x.clone() } else { Var::from_tensor(&x.detach())?.into_inner() };
+    record1("checkpoint", &x, owned(&y)?, move |[x], _, grad| scope.run(|| backward(&f, x, grad)))
+}
+
+/// Computes the block again and walks it back from `grad`: the gradient of x is returned, those of variables go to the sink.
+fn backward(f: &dyn Fn(&Tensor) -> Result<Tensor>, x: &Tensor, grad: &Tensor) -> Result<[Option<Tensor>; 1]> {
+    let x = Var::from_tensor(x)?;
+    let y = f(x.as_tensor())?;
+    if !tracked(&y) {
+        return Ok([None]);
+    }
+    let seed = y.apply_op1(Seed(grad.clone()))?;
+    drop(y);
+    let variables: Vec<Tensor> =
+        seed.sorted_nodes().into_iter().filter(|node| node.is_variable() && node.id() != x.id()).cloned().collect();
+    let mut grads = seed.backward()?;
+    SINK.with_borrow_mut(|sink| -> Result<()> {
+        for variable in &variables {
+            if let Some(grad) = grads.remove(variable) {
+                let grad = match sink.remove(&variable.id()) {
+                    None => grad,
+                    Some(earlier) => (earlier + grad)?,
+                };
+                sink.insert(variable.id(), grad.detach());
+            }
+        }
+        Ok(())
+    })?;
+    Ok([grads.remove(&x)])
+}
+
+/// Moves the gradients that recomputed blocks found on this thread into candle's store.
+pub(crate) fn collect(grads: &mut GradStore) -> Result<()> {
+    for (id, grad) in SINK.take() {
+        let sum = match grads.get_id(id) {
+            None => grad,
+            Some(earlier) => (earlier + grad)?.detach(),
+        };
+        grads.insert_id(id, sum);
+    }
+    Ok(())
+}
+
+/// Forgets what an abandoned backward has left.
+pub(crate) fn forget() {
+    SINK.take();
+}
+
+/// A scalar zero whose backward hands its operand a given gradient, where candle's `backward` would begin with ones.
+struct Seed(Tensor);
+
+impl CustomOp1 for Seed {
+    fn name(&self) -> &'static str {
+        "seed"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        Ok((CpuStorage::F32(vec![0.0]), Shape::from(())))
+    }
+
+    fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
+        Ok(Some(self.0.clone()))
+    }
+}
+
+#[cfg(test)]
+mod tests;
