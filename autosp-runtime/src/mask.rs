@@ -91,7 +91,7 @@ impl std::fmt::Debug for Mask {
 }
 
 fn refused(message: impl Into<String>) -> Error {
-    Error::new(codes::MASK, message)
+    Error::new(codes::SITE_MASK, message)
 }
 
 impl Mask {

@@ -102,7 +102,7 @@ impl Term {
         heads: usize,
         length: usize,
     ) -> Result<Self> {
-        let refused = |message: String| Error::new(codes::MASK, message);
+        let refused = |message: String| Error::new(codes::SITE_MASK, message);
         match action {
             Action::Fill { .. } if !mask.is_select() => {
                 return Err(refused(format!(
