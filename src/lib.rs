@@ -17,7 +17,7 @@
 //! # Ok::<(), autosp::Error>(())
 //! ```
 //!
-//! - **Ranks.** [`run`] starts dp x sp of them ([`Mesh`]); each gets its [`Sp`]. `sp` ranks share a sequence by tokens, `dp` replicas
+//! - **Ranks.** [`run()`] starts dp x sp of them ([`Mesh`]); each gets its [`Sp`]. `sp` ranks share a sequence by tokens, `dp` replicas
 //!   share a batch by rows. A rank that fails ends the run with one message; nothing hangs.
 //! - **Scopes.** Inside [`Sp::scope`] (and a trainer's step) the model runs its sequence-parallel twin, also on one rank. Outside, it
 //!   is the original function: inference and generation are not touched.

@@ -29,6 +29,45 @@ macro_rules! codes {
 codes! {
     UNKNOWN_ARGUMENT = "AS0101", "unknown attribute argument",
         "The attribute takes the arguments listed in the message. Anything else is refused, since a misspelt setting would otherwise be ignored.";
+    FILE_MODULE = "AS0102", "a module in a file of its own",
+        "On stable Rust an attribute on `mod x;` does not see the file. Write `mod x { include!(\"x.rs\"); }`: the attribute reads the file, which stays as it is.";
+    ITEM = "AS0103", "the attribute is on something it cannot analyse",
+        "The attribute analyses an inline module: the types, their fields and the functions that the decisions need have to be inside it.";
+    INCLUDE = "AS0104", "an included file cannot be read",
+        "`include!(\"model.rs\")` inside the annotated module is read by the attribute. The path is relative to the file that holds the attribute.";
+    PARSE = "AS0105", "the source is not Rust",
+        "The file that the annotated module includes does not parse. The message has the line and column.";
+
+    NO_ATTENTION = "AS0201", "no attention found",
+        "An attention is a product of queries and keys, a softmax over the keys and a product with the values, over the same sequence. A module without one has nothing that could be trained in parallel, and running it unsharded in silence would be worse than an error.";
+    UNKNOWN_CALL = "AS0202", "an unknown call on a sharded value",
+        "Each rank holds a part of the tokens. A function that is neither in the annotated module nor in the operation table could mix tokens, so it is refused where its result matters.";
+    MIXES_TOKENS = "AS0203", "an operation mixes tokens of different ranks",
+        "Outside attention every token must be computed by itself: sums, orders, picks and reshapes along the sequence need tokens that other ranks hold.";
+    SOFTMAX_AXIS = "AS0204", "a softmax over another axis than the keys",
+        "Attention normalises each query's scores over the keys, the last dimension of `q k^T`. Over another axis it means something else, which is not sharded.";
+    SIZE_USE = "AS0205", "a size that cannot be classified",
+        "A rank sees the length of its shard where the program on one device sees the length of the sequence. Reshapes take the first; comparisons, ranges, floats and host data take the second. A use that is neither known as the one nor as the other is refused.";
+    NOT_FOLLOWED = "AS0206", "a value that cannot be followed",
+        "The analysis follows tensors through the module's own functions, branches, loops, options and tuples. Here it lost one that a decision depends on; the message says why.";
+    SHAPES = "AS0207", "shapes that do not fit",
+        "The operands' shapes, as followed from the input, contradict each other. Most often a transpose is missing.";
+    MASK = "AS0208", "a mask that cannot be followed",
+        "A mask of all tokens against all is never made on a rank, so it has to come from a rule over (query, key) in the module.";
+    SCORES_USED = "AS0209", "attention scores used for something else",
+        "Scores and weights of all tokens against all are never made on a rank. Between the two products only scaling, soft caps, masks, casts and the softmax can stand.";
+    CROSS_ATTENTION = "AS0210", "attention between different sequences",
+        "Only self-attention is sharded: queries and keys must range over the same tokens.";
+    RANDOM = "AS0211", "random numbers on a shard",
+        "Dropout and other random operations draw different numbers on each rank than one device would, so that the result could not be exact.";
+    HOST_READ = "AS0212", "a sharded tensor is read to the host",
+        "The host would see this rank's tokens only, and decide differently on each rank.";
+    LAYOUT = "AS0213", "operands of an attention in an unknown layout",
+        "The exchange moves heads one way and tokens the other, so batch, heads, sequence and width must be told apart in queries, keys and values.";
+    TWO_WAYS = "AS0214", "one function with two meanings",
+        "A function is called with tensors and with attention scores in a way that one signature cannot express.";
+    VERIFY = "AS0215", "a plan that does not hold",
+        "The verifier found that an operand does not have the placement that its operation requires. This is a fault of the compiler; please report it with the model.";
 
     MESH = "AS0301", "the mesh does not fit",
         "A run has dp x sp ranks. Every rank count is at least 1, and a model's heads must divide among the sp ranks of a group, or each kv head must be held by the same number of ranks.";
@@ -124,9 +163,21 @@ mod tests {
     fn codes_are_unique_and_well_formed() {
         for (i, code) in ALL.iter().enumerate() {
             let digits = code.id.strip_prefix("AS0").expect("codes begin with AS0");
-            assert!(digits.len() == 3 && digits.bytes().all(|b| b.is_ascii_digit()), "{}", code.id);
-            assert!(ALL[..i].iter().all(|other| other.id != code.id), "{} twice", code.id);
-            assert!(!code.title.ends_with('.') && code.explanation.ends_with('.'), "{}", code.id);
+            assert!(
+                digits.len() == 3 && digits.bytes().all(|b| b.is_ascii_digit()),
+                "{}",
+                code.id
+            );
+            assert!(
+                ALL[..i].iter().all(|other| other.id != code.id),
+                "{} twice",
+                code.id
+            );
+            assert!(
+                !code.title.ends_with('.') && code.explanation.ends_with('.'),
+                "{}",
+                code.id
+            );
             assert_eq!(find(&code.id.to_lowercase()), Some(code));
         }
     }

@@ -9,16 +9,17 @@
 
 mod file;
 mod keys;
+mod source;
 mod value;
 
-use std::fmt;
 use std::path::Path;
 use std::time::Duration;
 
-pub use keys::{KEYS, Key, Kind, ReadAt, find};
+pub use keys::{KEYS, Key, Kind, ReadAt, find, reference};
+pub use source::{SettingsError, Source};
 pub use value::Value;
 
-use crate::codes::{self, Code};
+use crate::codes;
 
 /// Prefix of the environment variables: `AUTOSP_SP=4` sets `sp`.
 pub const VARIABLE_PREFIX: &str = "AUTOSP_";
@@ -43,74 +44,6 @@ pub enum Policy {
     /// The input of each block, which is computed again in the backward.
     Input,
 }
-
-/// Where the value of a setting came from.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Source {
-    /// Nobody set it.
-    Default,
-    /// The program, through [`Settings::with`] or one of its typed forms.
-    Program,
-    /// A file, with the line that names it.
-    File {
-        /// The file as it was given.
-        path: String,
-        /// The line, from 1.
-        line: usize,
-    },
-    /// An environment variable, such as `AUTOSP_SP`.
-    Variable(String),
-    /// A flag of the command line, such as `--sp`.
-    Flag(String),
-}
-
-impl Source {
-    /// The stronger source wins: flag, variable, file, program, default.
-    fn strength(&self) -> u8 {
-        match self {
-            Self::Default => 0,
-            Self::Program => 1,
-            Self::File { .. } => 2,
-            Self::Variable(_) => 3,
-            Self::Flag(_) => 4,
-        }
-    }
-}
-
-impl fmt::Display for Source {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Default => write!(f, "default"),
-            Self::Program => write!(f, "the program"),
-            Self::File { path, line } => write!(f, "{path}:{line}"),
-            Self::Variable(name) => write!(f, "variable {name}"),
-            Self::Flag(name) => write!(f, "flag {name}"),
-        }
-    }
-}
-
-/// Why a setting was refused.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct SettingsError {
-    /// The code that `cargo autosp explain` knows.
-    pub code: Code,
-    /// What is wrong, with the place it was read from.
-    pub message: String,
-    /// What to do, if there is something to type.
-    pub help: Option<String>,
-}
-
-impl fmt::Display for SettingsError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.message)?;
-        if let Some(help) = &self.help {
-            write!(f, "\n  help: {help}")?;
-        }
-        write!(f, " [{}]", self.code.id)
-    }
-}
-
-impl std::error::Error for SettingsError {}
 
 /// The settings of a run. Each value remembers its [`Source`].
 ///

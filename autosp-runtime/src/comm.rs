@@ -10,6 +10,8 @@
 mod collectives;
 mod local;
 mod ring;
+#[cfg(test)]
+pub(crate) mod testing;
 
 use std::fmt;
 

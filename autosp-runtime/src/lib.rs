@@ -5,6 +5,7 @@
 pub mod comm;
 pub mod error;
 pub mod ledger;
+pub mod loss;
 pub mod memory;
 pub mod mesh;
 pub mod ops;
@@ -13,6 +14,7 @@ mod random;
 pub mod rt;
 pub mod run;
 pub mod scope;
+pub mod train;
 
 pub use autosp_plan::Settings;
 pub use error::{Error, Result};
@@ -21,3 +23,4 @@ pub use mesh::Mesh;
 pub use parameters::{Parameters, load_trainable};
 pub use run::{Sp, run, run_with};
 pub use scope::{Scope, Shard};
+pub use train::{Optimizer, Schedule, StepReport, TrainSettings, Trainer};

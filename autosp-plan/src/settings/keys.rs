@@ -1,5 +1,7 @@
 //! The table of settings.
 
+use std::fmt::Write as _;
+
 use super::{SettingsError, Value};
 use crate::codes;
 
@@ -89,6 +91,29 @@ pub fn find(name: &str) -> Option<usize> {
     KEYS.iter().position(|key| key.name == name)
 }
 
+/// All settings as a Markdown table, for the documentation.
+pub fn reference() -> String {
+    let mut text =
+        "| setting | variable | takes | default | read | meaning |\n|---|---|---|---|---|---|\n"
+            .to_owned();
+    for key in KEYS {
+        let read = match key.read {
+            ReadAt::Start => "when ranks start",
+            ReadAt::Forward => "at each forward",
+        };
+        let variable = key.variable();
+        let _ = writeln!(
+            text,
+            "| `{}` | `{variable}` | {} | `{}` | {read} | {} |",
+            key.name,
+            key.expected(),
+            key.default,
+            key.doc
+        );
+    }
+    text
+}
+
 /// All names, for messages.
 pub(super) fn names() -> String {
     KEYS.iter()
@@ -122,6 +147,15 @@ fn edits(a: &str, b: &str) -> usize {
 }
 
 impl Key {
+    /// The environment variable that sets it.
+    pub fn variable(&self) -> String {
+        format!(
+            "{}{}",
+            super::VARIABLE_PREFIX,
+            self.name.to_ascii_uppercase()
+        )
+    }
+
     /// What the setting takes, for messages and documentation.
     pub fn expected(&self) -> String {
         match self.kind {

@@ -189,3 +189,14 @@ fn a_malformed_file_names_line_and_column() {
             && missing.message.starts_with("no/such/autosp.toml: ")
     );
 }
+
+#[test]
+fn the_reference_has_a_row_for_each_setting() {
+    let text = reference();
+    assert_eq!(text.lines().count(), KEYS.len() + 2);
+    assert!(
+        text.lines().all(|line| line.matches('|').count() == 7),
+        "a cell holds a `|`:\n{text}"
+    );
+    assert!(text.contains("| `deadline` | `AUTOSP_DEADLINE` | a number of seconds above 0 | `120` | when ranks start |"));
+}

@@ -6,6 +6,7 @@
 //! Four things end a wait otherwise, at once or in time, so that a run never hangs: another rank failed; a rank that is waited for
 //! has returned; all ranks wait and none can go on; the deadline. Each is a fault of the [`World`], which wakes everybody.
 
+mod mail;
 mod world;
 
 use std::sync::Arc;
@@ -15,8 +16,9 @@ use std::time::Instant;
 use autosp_plan::codes;
 use candle_core::Tensor;
 
-use world::{Envelope, Missing};
-pub(crate) use world::{Fault, World, list};
+pub(crate) use mail::list;
+use mail::{Envelope, Missing, Taken};
+pub(crate) use world::{Fault, World};
 
 use super::ring::short;
 use super::{Engine, Pending, Tag};
@@ -94,6 +96,7 @@ impl LocalEngine {
     }
 
     fn late(&self, tag: Tag, sequence: u64, missing: &[usize]) -> Error {
+        let concerned = [missing, &[self.world_rank]].concat();
         let Group { kind, members } = &self.group;
         Error::new(
             codes::DEADLINE,
@@ -103,7 +106,7 @@ impl LocalEngine {
                 short(self.world.deadline),
                 list(members),
                 list(missing),
-                self.world.history(),
+                self.world.history(&concerned),
             ),
         )
         .with_help("AUTOSP_DEADLINE=600 if the ranks only need longer")
@@ -176,10 +179,10 @@ impl Engine for LocalEngine {
                 .world
                 .take(self.world_rank, &Missing { tag, keys }, until)?;
             match taken {
-                world::Taken::Late => return Err(self.fault(self.late(tag, sequence, &ranks))),
-                world::Taken::Returned(gone) => return Err(self.fault(self.returned(tag, &gone))),
-                world::Taken::Stuck(error) => return Err(self.fault(error)),
-                world::Taken::Envelopes(envelopes) => {
+                Taken::Late => return Err(self.fault(self.late(tag, sequence, &ranks))),
+                Taken::Returned(gone) => return Err(self.fault(self.returned(tag, &gone))),
+                Taken::Stuck(error) => return Err(self.fault(error)),
+                Taken::Envelopes(envelopes) => {
                     for ((_, from, _), envelope) in envelopes {
                         if envelope.tag != tag {
                             return Err(self.fault(self.mismatch(
@@ -203,3 +206,6 @@ impl Engine for LocalEngine {
         Ok(arrived)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,7 +1,7 @@
 //! The last collectives of a rank, printed when something hangs.
 
 use std::collections::VecDeque;
-use std::fmt::{self, Write as _};
+use std::fmt::Write as _;
 use std::time::{Duration, Instant};
 
 use super::Tag;
@@ -52,7 +52,7 @@ impl Ring {
     }
 
     /// The last `count` collectives, newest first, one a line.
-    pub(crate) fn last(&self, count: usize, now: Instant) -> impl fmt::Display {
+    pub(crate) fn last(&self, count: usize, now: Instant) -> String {
         let mut text = String::new();
         for entry in self.0.iter().rev().take(count) {
             let Entry {
@@ -85,5 +85,44 @@ pub(crate) fn short(time: Duration) -> String {
         s if s < 1.0 => format!("{:.0} ms", s * 1e3),
         s if s < 10.0 => format!("{s:.1} s"),
         s => format!("{s:.0} s"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_collectives_are_kept_and_shown_newest_first() {
+        let mut ring = Ring::default();
+        assert_eq!(ring.last(4, Instant::now()), "\n    no collective yet");
+        for sequence in 0..KEPT as u64 + 5 {
+            ring.start("sp", Tag::new("site", "qkv").at(sequence), sequence);
+            ring.done("dp", sequence);
+            if sequence % 2 == 0 {
+                ring.done("sp", sequence);
+            }
+        }
+        assert_eq!(ring.0.len(), KEPT);
+        let text = ring.last(2, Instant::now() + Duration::from_secs(30));
+        let lines: Vec<&str> = text.trim_start().lines().map(str::trim).collect();
+        assert_eq!(lines.len(), 2);
+        assert!(
+            lines[0].starts_with("sp #20 `site` qkv (step 20): complete "),
+            "{text}"
+        );
+        assert!(
+            lines[1].starts_with("sp #19 `site` qkv (step 19): started "),
+            "{text}"
+        );
+        assert!(lines[1].ends_with(" s ago, not complete"), "{text}");
+    }
+
+    #[test]
+    fn times_are_short() {
+        let shown: Vec<String> = [0.0421, 1.25, 120.4]
+            .map(|s| short(Duration::from_secs_f64(s)))
+            .into();
+        assert_eq!(shown, ["42 ms", "1.2 s", "120 s"]);
     }
 }

@@ -89,7 +89,21 @@ pub(super) fn run_watched<T: Send>(
 
     match report(world.take_faults(), size) {
         Some(error) => Err(error),
-        None => Ok(results.into_iter().flatten().collect()),
+        None => results.into_iter().collect::<Option<_>>().ok_or_else(|| {
+            Error::new(
+                codes::RANK_FAILED,
+                "a rank ended without a result and without an error",
+            )
+        }),
+    }
+}
+
+/// Says that a rank has returned, whatever ended it.
+struct Leave<'a>(&'a World, usize);
+
+impl Drop for Leave<'_> {
+    fn drop(&mut self) {
+        self.0.leave(self.1);
     }
 }
 
@@ -116,7 +130,8 @@ fn connect(world: &Arc<World>, mesh: Mesh, rank: usize, settings: &Settings) -> 
 fn rank_main<T>(world: &World, sp: &Sp, f: &impl Fn(&Sp) -> Result<T>) -> Option<T> {
     panics::mark_rank();
     let rank = sp.rank();
-    let result = match catch_unwind(AssertUnwindSafe(|| f(sp))) {
+    let _leave = Leave(world, rank);
+    match catch_unwind(AssertUnwindSafe(|| f(sp))) {
         Ok(Ok(value)) => Some(value),
         Ok(Err(error)) => {
             if error.code() != codes::STOPPED {
@@ -131,9 +146,7 @@ fn rank_main<T>(world: &World, sp: &Sp, f: &impl Fn(&Sp) -> Result<T>) -> Option
             );
             None
         }
-    };
-    world.leave(rank);
-    result
+    }
 }
 
 /// One error for all: the first that happened, and which rank it was if there are several.
