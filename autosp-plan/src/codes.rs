@@ -92,6 +92,27 @@ codes! {
     CANDLE = "AS0311", "an operation of candle failed",
         "The message is candle's own: an operation got shapes, types or devices that it does not take. Set RUST_BACKTRACE=1 to see where.";
 
+    SITE_HEADS = "AS0321", "heads and ranks do not fit",
+        "Each sp rank attends query_heads / sp heads, so sp divides the query heads; and kv heads are either divided among ranks or each is held by the same number of ranks, so sp divides the kv heads or the kv heads divide sp. The message lists the values of sp that fit this model.";
+    SITE_LAYOUT = "AS0322", "a layout that the exchange cannot follow",
+        "A site's tensors have the axes batch, heads, sequence and width, one dim each, in any order. Merged axes such as (b h) s d have to be split before the site.";
+    SITE_SHAPE = "AS0323", "shapes do not fit the attention site",
+        "q, k and v of a site have the same batch and sequence, q and k the same width, k and v the same heads, and the sequence is this rank's shard. The message says which size was expected.";
+    SCORES = "AS0324", "the scores are changed in a way that has no exact form",
+        "Between q k^T and softmax a site follows: factors, one soft cap (divide, tanh, multiply), then masks that fill or are added, and casts. In another order the result could not be computed without the S x S scores.";
+    SITE_MASK = "AS0325", "a mask that the site cannot apply",
+        "A mask is [S, S] over (query, key) of the whole sequence, with leading dims of size 1 or of the scores: integers where it selects, floats where it is added.";
+    BAND_DIFFERS = "AS0326", "a mask is not the band it was taken for",
+        "The compiler recognised a causal or windowed mask in the builder, and at run time the builder makes other values. Nothing is computed with a wrong mask.";
+    DENSE_MASK = "AS0327", "a dense mask is too large",
+        "A mask that is a tensor is held whole by every rank, which a long sequence does not allow. A mask that is computed on the host from (query, key) has no size.";
+    SCHEDULE = "AS0328", "a schedule is not correct",
+        "Each group is sent, waited for, attended once and sent back, in that order, and everything sent is waited for. The message names the verb that is missing or comes too early.";
+    KERNEL = "AS0329", "attention cannot take these tensors",
+        "Attention on the CPU takes f32, f64, bf16 and f16, one type for q, k and v.";
+    FILL = "AS0330", "a fill is not one number",
+        "where_cond at a site takes scores on one side and one number on the other: a scalar tensor, or a scalar that was broadcast. A tensor of S x S different values would be the dense scores again.";
+
     RANK_FAILED = "AS0401", "a rank failed",
         "The code of one rank panicked. The other ranks were stopped, since they would have waited for it. The message names the rank that failed first.";
     MISMATCH = "AS0402", "ranks run different collectives",

@@ -2,10 +2,13 @@
 //!
 //! Users name it as `autosp`; the code that the attribute emits names [`rt`].
 
+pub mod attention;
 pub mod comm;
 pub mod data;
 pub mod error;
+pub mod layout;
 pub mod ledger;
+pub mod mask;
 pub mod loss;
 pub mod memory;
 pub mod mesh;
@@ -14,7 +17,10 @@ pub mod parameters;
 mod random;
 pub mod rt;
 pub mod run;
+pub mod schedule;
 pub mod scope;
+pub mod scores;
+pub mod site;
 pub mod train;
 
 pub use autosp_plan::Settings;
