@@ -1,7 +1,7 @@
 //! Training steps: loss, backward, reduction over all ranks, clipping, optimizer.
 
 mod optimizer;
-mod reduce;
+pub(crate) mod reduce;
 mod settings;
 
 use std::path::Path;

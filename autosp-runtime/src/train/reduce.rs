@@ -51,17 +51,17 @@ impl Sp {
 }
 
 /// What all ranks have said about their gradients.
-pub(super) struct Presence {
+pub(crate) struct Presence {
     /// Whether any rank has a gradient of variable i.
     anywhere: Vec<bool>,
     /// Whether every rank has said yes to question i.
-    pub(super) unanimous: Vec<bool>,
+    pub(crate) unanimous: Vec<bool>,
 }
 
 impl Presence {
     /// # Errors
     /// AS0512 naming the first variables without a gradient.
-    pub(super) fn require(&self, named: &[(String, Var)]) -> Result<()> {
+    pub(crate) fn require(&self, named: &[(String, Var)]) -> Result<()> {
         let missing = named.iter().zip(&self.anywhere).filter(|(_, found)| !**found);
         let missing: Vec<&str> = missing.map(|((name, _), _)| name.as_str()).collect();
         let shown = match missing.as_slice() {
@@ -75,7 +75,7 @@ impl Presence {
 }
 
 /// Tells all ranks which gradients are here, and asks them yes-or-no questions.
-pub(super) fn presence(sp: &Sp, grads: &GradStore, named: &[(String, Var)], questions: &[bool]) -> Result<Presence> {
+pub(crate) fn presence(sp: &Sp, grads: &GradStore, named: &[(String, Var)], questions: &[bool]) -> Result<Presence> {
     let here = named.iter().map(|(_, var)| grads.get(var).is_some());
     let own: Vec<u8> = here.chain(questions.iter().copied()).map(u8::from).collect();
     let width = own.len();
@@ -99,7 +99,7 @@ fn wide(var: &Var) -> DType {
 /// Takes the gradients out of the store and sums them over all ranks, in flat buckets of consecutive variables.
 ///
 /// Every rank gets the same bits. Sums are taken in `f32` (`f64` for `f64` variables), in the order of the ranks.
-pub(super) fn reduce(sp: &Sp, grads: &mut GradStore, named: &[(String, Var)], bucket_bytes: usize) -> Result<Vec<Tensor>> {
+pub(crate) fn reduce(sp: &Sp, grads: &mut GradStore, named: &[(String, Var)], bucket_bytes: usize) -> Result<Vec<Tensor>> {
     let mut sums = Vec::with_capacity(named.len());
     let mut rest = named;
     while let Some((_, first)) = rest.first() {
@@ -132,7 +132,7 @@ pub(super) fn reduce(sp: &Sp, grads: &mut GradStore, named: &[(String, Var)], bu
 }
 
 /// The 2-norm of all gradients together, in `f64`, the same bits whatever the number of threads.
-pub(super) fn global_norm(grads: &[Tensor]) -> Result<f64> {
+pub(crate) fn global_norm(grads: &[Tensor]) -> Result<f64> {
     let mut sum = 0.0;
     for grad in grads {
         let grad = grad.to_device(&candle_core::Device::Cpu)?.flatten_all()?;
