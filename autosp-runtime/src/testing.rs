@@ -34,7 +34,10 @@ use crate::{Error, Parameters, Result, Sp, loss, memory, run_with};
 
 /// What to compare. All combinations of `sp`, `dp`, `groups` and `policies` are run.
 #[derive(Debug, Clone)]
-#[allow(clippy::exhaustive_structs, reason = "users write it with `..Default::default()`")]
+#[allow(
+    clippy::exhaustive_structs,
+    reason = "users write it with `..Default::default()`"
+)]
 pub struct Cases {
     /// Ranks that share a sequence; 2 and 4 by default.
     pub sp: Vec<usize>,
@@ -86,13 +89,22 @@ impl Cases {
     fn batch(&self) -> Result<(Tensor, Tensor)> {
         let stream = Stream::new(self.seed, "tokens of a test");
         let count = self.batch * self.seq_len;
-        let tokens: Vec<u32> = (0..count as u64).map(|i| stream.below(i, self.vocabulary as u64) as u32).collect();
+        let tokens: Vec<u32> = (0..count as u64)
+            .map(|i| stream.below(i, self.vocabulary as u64) as u32)
+            .collect();
         let label = |(i, &token): (usize, &u32)| {
-            if (self.targets)(i / self.seq_len, i % self.seq_len) { i64::from(token) } else { IGNORE }
+            if (self.targets)(i / self.seq_len, i % self.seq_len) {
+                i64::from(token)
+            } else {
+                IGNORE
+            }
         };
         let labels: Vec<i64> = tokens.iter().enumerate().map(label).collect();
         let shape = (self.batch, self.seq_len);
-        Ok((Tensor::from_vec(tokens, shape, &Device::Cpu)?, Tensor::from_vec(labels, shape, &Device::Cpu)?))
+        Ok((
+            Tensor::from_vec(tokens, shape, &Device::Cpu)?,
+            Tensor::from_vec(labels, shape, &Device::Cpu)?,
+        ))
     }
 
     fn all(&self) -> Vec<Case> {
@@ -100,7 +112,12 @@ impl Cases {
         for &sp in &self.sp {
             for &dp in &self.dp {
                 for &groups in &self.groups {
-                    all.extend(self.policies.iter().map(|&policy| Case { sp, dp, groups, policy }));
+                    all.extend(self.policies.iter().map(|&policy| Case {
+                        sp,
+                        dp,
+                        groups,
+                        policy,
+                    }));
                 }
             }
         }
@@ -110,7 +127,11 @@ impl Cases {
 
 impl Case {
     fn settings(self) -> Settings {
-        Settings::default().with_sp(self.sp).with_dp(self.dp).with_groups(self.groups).with_policy(self.policy)
+        Settings::default()
+            .with_sp(self.sp)
+            .with_dp(self.dp)
+            .with_groups(self.groups)
+            .with_policy(self.policy)
     }
 }
 
@@ -134,7 +155,10 @@ pub(crate) struct Gradient {
 /// # Panics
 /// If a run fails or differs by more than [`Cases`] allow; the message says which tensor differs, where, and by how much.
 #[track_caller]
-pub fn assert_equivalent(cases: &Cases, model: impl Fn(VarBuilder, &Tensor) -> candle_core::Result<Tensor> + Sync) {
+pub fn assert_equivalent(
+    cases: &Cases,
+    model: impl Fn(VarBuilder, &Tensor) -> candle_core::Result<Tensor> + Sync,
+) {
     let report = equivalence(cases, model);
     if let Err(error) = report.and_then(|report| report.check()) {
         panic!("{error}");
@@ -149,7 +173,12 @@ pub fn equivalence(
     cases: &Cases,
     model: impl Fn(VarBuilder, &Tensor) -> candle_core::Result<Tensor> + Sync,
 ) -> Result<Report> {
-    let one = Case { sp: 1, dp: 1, groups: 1, policy: Policy::All };
+    let one = Case {
+        sp: 1,
+        dp: 1,
+        groups: 1,
+        policy: Policy::All,
+    };
     compare(cases, &outcome(cases, one, &model)?, &model)
 }
 
@@ -168,9 +197,16 @@ pub fn equivalence_to(
         let batch = sp.shard_labelled(&tokens, &labels)?;
         let parameters = Parameters::init(cases.seed, cases.dtype, &Device::Cpu);
         let logits = reference(parameters.builder(), &batch.tokens)?;
-        gradients(sp, &parameters, &loss::cross_entropy(&logits, &batch.labels)?)
+        gradients(
+            sp,
+            &parameters,
+            &loss::cross_entropy(&logits, &batch.labels)?,
+        )
     })?;
-    let expected = expected.into_iter().next().ok_or_else(|| Error::new(codes::MESH, "expected one rank, found none"))?;
+    let expected = expected
+        .into_iter()
+        .next()
+        .ok_or_else(|| Error::new(codes::MESH, "expected one rank, found none"))?;
     compare(cases, &expected, &model)
 }
 
@@ -193,12 +229,22 @@ fn outcome(cases: &Cases, case: Case, model: Model<'_>) -> Result<Outcome> {
         let parameters = Parameters::init(cases.seed, cases.dtype, &Device::Cpu);
         sp.scope(|| {
             let logits = model(parameters.builder(), &batch.tokens)?;
-            gradients(sp, &parameters, &loss::cross_entropy(&logits, &batch.labels)?)
+            gradients(
+                sp,
+                &parameters,
+                &loss::cross_entropy(&logits, &batch.labels)?,
+            )
         })
     })?;
     let first = outcomes.swap_remove(0);
-    if let Some(other) = outcomes.iter().find(|other| other.loss.to_bits() != first.loss.to_bits()) {
-        let text = format!("expected one loss on all ranks, found {} and {}", first.loss, other.loss);
+    if let Some(other) = outcomes
+        .iter()
+        .find(|other| other.loss.to_bits() != first.loss.to_bits())
+    {
+        let text = format!(
+            "expected one loss on all ranks, found {} and {}",
+            first.loss, other.loss
+        );
         return Err(Error::new(codes::NOT_EQUIVALENT, text).context(case));
     }
     Ok(first)
@@ -216,9 +262,16 @@ fn gradients(sp: &Sp, parameters: &Parameters, loss: &Tensor) -> Result<Outcome>
     let mut gradients = Vec::with_capacity(sums.len());
     for ((name, var), sum) in named.into_iter().zip(sums) {
         let values = sum.flatten_all()?.to_dtype(DType::F64)?.to_vec1::<f64>()?;
-        gradients.push(Gradient { name, dims: var.dims().to_vec(), values });
+        gradients.push(Gradient {
+            name,
+            dims: var.dims().to_vec(),
+            values,
+        });
     }
-    Ok(Outcome { loss: value, gradients })
+    Ok(Outcome {
+        loss: value,
+        gradients,
+    })
 }
 
 #[cfg(test)]

@@ -43,20 +43,28 @@ pub fn finite_differences(
     samples: usize,
     model: impl Fn(VarBuilder, &Tensor) -> candle_core::Result<Tensor> + Sync,
 ) -> Result<Vec<Sample>> {
-    let case = cases.all().first().copied().ok_or_else(|| Error::new(codes::MESH, "expected at least one mesh, found none"))?;
+    let case = cases
+        .all()
+        .first()
+        .copied()
+        .ok_or_else(|| Error::new(codes::MESH, "expected at least one mesh, found none"))?;
     let (tokens, labels) = cases.batch()?;
     let double = cases.dtype == DType::F64;
     let (step, relative) = if double { (1e-5, 1e-6) } else { (5e-3, 1e-2) };
     let mut ranks = run_with(case.settings(), |sp: &Sp| {
         let batch = sp.shard_labelled(&tokens, &labels)?;
         let parameters = Parameters::init(cases.seed, cases.dtype, &Device::Cpu);
-        let loss = || loss::cross_entropy(&model(parameters.builder(), &batch.tokens)?, &batch.labels);
+        let loss =
+            &|| loss::cross_entropy(&model(parameters.builder(), &batch.tokens)?, &batch.labels);
         let outcome = sp.scope(|| gradients(sp, &parameters, &loss()?))?;
         let value = |var: &Var, original: &Tensor, place: usize, delta: f64| -> Result<f64> {
-            let mut data = original.flatten_all()?.to_dtype(DType::F64)?.to_vec1::<f64>()?;
+            let mut data = original
+                .flatten_all()?
+                .to_dtype(DType::F64)?
+                .to_vec1::<f64>()?;
             data[place] += delta;
             var.set(&Tensor::from_vec(data, var.shape(), &Device::Cpu)?.to_dtype(var.dtype())?)?;
-            let value = sp.scope(|| loss())?.to_dtype(DType::F64)?.to_scalar::<f64>()?;
+            let value = sp.scope(loss)?.to_dtype(DType::F64)?.to_scalar::<f64>()?;
             var.set(original)?;
             Ok(value)
         };
@@ -64,18 +72,27 @@ pub fn finite_differences(
         for (gradient, (name, var)) in outcome.gradients.iter().zip(parameters.named()) {
             let stream = Stream::new(cases.seed, &name);
             let original = var.as_detached_tensor().copy()?;
-            let rms = norm(gradient.values.iter().copied()) / (gradient.values.len().max(1) as f64).sqrt();
+            let rms = norm(gradient.values.iter().copied())
+                / (gradient.values.len().max(1) as f64).sqrt();
             for i in 0..samples.min(var.elem_count()) {
                 let place = stream.below(i as u64, var.elem_count() as u64) as usize;
-                let (above, below) = (value(&var, &original, place, step)?, value(&var, &original, place, -step)?);
+                let (above, below) = (
+                    value(&var, &original, place, step)?,
+                    value(&var, &original, place, -step)?,
+                );
                 let analytic = gradient.values[place];
-                let rounding = if double { 4.0 * f64::EPSILON } else { 4.0 * f64::from(f32::EPSILON) };
+                let rounding = if double {
+                    4.0 * f64::EPSILON
+                } else {
+                    4.0 * f64::from(f32::EPSILON)
+                };
                 found.push(Sample {
                     name: name.clone(),
                     index: unravel(place, var.dims()),
                     gradient: analytic,
                     difference: (above - below) / (2.0 * step),
-                    allowed: relative * analytic.abs().max(rms) + rounding * outcome.loss.abs() / step,
+                    allowed: relative * analytic.abs().max(rms)
+                        + rounding * outcome.loss.abs() / step,
                 });
             }
         }
@@ -97,7 +114,14 @@ pub fn assert_gradients(
     match finite_differences(cases, samples, model) {
         Err(error) => panic!("{error}"),
         Ok(samples) => {
-            if let Some(Sample { name, index, gradient, difference, allowed }) = samples.iter().find(|sample| !sample.is_close()) {
+            if let Some(Sample {
+                name,
+                index,
+                gradient,
+                difference,
+                allowed,
+            }) = samples.iter().find(|sample| !sample.is_close())
+            {
                 panic!(
                     "the gradient of `{name}` at {index:?} is {gradient:e}, expected {difference:e} from finite differences \
                      (allowed {allowed:.1e})"

@@ -1,6 +1,6 @@
 //! What a comparison found, and how it is told.
 
-use std::fmt;
+use std::fmt::{self, Write as _};
 
 use autosp_plan::codes;
 use autosp_plan::settings::Policy;
@@ -28,7 +28,11 @@ impl fmt::Display for Case {
             Policy::All => "all",
             Policy::Input => "input",
         };
-        write!(f, "sp {}, dp {}, groups {}, policy {policy}", self.sp, self.dp, self.groups)
+        write!(
+            f,
+            "sp {}, dp {}, groups {}, policy {policy}",
+            self.sp, self.dp, self.groups
+        )
     }
 }
 
@@ -80,8 +84,11 @@ impl Difference {
     fn new(found: &Gradient, expected: &Gradient, relative: f64, floor: f64) -> Self {
         let pairs = || found.values.iter().zip(&expected.values);
         // Compared through the total order, so that a NaN is the largest difference.
-        let worst = pairs().enumerate().max_by(|(_, a), (_, b)| (a.0 - a.1).abs().total_cmp(&(b.0 - b.1).abs()));
-        let (place, found_there, expected_there) = worst.map_or((0, 0.0, 0.0), |(i, (&a, &b))| (i, a, b));
+        let worst = pairs()
+            .enumerate()
+            .max_by(|(_, a), (_, b)| (a.0 - a.1).abs().total_cmp(&(b.0 - b.1).abs()));
+        let (place, found_there, expected_there) =
+            worst.map_or((0, 0.0, 0.0), |(i, (&a, &b))| (i, a, b));
         let error = norm(pairs().map(|(a, b)| a - b));
         let own = norm(expected.values.iter().copied());
         Self {
@@ -103,27 +110,65 @@ impl Difference {
 
 impl fmt::Display for Difference {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { name, error, norm, allowed, index, found, expected } = self;
-        write!(f, "the gradient of `{name}` differs by {error:.2e} (2-norm; its own is {norm:.2e}, allowed {allowed:.2e}), ")?;
-        write!(f, "most at {index:?}: expected {expected:e}, found {found:e}")
+        let Self {
+            name,
+            error,
+            norm,
+            allowed,
+            index,
+            found,
+            expected,
+        } = self;
+        write!(
+            f,
+            "the gradient of `{name}` differs by {error:.2e} (2-norm; its own is {norm:.2e}, allowed {allowed:.2e}), "
+        )?;
+        write!(
+            f,
+            "most at {index:?}: expected {expected:e}, found {found:e}"
+        )
     }
 }
 
 impl Run {
-    pub(super) fn new(cases: &Cases, case: Case, found: &Outcome, expected: &Outcome) -> Result<Self> {
-        let names = |outcome: &Outcome| outcome.gradients.iter().map(|g| (g.name.clone(), g.dims.clone())).collect::<Vec<_>>();
+    pub(super) fn new(
+        cases: &Cases,
+        case: Case,
+        found: &Outcome,
+        expected: &Outcome,
+    ) -> Result<Self> {
+        let names = |outcome: &Outcome| {
+            outcome
+                .gradients
+                .iter()
+                .map(|g| (g.name.clone(), g.dims.clone()))
+                .collect::<Vec<_>>()
+        };
         let (ours, theirs) = (names(found), names(expected));
-        if let Some((name, dims)) = ours.iter().find(|own| !theirs.contains(own)).or(theirs.iter().find(|own| !ours.contains(own))) {
-            let text = format!("expected the same variables in both models, found `{name}` of shape {dims:?} in one of them");
+        if let Some((name, dims)) = ours
+            .iter()
+            .find(|own| !theirs.contains(own))
+            .or(theirs.iter().find(|own| !ours.contains(own)))
+        {
+            let text = format!(
+                "expected the same variables in both models, found `{name}` of shape {dims:?} in one of them"
+            );
             return Err(Error::new(codes::NOT_EQUIVALENT, text).context(case));
         }
-        let global = norm(expected.gradients.iter().flat_map(|g| g.values.iter().copied()));
+        let global = norm(
+            expected
+                .gradients
+                .iter()
+                .flat_map(|g| g.values.iter().copied()),
+        );
         let pairs = found.gradients.iter().zip(&expected.gradients);
         Ok(Self {
             case,
             loss: found.loss,
             expected_loss: expected.loss,
-            gradients: pairs.map(|(a, b)| Difference::new(a, b, cases.relative, cases.floor * global)).collect(),
+            gradients: pairs
+                .map(|(a, b)| Difference::new(a, b, cases.relative, cases.floor * global))
+                .collect(),
             allowed_loss: cases.relative * expected.loss.abs(),
         })
     }
@@ -139,8 +184,16 @@ impl Run {
 
     /// The gradient that is furthest beyond what is allowed, relative to it.
     pub fn worst(&self) -> Option<&Difference> {
-        let excess = |d: &Difference| if d.error == 0.0 { 0.0 } else { d.error / d.allowed };
-        self.gradients.iter().max_by(|a, b| excess(a).total_cmp(&excess(b)))
+        let excess = |d: &Difference| {
+            if d.error == 0.0 {
+                0.0
+            } else {
+                d.error / d.allowed
+            }
+        };
+        self.gradients
+            .iter()
+            .max_by(|a, b| excess(a).total_cmp(&excess(b)))
     }
 }
 
@@ -153,16 +206,25 @@ impl Report {
     /// # Errors
     /// AS0517 naming the first run that differs, the tensor that differs most, where, and by how much.
     pub fn check(&self) -> Result<()> {
-        let Some(run) = self.runs.iter().find(|run| !run.is_equivalent()) else { return Ok(()) };
+        let Some(run) = self.runs.iter().find(|run| !run.is_equivalent()) else {
+            return Ok(());
+        };
         let case = run.case;
         let wrong = run.gradients.iter().filter(|d| !d.is_small()).count();
         let mut text = format!("{case}: expected what one rank computes, found a difference");
         if !run.loss_is_close() {
             let (found, expected, allowed) = (run.loss, run.expected_loss, run.allowed_loss);
-            text += &format!("\n  the loss is {found}, expected {expected} (allowed {allowed:.1e})");
+            let _ = write!(
+                text,
+                "\n  the loss is {found}, expected {expected} (allowed {allowed:.1e})"
+            );
         }
         if let Some(worst) = run.worst().filter(|_| wrong > 0) {
-            text += &format!("\n  {worst}\n  {wrong} of {} gradients differ", run.gradients.len());
+            let _ = write!(
+                text,
+                "\n  {worst}\n  {wrong} of {} gradients differ",
+                run.gradients.len()
+            );
         }
         Err(Error::new(codes::NOT_EQUIVALENT, text))
     }
