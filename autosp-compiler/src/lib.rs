@@ -1,1 +1,294 @@
-//! placeholder
+//! The compiler of AutoSP: from the source of a model to its sequence-parallel twin.
+//!
+//! One way through, five rooms: `syntax` reads the module into a scope, `trace` interprets the global program and writes
+//! its dataflow graph, `place` finds the attention and gives every tensor a placement, `decide` makes a [`plan`] of plain
+//! data and verifies it, `emit` is a function of the source and the plan. What the operations of the library do stands in
+//! a table, [`ops`].
+//!
+//! [`plan`]: autosp_plan::plan
+
+// A refusal ends the run: its size does not matter.
+#![allow(clippy::result_large_err)]
+
+mod decide;
+mod emit;
+mod error;
+pub mod ops;
+mod place;
+mod syntax;
+mod trace;
+
+use std::path::Path;
+
+use autosp_plan::codes;
+use autosp_plan::plan::Plan;
+use proc_macro2::{Span, TokenStream};
+use quote::{ToTokens, quote};
+
+pub use error::Refusal;
+
+/// What the compiler makes of a source.
+#[derive(Debug, Clone)]
+pub struct Analysis {
+    /// The decisions. Where something is refused, what was decided before.
+    pub plan: Plan,
+    /// Everything that cannot be done, in the order of the source.
+    pub refusals: Vec<Refusal>,
+}
+
+/// A source that is not Rust.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ParseError {
+    /// 1-based line.
+    pub line: usize,
+    /// 1-based column.
+    pub column: usize,
+    /// What the parser expected.
+    pub message: String,
+}
+
+impl std::fmt::Display for ParseError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}:{}: {}", self.line, self.column, self.message)
+    }
+}
+
+impl std::error::Error for ParseError {}
+
+impl From<syn::Error> for ParseError {
+    fn from(e: syn::Error) -> Self {
+        let start = e.span().start();
+        Self {
+            line: start.line,
+            column: start.column + 1,
+            message: e.to_string(),
+        }
+    }
+}
+
+/// Analyses a whole file, annotated or not: the annotated module if there is one, else the file itself.
+///
+/// # Errors
+/// If the file is not Rust.
+pub fn analyse(source: &str) -> Result<Analysis, ParseError> {
+    let file = syn::parse_file(source)?;
+    let (name, items) = module_of(&file);
+    Ok(analyse_items(
+        &name,
+        items,
+        Span::call_site(),
+        ops::candle(),
+    ))
+}
+
+/// The same with another operation table.
+///
+/// # Errors
+/// If the file is not Rust.
+pub fn analyse_with(source: &str, table: &'static ops::Table) -> Result<Analysis, ParseError> {
+    let file = syn::parse_file(source)?;
+    let (name, items) = module_of(&file);
+    Ok(analyse_items(&name, items, Span::call_site(), table))
+}
+
+/// The code that the attribute emits for a file: its items with their twins.
+///
+/// # Errors
+/// If the file is not Rust.
+pub fn expand(source: &str) -> Result<Result<syn::File, Vec<Refusal>>, ParseError> {
+    let file = syn::parse_file(source)?;
+    let (name, items) = module_of(&file);
+    let analysis = analyse_items(&name, items, Span::call_site(), ops::candle());
+    if !analysis.refusals.is_empty() {
+        return Ok(Err(analysis.refusals));
+    }
+    let tokens = emit::items(items, &analysis.plan, &quote!(::autosp));
+    Ok(Ok(syn::parse2(tokens)?))
+}
+
+/// The annotated inline module of a file, or the file's own items.
+fn module_of(file: &syn::File) -> (String, &[syn::Item]) {
+    for item in &file.items {
+        if let syn::Item::Mod(m) = item {
+            let annotated = m.attrs.iter().any(|a| {
+                a.path()
+                    .segments
+                    .last()
+                    .is_some_and(|s| s.ident == "sequence_parallel")
+            });
+            if let (true, Some((_, items))) = (annotated, &m.content) {
+                return (m.ident.to_string(), items);
+            }
+        }
+    }
+    (String::new(), &file.items)
+}
+
+fn analyse_items(
+    name: &str,
+    items: &[syn::Item],
+    span: Span,
+    table: &'static ops::Table,
+) -> Analysis {
+    let scope = syntax::Scope::new(name, items);
+    let (plan, mut refusals) = decide::decide(&scope, table, span);
+    refusals.sort_by_key(|r| (r.line(), r.column()));
+    Analysis { plan, refusals }
+}
+
+/// The attribute: `#[sequence_parallel]` on an inline module.
+///
+/// `source` is the file that holds the attribute, for finding files that the module includes. On errors the item stays in
+/// the output, so that editors keep working.
+pub fn sequence_parallel(
+    args: TokenStream,
+    item: TokenStream,
+    source: Option<&Path>,
+) -> TokenStream {
+    let args = match syntax::args::Args::parse(args) {
+        Ok(args) => args,
+        Err(refusal) => return refused(&[refusal], None, &item),
+    };
+    let module = match syn::parse2::<syn::Item>(item.clone()) {
+        Ok(syn::Item::Mod(module)) => module,
+        Ok(other) => return refused(&[not_a_module(&other)], None, &item),
+        Err(e) => {
+            let error = e.to_compile_error();
+            return quote!(#error #item);
+        }
+    };
+    let Some((_, items)) = &module.content else {
+        let name = &module.ident;
+        let refusal = Refusal::new(
+            codes::FILE_MODULE,
+            name.span(),
+            format!("the attribute does not see the file of `mod {name};`"),
+        )
+        .help(format!("mod {name} {{ include!(\"{name}.rs\"); }}"));
+        return refused(&[refusal], None, &item);
+    };
+    if let [only] = items.as_slice()
+        && let Some(lit) = syntax::include::included_path(only)
+    {
+        return match syntax::include::read(&lit, source) {
+            Ok(included) => include_module(&args, &module, &lit, &included, &item),
+            Err(refusal) => refused(&[refusal], None, &item),
+        };
+    }
+    let analysis = analyse_items(
+        &module.ident.to_string(),
+        items,
+        module.ident.span(),
+        ops::candle(),
+    );
+    if !analysis.refusals.is_empty() {
+        return refused(&analysis.refusals, None, &item);
+    }
+    let body = emit::items(items, &analysis.plan, &args.facade());
+    with_body(&module, &body)
+}
+
+/// The module's attributes, visibility and name round other items.
+fn with_body(module: &syn::ItemMod, body: &TokenStream) -> TokenStream {
+    let syn::ItemMod {
+        attrs, vis, ident, ..
+    } = module;
+    quote!(#(#attrs)* #vis mod #ident { #body })
+}
+
+fn refused(refusals: &[Refusal], file: Option<&str>, item: &TokenStream) -> TokenStream {
+    let errors: TokenStream = refusals.iter().map(|r| r.to_tokens(file)).collect();
+    quote!(#errors #item)
+}
+
+fn not_a_module(item: &syn::Item) -> Refusal {
+    let (what, span) = match item {
+        syn::Item::Fn(f) => ("a function", f.sig.ident.span()),
+        syn::Item::Impl(i) => ("an `impl`", syn::spanned::Spanned::span(&i.self_ty)),
+        syn::Item::Struct(s) => ("a struct", s.ident.span()),
+        other => ("this item", syn::spanned::Spanned::span(other)),
+    };
+    Refusal::new(codes::ITEM, span, format!("expected an inline module, found {what}"))
+        .note("the analysis needs the types of the fields and every function that the attention goes through")
+        .help("put the model into `mod model { .. }` and the attribute on the module")
+}
+
+/// A module whose items stand in another file. Everything is computed with positions of that file; the tokens that come
+/// out carry the attribute's.
+fn include_module(
+    args: &syntax::args::Args,
+    module: &syn::ItemMod,
+    lit: &syn::LitStr,
+    included: &syntax::include::Included,
+    item: &TokenStream,
+) -> TokenStream {
+    let name = module.ident.to_string();
+    let facade = args.facade().to_string();
+    let outcome = positions(|| -> Result<String, Vec<(String, &'static str)>> {
+        let file = syn::parse_file(&included.text).map_err(|e| {
+            let e = ParseError::from(e);
+            vec![(
+                format!(
+                    "{}\n   = at: {}:{}:{}",
+                    e.message, included.path, e.line, e.column
+                ),
+                codes::PARSE.id,
+            )]
+        })?;
+        let analysis = analyse_items(&name, &file.items, Span::call_site(), ops::candle());
+        if !analysis.refusals.is_empty() {
+            return Err(analysis
+                .refusals
+                .iter()
+                .map(|r| (r.text(Some(&included.path)), ""))
+                .collect());
+        }
+        let facade: TokenStream = facade.parse().map_err(|_| Vec::new())?;
+        Ok(emit::items(&file.items, &analysis.plan, &facade).to_string())
+    });
+    // Cargo builds again when the included file changes.
+    let tracked = included.file.to_string_lossy();
+    let tracking = quote!(
+        const _: &[u8] = include_bytes!(#tracked);
+    );
+    match outcome {
+        Ok(text) => match text.parse::<TokenStream>() {
+            Ok(body) => with_body(module, &quote!(#tracking #body)),
+            Err(e) => {
+                let message = e.to_string();
+                quote!(::core::compile_error!(#message); #item)
+            }
+        },
+        Err(messages) => {
+            let errors = messages.into_iter().map(|(text, code)| {
+                let text = if code.is_empty() {
+                    text
+                } else {
+                    format!("{text} [{code}]")
+                };
+                let error = quote::quote_spanned!(lit.span()=> ::core::compile_error!(#text););
+                error
+            });
+            let errors: TokenStream = errors.collect();
+            quote!(#errors #tracking #item)
+        }
+    }
+}
+
+/// Runs with tokens that know their lines and columns, which the compiler's own do not for text parsed in a macro.
+fn positions<T>(f: impl FnOnce() -> T) -> T {
+    struct Restore;
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            proc_macro2::fallback::unforce();
+        }
+    }
+    proc_macro2::fallback::force();
+    let _restore = Restore;
+    f()
+}
+
+/// The tokens of an item, for printing.
+pub fn tokens(file: &syn::File) -> TokenStream {
+    file.to_token_stream()
+}

@@ -1,1 +1,23 @@
-//! placeholder
+//! The attribute of AutoSP. It converts tokens and reports; `autosp-compiler` does the work.
+
+use proc_macro::{Span, TokenStream};
+
+/// Makes the model in an inline module train on sequences that are sharded over ranks.
+///
+/// The functions of the module stay as they are; inside a sharded scope (a trainer's step, `sp.scope(|| ..)`) they run a
+/// twin that exchanges heads for tokens at every attention. `cargo autosp expand FILE.rs` shows the emitted code,
+/// `cargo autosp plan FILE.rs` what was decided and why, `cargo autosp explain CODE` an error.
+///
+/// ```ignore
+/// #[autosp::sequence_parallel]
+/// mod llama {
+///     include!("llama.rs"); // or the model itself
+/// }
+/// ```
+///
+/// Arguments: `crate = path` names the facade where it is not `::autosp`.
+#[proc_macro_attribute]
+pub fn sequence_parallel(args: TokenStream, item: TokenStream) -> TokenStream {
+    let source = Span::call_site().local_file();
+    autosp_compiler::sequence_parallel(args.into(), item.into(), source.as_deref()).into()
+}

@@ -29,6 +29,45 @@ macro_rules! codes {
 codes! {
     UNKNOWN_ARGUMENT = "AS0101", "unknown attribute argument",
         "The attribute takes the arguments listed in the message. Anything else is refused, since a misspelt setting would otherwise be ignored.";
+    FILE_MODULE = "AS0102", "a module in a file of its own",
+        "On stable Rust an attribute on `mod x;` does not see the file. Write `mod x { include!(\"x.rs\"); }`: the attribute reads the file, which stays as it is.";
+    ITEM = "AS0103", "the attribute is on something it cannot analyse",
+        "The attribute analyses an inline module: the types, their fields and the functions that the decisions need have to be inside it.";
+    INCLUDE = "AS0104", "an included file cannot be read",
+        "`include!(\"model.rs\")` inside the annotated module is read by the attribute. The path is relative to the file that holds the attribute.";
+    PARSE = "AS0105", "the source is not Rust",
+        "The file that the annotated module includes does not parse. The message has the line and column.";
+
+    NO_ATTENTION = "AS0201", "no attention found",
+        "An attention is a product of queries and keys, a softmax over the keys and a product with the values, over the same sequence. A module without one has nothing that could be trained in parallel, and running it unsharded in silence would be worse than an error.";
+    UNKNOWN_CALL = "AS0202", "an unknown call on a sharded value",
+        "Each rank holds a part of the tokens. A function that is neither in the annotated module nor in the operation table could mix tokens, so it is refused where its result matters.";
+    MIXES_TOKENS = "AS0203", "an operation mixes tokens of different ranks",
+        "Outside attention every token must be computed by itself: sums, orders, picks and reshapes along the sequence need tokens that other ranks hold.";
+    SOFTMAX_AXIS = "AS0204", "a softmax over another axis than the keys",
+        "Attention normalises each query's scores over the keys, the last dimension of `q k^T`. Over another axis it means something else, which is not sharded.";
+    SIZE_USE = "AS0205", "a size that cannot be classified",
+        "A rank sees the length of its shard where the program on one device sees the length of the sequence. Reshapes take the first; comparisons, ranges, floats and host data take the second. A use that is neither known as the one nor as the other is refused.";
+    NOT_FOLLOWED = "AS0206", "a value that cannot be followed",
+        "The analysis follows tensors through the module's own functions, branches, loops, options and tuples. Here it lost one that a decision depends on; the message says why.";
+    SHAPES = "AS0207", "shapes that do not fit",
+        "The operands' shapes, as followed from the input, contradict each other. Most often a transpose is missing.";
+    MASK = "AS0208", "a mask that cannot be followed",
+        "A mask of all tokens against all is never made on a rank, so it has to come from a rule over (query, key) in the module.";
+    SCORES_USED = "AS0209", "attention scores used for something else",
+        "Scores and weights of all tokens against all are never made on a rank. Between the two products only scaling, soft caps, masks, casts and the softmax can stand.";
+    CROSS_ATTENTION = "AS0210", "attention between different sequences",
+        "Only self-attention is sharded: queries and keys must range over the same tokens.";
+    RANDOM = "AS0211", "random numbers on a shard",
+        "Dropout and other random operations draw different numbers on each rank than one device would, so that the result could not be exact.";
+    HOST_READ = "AS0212", "a sharded tensor is read to the host",
+        "The host would see this rank's tokens only, and decide differently on each rank.";
+    LAYOUT = "AS0213", "operands of an attention in an unknown layout",
+        "The exchange moves heads one way and tokens the other, so batch, heads, sequence and width must be told apart in queries, keys and values.";
+    TWO_WAYS = "AS0214", "one function with two meanings",
+        "A function is called with tensors and with attention scores in a way that one signature cannot express.";
+    VERIFY = "AS0215", "a plan that does not hold",
+        "The verifier found that an operand does not have the placement that its operation requires. This is a fault of the compiler; please report it with the model.";
 
     MESH = "AS0301", "the mesh does not fit",
         "A run has dp x sp ranks. Every rank count is at least 1, and a model's heads must divide among the sp ranks of a group, or each kv head must be held by the same number of ranks.";
@@ -52,6 +91,27 @@ codes! {
         "A settings file is TOML: lines of `name = value`, strings in quotes, `#` for comments.";
     CANDLE = "AS0311", "an operation of candle failed",
         "The message is candle's own: an operation got shapes, types or devices that it does not take. Set RUST_BACKTRACE=1 to see where.";
+
+    SITE_HEADS = "AS0321", "heads and ranks do not fit",
+        "Each sp rank attends query_heads / sp heads, so sp divides the query heads; and kv heads are either divided among ranks or each is held by the same number of ranks, so sp divides the kv heads or the kv heads divide sp. The message lists the values of sp that fit this model.";
+    SITE_LAYOUT = "AS0322", "a layout that the exchange cannot follow",
+        "A site's tensors have the axes batch, heads, sequence and width, one dim each, in any order. Merged axes such as (b h) s d have to be split before the site.";
+    SITE_SHAPE = "AS0323", "shapes do not fit the attention site",
+        "q, k and v of a site have the same batch and sequence, q and k the same width, k and v the same heads, and the sequence is this rank's shard. The message says which size was expected.";
+    SCORES = "AS0324", "the scores are changed in a way that has no exact form",
+        "Between q k^T and softmax a site follows: factors, one soft cap (divide, tanh, multiply), then masks that fill or are added, and casts. In another order the result could not be computed without the S x S scores.";
+    SITE_MASK = "AS0325", "a mask that the site cannot apply",
+        "A mask is [S, S] over (query, key) of the whole sequence, with leading dims of size 1 or of the scores: integers where it selects, floats where it is added.";
+    BAND_DIFFERS = "AS0326", "a mask is not the band it was taken for",
+        "The compiler recognised a causal or windowed mask in the builder, and at run time the builder makes other values. Nothing is computed with a wrong mask.";
+    DENSE_MASK = "AS0327", "a dense mask is too large",
+        "A mask that is a tensor is held whole by every rank, which a long sequence does not allow. A mask that is computed on the host from (query, key) has no size.";
+    SCHEDULE = "AS0328", "a schedule is not correct",
+        "Each group is sent, waited for, attended once and sent back, in that order, and everything sent is waited for. The message names the verb that is missing or comes too early.";
+    KERNEL = "AS0329", "attention cannot take these tensors",
+        "Attention on the CPU takes f32, f64, bf16 and f16, one type for q, k and v.";
+    FILL = "AS0330", "a fill is not one number",
+        "where_cond at a site takes scores on one side and one number on the other: a scalar tensor, or a scalar that was broadcast. A tensor of S x S different values would be the dense scores again.";
 
     RANK_FAILED = "AS0401", "a rank failed",
         "The code of one rank panicked. The other ranks were stopped, since they would have waited for it. The message names the rank that failed first.";
@@ -124,9 +184,21 @@ mod tests {
     fn codes_are_unique_and_well_formed() {
         for (i, code) in ALL.iter().enumerate() {
             let digits = code.id.strip_prefix("AS0").expect("codes begin with AS0");
-            assert!(digits.len() == 3 && digits.bytes().all(|b| b.is_ascii_digit()), "{}", code.id);
-            assert!(ALL[..i].iter().all(|other| other.id != code.id), "{} twice", code.id);
-            assert!(!code.title.ends_with('.') && code.explanation.ends_with('.'), "{}", code.id);
+            assert!(
+                digits.len() == 3 && digits.bytes().all(|b| b.is_ascii_digit()),
+                "{}",
+                code.id
+            );
+            assert!(
+                ALL[..i].iter().all(|other| other.id != code.id),
+                "{} twice",
+                code.id
+            );
+            assert!(
+                !code.title.ends_with('.') && code.explanation.ends_with('.'),
+                "{}",
+                code.id
+            );
             assert_eq!(find(&code.id.to_lowercase()), Some(code));
         }
     }

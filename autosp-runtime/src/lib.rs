@@ -2,9 +2,14 @@
 //!
 //! Users name it as `autosp`; the code that the attribute emits names [`rt`].
 
+pub mod attention;
 pub mod comm;
+pub mod data;
 pub mod error;
+pub mod layout;
 pub mod ledger;
+pub mod mask;
+pub mod loss;
 pub mod memory;
 pub mod mesh;
 pub mod ops;
@@ -12,12 +17,18 @@ pub mod parameters;
 mod random;
 pub mod rt;
 pub mod run;
+pub mod schedule;
 pub mod scope;
+pub mod scores;
+pub mod site;
+pub mod train;
 
 pub use autosp_plan::Settings;
+pub use data::{Batch, TextData};
 pub use error::{Error, Result};
 pub use ledger::{Bytes, Ledger};
 pub use mesh::Mesh;
 pub use parameters::{Parameters, load_trainable};
 pub use run::{Sp, run, run_with};
 pub use scope::{Scope, Shard};
+pub use train::{Optimizer, Schedule, StepReport, TrainSettings, Trainer};

@@ -20,8 +20,8 @@ pub use positions::{pick, slice};
 pub use rope::{rope, rope_i, rope_thd};
 pub use softmax::{softmax, softmax_last_dim};
 
-pub(crate) use kernel::{Kernel, Real, Rows, compute, per_row};
-pub(crate) use record::{owned, record1, record2, record3, tracked};
+pub(crate) use kernel::{Kernel, Real, Rows, Visit, compute, max, per_row, sum, visit};
+pub(crate) use record::{owned, record1, record2, record3, tensor, tracked};
 
 #[cfg(test)]
 mod tests;

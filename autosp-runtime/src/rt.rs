@@ -2,6 +2,10 @@
 
 pub use candle_core::Result;
 
+pub use crate::layout::Layout;
+pub use crate::mask::{Band, HostMask, Mask, mask_rule};
+pub use crate::schedule::{Backward, Forward, HeadMap, Schedule, Site, Ulysses};
+pub use crate::scores::{Scores, Weights, scores, softmax};
 pub use crate::memory::checkpoint;
 pub use crate::ops;
 pub use crate::ops::{pick, slice};

@@ -5,13 +5,17 @@
 
 use std::{
     io::{self, ErrorKind, Write},
+    path::PathBuf,
     process::ExitCode,
 };
 
-use clap::{Parser, Subcommand};
+use clap::{Parser, Subcommand, ValueEnum};
 
+mod expand;
 mod explain;
 mod failure;
+mod plan;
+mod source;
 
 use failure::Failure;
 
@@ -28,6 +32,19 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Print what is decided for a model file: attention sites, checkpoint scopes, refusals
+    Plan {
+        /// A Rust file, annotated or not
+        file: PathBuf,
+        /// How to print it
+        #[arg(long, value_enum, default_value_t = Format::Text)]
+        format: Format,
+    },
+    /// Print a model file with the code that the attribute emits
+    Expand {
+        /// A Rust file, annotated or not
+        file: PathBuf,
+    },
     /// Print what an error code means and what to do; without a code, all of them
     Explain {
         /// An error code, such as AS0203
@@ -37,6 +54,18 @@ enum Command {
         markdown: bool,
     },
 }
+
+/// How a plan is printed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Format {
+    /// For people
+    Text,
+    /// For programs
+    Json,
+}
+
+/// The exit code where the model is refused; a file without attention is.
+const REFUSED: u8 = 2;
 
 /// What a command prints, and how the process ends after it.
 struct Outcome {
@@ -64,6 +93,8 @@ fn main() -> ExitCode {
         }
     };
     let outcome = match arguments.command {
+        Command::Plan { file, format } => plan::run(&file, format),
+        Command::Expand { file } => expand::run(&file),
         Command::Explain { code, markdown } => explain::run(code.as_deref(), markdown),
     };
     let written = match &outcome {

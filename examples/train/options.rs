@@ -2,9 +2,10 @@
 
 use std::{ffi::OsString, path::PathBuf};
 
+use autosp::Result;
 use clap::{Parser, error::ErrorKind};
 
-use crate::{Failure, failure};
+use crate::failure;
 
 /// Trains a small byte-level Llama on text, each sequence spread over several ranks (threads of this process).
 #[derive(Debug, Clone, Parser)]
@@ -50,7 +51,7 @@ impl Options {
     ///
     /// # Errors
     /// An unknown flag or a value that makes no sense, in one line.
-    pub fn read(arguments: impl IntoIterator<Item = OsString>) -> Result<Result<Self, String>, Failure> {
+    pub fn read(arguments: impl IntoIterator<Item = OsString>) -> Result<std::result::Result<Self, String>> {
         let options = match Self::try_parse_from(arguments) {
             Ok(options) => options,
             Err(error) if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) => {
@@ -66,7 +67,7 @@ impl Options {
         Ok(Ok(options))
     }
 
-    fn check(&self) -> Result<(), Failure> {
+    fn check(&self) -> Result<()> {
         for (flag, value) in [
             ("--sp", self.sp),
             ("--dp", self.dp),

@@ -1,40 +1,22 @@
 //! What a person sees while it trains, and the log that a program reads.
 
 use std::{
-    fs::{self, File},
+    fs::{self, File, OpenOptions},
     io::{BufWriter, IsTerminal, Write},
-    path::Path,
-    time::Instant,
+    path::{Path, PathBuf},
 };
 
+use autosp::{Error, Result, codes, train::StepReport};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
-use crate::{Failure, failure, text::reason};
-
-/// One step, as it is logged.
-#[derive(Debug, Clone, Copy)]
-pub struct Line {
-    /// From 1.
-    pub step: usize,
-    /// Mean loss over all valid targets of the step, in nats.
-    pub loss: f64,
-    /// Norm of the whole gradient before clipping.
-    pub grad_norm: f64,
-    /// Targets that counted.
-    pub valid_tokens: usize,
-    /// Bytes that all ranks handed to their peers.
-    pub bytes_sent: u64,
-    /// The part of them that belongs to attention sites.
-    pub exchange_bytes: u64,
-}
+use crate::file_failure;
 
 /// Progress bar and log file.
 pub struct Report {
     bar: ProgressBar,
-    log: Option<(BufWriter<File>, String)>,
-    steps: usize,
-    last: Instant,
+    log: Option<(BufWriter<File>, PathBuf)>,
+    steps: u64,
 }
 
 impl Report {
@@ -42,51 +24,41 @@ impl Report {
     ///
     /// # Errors
     /// When the log cannot be written.
-    pub fn new(steps: usize, log: Option<&Path>) -> Result<Self, Failure> {
-        let log = match log {
-            None => None,
-            Some(path) => Some((BufWriter::new(create(path)?), path.display().to_string())),
-        };
+    pub fn new(steps: usize, log: Option<&Path>) -> Result<Self> {
+        let create = |path: &Path| open(path, OpenOptions::new().write(true).create(true).truncate(true));
+        let log = log.map(|path| Ok::<_, Error>((BufWriter::new(create(path)?), path.to_owned()))).transpose()?;
         let bar = ProgressBar::new(steps as u64);
         let style = ProgressStyle::with_template("{bar:30} {pos:>4}/{len}  {msg}  {eta} left");
         bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
-        Ok(Self { bar, log, steps, last: Instant::now() })
-    }
-
-    /// Starts the clock of the first step.
-    pub fn start(&mut self) {
-        self.last = Instant::now();
+        Ok(Self { bar, log, steps: steps as u64 })
     }
 
     /// Shows and logs a finished step.
     ///
     /// # Errors
     /// When the log cannot be written.
-    pub fn step(&mut self, line: Line) -> Result<(), Failure> {
-        let seconds = self.last.elapsed().as_secs_f64();
-        self.last = Instant::now();
-        let tokens_per_s = line.valid_tokens as f64 / seconds;
+    pub fn step(&mut self, step: &StepReport) -> Result<()> {
         if let Some((log, path)) = &mut self.log {
             let object = json!({
-                "step": line.step,
-                "loss": line.loss,
-                "grad_norm": line.grad_norm,
-                "valid_tokens": line.valid_tokens,
-                "tokens_per_s": tokens_per_s,
-                "bytes_sent": line.bytes_sent,
-                "exchange_bytes": line.exchange_bytes,
+                "step": step.step,
+                "loss": step.loss,
+                "grad_norm": step.grad_norm,
+                "valid_tokens": step.valid_tokens,
+                "tokens_per_s": step.tokens_per_s,
+                "bytes_sent": step.bytes_sent,
+                "exchange_bytes": step.exchange_bytes,
             });
             writeln!(log, "{object}")
                 .and_then(|()| log.flush())
-                .map_err(|error| failure(format!("cannot write the log `{path}`: {}", reason(&error))))?;
+                .map_err(|error| file_failure(codes::FILE_UNWRITABLE, "write the log", path, &error))?;
         }
         let memory = memory().map_or(String::new(), |bytes| format!("  {:>5.0} MB", bytes as f64 / 1e6));
-        let text = format!("loss {:.4}  {tokens_per_s:>7.0} tokens/s{memory}", line.loss);
+        let text = format!("loss {:.4}  {:>7.0} tokens/s{memory}", step.loss, step.tokens_per_s);
         if std::io::stderr().is_terminal() {
             self.bar.set_message(text);
             self.bar.inc(1);
-        } else if line.step == 1 || line.step == self.steps || line.step % self.steps.div_ceil(10) == 0 {
-            println!("step {:>4}/{}  {text}", line.step, self.steps);
+        } else if step.step == 1 || step.step == self.steps || step.step % self.steps.div_ceil(10) == 0 {
+            println!("step {:>4}/{}  {text}", step.step, self.steps);
         }
         Ok(())
     }
@@ -97,16 +69,26 @@ impl Report {
     }
 }
 
-/// Creates a file and the folder it is in.
+/// Finds out now whether a file can be written in the end; what is there stays.
 ///
 /// # Errors
-/// When either cannot be made.
-pub fn create(path: &Path) -> Result<File, Failure> {
+/// When the folder cannot be made or the file not be opened.
+pub fn check_writable(path: &Path) -> Result<()> {
+    let is_new = !path.exists();
+    open(path, OpenOptions::new().append(true).create(true))?;
+    if is_new {
+        // It was made for the check alone.
+        let _ = fs::remove_file(path);
+    }
+    Ok(())
+}
+
+fn open(path: &Path, options: &OpenOptions) -> Result<File> {
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
     folder
         .map_or(Ok(()), fs::create_dir_all)
-        .and_then(|()| File::create(path))
-        .map_err(|error| failure(format!("cannot write `{}`: {}", path.display(), reason(&error))))
+        .and_then(|()| options.open(path))
+        .map_err(|error| file_failure(codes::FILE_UNWRITABLE, "write", path, &error))
 }
 
 /// Bytes of memory that this process holds, where the system says (Linux).

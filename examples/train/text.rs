@@ -5,9 +5,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use candle_core::{Device, Result, Tensor};
+use autosp::{Result, codes};
+use candle_core::{Device, Tensor};
 
-use crate::{Failure, Options, failure};
+use crate::{Options, failure, file_failure};
 
 /// Folders that hold no text of the workspace.
 const SKIPPED: &[&str] = &["target", "out", "data", "golden"];
@@ -26,13 +27,13 @@ impl Text {
     ///
     /// # Errors
     /// A path that cannot be read, no text at all, or less of it than one sequence.
-    pub fn read(options: &Options) -> std::result::Result<Self, Failure> {
+    pub fn read(options: &Options) -> Result<Self> {
         let workspace = [PathBuf::from(env!("CARGO_MANIFEST_DIR"))];
         let paths = if options.data.is_empty() { &workspace[..] } else { &options.data };
         let mut bytes = Vec::new();
         for path in paths {
             collect(path, true, &mut bytes)
-                .map_err(|error| failure(format!("cannot read `{}`: {}", path.display(), reason(&error))))?;
+                .map_err(|error| file_failure(codes::FILE_UNREADABLE, "read", path, &error))?;
         }
         let named = || paths.iter().map(|path| format!("`{}`", path.display())).collect::<Vec<_>>().join(", ");
         if bytes.is_empty() {
@@ -102,9 +103,4 @@ fn collect(path: &Path, named: bool, bytes: &mut Vec<u8>) -> io::Result<()> {
         }
     }
     Ok(())
-}
-
-/// The operating system's words without the number.
-pub fn reason(error: &io::Error) -> String {
-    error.to_string().split(" (os error").next().unwrap_or_default().to_ascii_lowercase()
 }

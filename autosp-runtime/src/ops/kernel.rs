@@ -175,36 +175,63 @@ fn views<'a, T: WithDType, const N: usize>(
     }
 }
 
-/// Runs a kernel on CPU tensors. The result is not part of any graph.
-pub(crate) fn compute<K: Kernel<N>, const N: usize>(kernel: &K, operands: [&Tensor; N]) -> Result<(Storage, Shape)> {
+/// A computation over `N` operands of one floating point type, of any result.
+pub(crate) trait Visit<const N: usize> {
+    /// What errors call it.
+    const NAME: &'static str;
+    /// The result.
+    type Output;
+    /// Computes it; `A` is the type to compute in.
+    fn visit<T: WithDType, A: Real>(&self, operands: [Rows<'_, T>; N]) -> Result<Self::Output>;
+}
+
+/// Runs a computation on CPU tensors.
+pub(crate) fn visit<V: Visit<N>, const N: usize>(visitor: &V, operands: [&Tensor; N]) -> Result<V::Output> {
     let guards = operands.map(Tensor::storage_and_layout);
     let mut parts = Vec::with_capacity(N);
     for (storage, layout) in &guards {
         match &**storage {
             Storage::Cpu(cpu) => parts.push((cpu, *layout)),
-            _ => bail!("{}: expected operands on the cpu", K::NAME),
+            _ => bail!("{}: expected operands on the cpu", V::NAME),
         }
     }
     let Ok(parts): std::result::Result<[_; N], _> = parts.try_into() else {
-        bail!("{}: wrong number of operands", K::NAME)
+        bail!("{}: wrong number of operands", V::NAME)
     };
     match parts[0].0 {
-        CpuStorage::F32(like) => typed::<K, _, f32, N>(kernel, like, parts),
-        CpuStorage::F64(like) => typed::<K, _, f64, N>(kernel, like, parts),
-        CpuStorage::BF16(like) => typed::<K, _, f32, N>(kernel, like, parts),
-        CpuStorage::F16(like) => typed::<K, _, f32, N>(kernel, like, parts),
-        other => bail!("{}: expected a floating point tensor, found {:?}", K::NAME, other.dtype()),
+        CpuStorage::F32(like) => typed::<V, _, f32, N>(visitor, like, parts),
+        CpuStorage::F64(like) => typed::<V, _, f64, N>(visitor, like, parts),
+        CpuStorage::BF16(like) => typed::<V, _, f32, N>(visitor, like, parts),
+        CpuStorage::F16(like) => typed::<V, _, f32, N>(visitor, like, parts),
+        other => bail!("{}: expected a floating point tensor, found {:?}", V::NAME, other.dtype()),
     }
 }
 
-/// Runs a kernel on operands of the element type of `_like`, computing in `A`.
-fn typed<K: Kernel<N>, T: WithDType, A: Real, const N: usize>(
-    kernel: &K,
+/// Operands of the element type of `_like`, computing in `A`.
+fn typed<V: Visit<N>, T: WithDType, A: Real, const N: usize>(
+    visitor: &V,
     _like: &[T],
     operands: [(&CpuStorage, &Layout); N],
-) -> Result<(Storage, Shape)> {
-    let (data, shape) = kernel.run::<T, A>(views::<T, N>(K::NAME, operands)?)?;
-    Ok((Storage::Cpu(T::to_cpu_storage_owned(data)), shape))
+) -> Result<V::Output> {
+    visitor.visit::<T, A>(views::<T, N>(V::NAME, operands)?)
+}
+
+/// A kernel as a computation whose result is a storage.
+struct Stored<'a, K>(&'a K);
+
+impl<K: Kernel<N>, const N: usize> Visit<N> for Stored<'_, K> {
+    const NAME: &'static str = K::NAME;
+    type Output = (Storage, Shape);
+
+    fn visit<T: WithDType, A: Real>(&self, operands: [Rows<'_, T>; N]) -> Result<(Storage, Shape)> {
+        let (data, shape) = self.0.run::<T, A>(operands)?;
+        Ok((Storage::Cpu(T::to_cpu_storage_owned(data)), shape))
+    }
+}
+
+/// Runs a kernel on CPU tensors. The result is not part of any graph.
+pub(crate) fn compute<K: Kernel<N>, const N: usize>(kernel: &K, operands: [&Tensor; N]) -> Result<(Storage, Shape)> {
+    visit(&Stored(kernel), operands)
 }
 
 /// Fills a row-major result: `f(row index, row, scratch)`, where the scratch holds `scratch` numbers and keeps no values.

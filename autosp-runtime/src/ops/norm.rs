@@ -8,8 +8,7 @@
 use candle_core::{D, Result, Shape, Tensor, WithDType, bail};
 
 use super::kernel::{dot, sum, sum_over_rows};
-use super::record::tensor;
-use super::{Kernel, Real, Rows, compute, per_row, record2, record3, tracked};
+use super::{Kernel, Real, Rows, compute, per_row, record2, record3, tensor, tracked};
 
 /// What the kernels share. `eps` is in the units of `mean(c^2)`.
 #[derive(Clone, Copy)]

@@ -3,8 +3,7 @@
 
 use candle_core::{D, Result, Shape, Tensor, WithDType, bail};
 
-use super::record::tensor;
-use super::{Kernel, Real, Rows, compute, per_row, record3, tracked};
+use super::{Kernel, Real, Rows, compute, per_row, record3, tensor, tracked};
 
 /// Which elements make a pair, where the sequence dimension is, and which way to turn.
 #[derive(Clone, Copy)]

@@ -3,9 +3,8 @@
 use candle_core::shape::Dim;
 use candle_core::{D, Result, Shape, Tensor, WithDType};
 
-use super::kernel::{dot, max, sum};
-use super::record::tensor;
-use super::{Kernel, Real, Rows, compute, per_row, record1};
+use super::kernel::dot;
+use super::{Kernel, Real, Rows, compute, max, per_row, record1, sum, tensor};
 
 struct Forward;
 

@@ -1,0 +1,225 @@
+//! The fourth room: findings become a plan, which is plain data.
+
+mod blocks;
+mod mask;
+mod repeat;
+mod twins;
+pub(crate) mod verify;
+
+use autosp_plan::codes;
+use autosp_plan::plan;
+
+use crate::error::Refusal;
+use crate::ops::Table;
+use crate::place::{Placed, place};
+use crate::syntax::Scope;
+use crate::syntax::types::Ty;
+use crate::trace::Trace;
+use crate::trace::shape::show;
+
+/// A plan, or every refusal. A module without attention is refused too.
+pub(crate) fn decide(
+    scope: &Scope<'_>,
+    table: &'static Table,
+    module_span: proc_macro2::Span,
+) -> (plan::Plan, Vec<Refusal>) {
+    let mut plan = plan::Plan {
+        module: scope.name.clone(),
+        ..plan::Plan::default()
+    };
+    let mut refusals: Vec<Refusal> = Vec::new();
+    let mut fallback: Vec<Refusal> = Vec::new();
+    for root in roots(scope, table) {
+        let trace = Trace::run(scope, table, root);
+        match place(&trace) {
+            Ok(placed) => {
+                if let Err(more) = add(&mut plan, &trace, &placed, root) {
+                    refusals.extend(more);
+                }
+            }
+            Err(more) => refusals.extend(more),
+        }
+        // What could not be followed on the way explains why no attention was found.
+        fallback.extend(first_unknown(&trace));
+    }
+    if plan.sites.is_empty() && refusals.is_empty() {
+        let refusal = Refusal::new(codes::NO_ATTENTION, module_span, "no attention found in this module")
+            .note("an attention is a product of queries and keys, a softmax over the keys, and a product with the values")
+            .help("annotate the module that holds the attention, or remove the attribute");
+        refusals.push(refusal);
+        refusals.extend(fallback.into_iter().take(1));
+    }
+    dedupe(&mut refusals);
+    (plan, refusals)
+}
+
+/// The same place is refused once, though several roots come by.
+fn dedupe(refusals: &mut Vec<Refusal>) {
+    let mut seen = Vec::new();
+    refusals.retain(|r| {
+        let key = (r.code.id, r.line(), r.column(), r.message.clone());
+        let new = !seen.contains(&key);
+        seen.push(key);
+        new
+    });
+}
+
+/// Functions that a user calls: they take a tensor, come to an attention or fail to, and no other function of the scope
+/// calls them on the way to one.
+fn roots(scope: &Scope<'_>, table: &'static Table) -> Vec<usize> {
+    let mut candidates = Vec::new();
+    let mut called = std::collections::HashSet::new();
+    for (id, f) in scope.functions.iter().enumerate() {
+        let takes_tensor = f.sig.inputs.iter().any(|input| match input {
+            syn::FnArg::Typed(t) => scope.ty(&t.ty, f.owner.as_deref()).holds_tensor(),
+            syn::FnArg::Receiver(_) => false,
+        });
+        let gives_tensor = match &f.sig.output {
+            syn::ReturnType::Type(_, ty) => scope.ty(ty, f.owner.as_deref()).holds_tensor(),
+            syn::ReturnType::Default => false,
+        };
+        if !takes_tensor || !gives_tensor {
+            continue;
+        }
+        let trace = Trace::run(scope, table, id);
+        called.extend(trace.acts.iter().skip(1).map(|a| a.function));
+        let interesting = (0..trace.nodes.len()).any(|n| {
+            trace.nodes[n]
+                .row()
+                .is_some_and(|r| r.name().starts_with("softmax"))
+        });
+        if interesting {
+            candidates.push(id);
+        }
+    }
+    let free: Vec<usize> = candidates
+        .iter()
+        .copied()
+        .filter(|id| !called.contains(id))
+        .collect();
+    let public: Vec<usize> = free
+        .iter()
+        .copied()
+        .filter(|id| scope.functions[*id].public)
+        .collect();
+    if public.is_empty() { free } else { public }
+}
+
+/// The first thing on the way that could not be followed.
+fn first_unknown(trace: &Trace<'_, '_>) -> Option<Refusal> {
+    trace.nodes.iter().find_map(|n| match &n.op {
+        crate::trace::graph::Op::Unknown(r) => {
+            Some(Refusal::new(r.code, n.at.span, r.message.clone()).help(r.help.clone()))
+        }
+        _ => None,
+    })
+}
+
+fn add(
+    plan: &mut plan::Plan,
+    trace: &Trace<'_, '_>,
+    placed: &Placed,
+    root: usize,
+) -> Result<(), Vec<Refusal>> {
+    let first_site = plan.sites.len();
+    let mut elided = Vec::new();
+    let mut site_ids = Vec::new();
+    for site in &placed.sites {
+        let k = repeat::find(trace, site, site.k.node);
+        let v = repeat::find(trace, site, site.v.node);
+        // Keys and values share the kv heads: both are exchanged before the repetition, or neither.
+        let (heads, bases) = match (&k, &v) {
+            (Some(k), Some(v)) if k.heads == v.heads => (k.heads, Some((k.base, v.base))),
+            _ => (plan::HeadMap::Blocked, None),
+        };
+        if bases.is_some() {
+            elided.extend(k.iter().chain(&v).map(|r| (r.act, r.outer, r.inner)));
+        }
+        let described = describe(trace, site, heads, bases);
+        // Two roots that come to the same attention share its site.
+        let known = plan.sites.iter().position(|s| *s == described);
+        site_ids.push(known.unwrap_or_else(|| {
+            plan.sites.push(described);
+            plan.sites.len() - 1
+        }));
+    }
+    let blocks = blocks::find(trace, placed);
+    for block in &blocks {
+        if !plan.blocks.contains(&block.plan) {
+            plan.blocks.push(block.plan.clone());
+        }
+    }
+    let twin = match twins::build(plan, trace, placed, &site_ids, &elided, &blocks) {
+        Ok(twin) => twin,
+        Err(refusal) => {
+            plan.sites.truncate(first_site);
+            return Err(vec![refusal]);
+        }
+    };
+    let f = &trace.scope.functions[root];
+    let inputs = f.sig.inputs.iter().filter_map(|input| match input {
+        syn::FnArg::Typed(t) => Some((
+            crate::trace::param_name(&t.pat),
+            trace.scope.ty(&t.ty, f.owner.as_deref()),
+        )),
+        syn::FnArg::Receiver(_) => None,
+    });
+    let inputs = inputs
+        .filter(|(_, ty)| *ty == Ty::Tensor)
+        .filter_map(|(name, _)| sharded_dim(trace, placed, &name).map(|d| (name, d)));
+    plan.roots.push(plan::Root {
+        function: trace.scope.full_name(root),
+        line: f.line(),
+        inputs: inputs.collect(),
+        offsets: trace.offsets.clone(),
+        twin,
+    });
+    verify::check(plan, trace, placed).map_err(|r| vec![r])
+}
+
+/// The sequence dimension of a root's parameter.
+fn sharded_dim(trace: &Trace<'_, '_>, placed: &Placed, name: &str) -> Option<usize> {
+    let node = trace
+        .nodes
+        .iter()
+        .position(|n| matches!(&n.op, crate::trace::graph::Op::Param(p) if p == name))?;
+    let dims = trace.nodes[node].shape.known()?;
+    dims.iter().position(|d| {
+        d.0.iter()
+            .any(|f| trace.atoms.normal(&f.size).contains(placed.sequence))
+    })
+}
+
+fn describe(
+    trace: &Trace<'_, '_>,
+    site: &crate::place::sites::Site,
+    heads: plan::HeadMap,
+    bases: Option<(crate::trace::graph::NodeId, crate::trace::graph::NodeId)>,
+) -> plan::Site {
+    let n = &trace.nodes[site.matmul];
+    let shape = |node: usize| {
+        trace.nodes[node]
+            .shape
+            .known()
+            .map_or_else(|| "?".to_string(), |d| show(&trace.atoms, d))
+    };
+    plan::Site {
+        function: trace.scope.full_name(trace.acts[n.at.act].function),
+        line: n.at.span.start().line,
+        layout: plan::Layout {
+            q: site.layout.q.clone(),
+            k: site.layout.k.clone(),
+            v: site.layout.v.clone(),
+        },
+        operands: plan::Operands {
+            q: shape(site.q.node),
+            k: shape(bases.map_or(site.k.node, |b| b.0)),
+            v: shape(bases.map_or(site.v.node, |b| b.1)),
+        },
+        heads,
+        unrepeated: bases.is_some(),
+        mask: mask::describe(trace, site),
+        strategies: vec!["ulysses".to_string()],
+        bytes: plan::ULYSSES_BYTES.to_string(),
+    }
+}

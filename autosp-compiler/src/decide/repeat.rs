@@ -1,0 +1,145 @@
+//! Finds where key and value heads are repeated for their query heads, so that the heads themselves are exchanged.
+
+use autosp_plan::plan::HeadMap;
+
+use crate::ops::ShapeRule;
+use crate::place::sites::Site;
+use crate::syntax::number;
+use crate::trace::Trace;
+use crate::trace::graph::{ActId, NodeId};
+use crate::trace::shape::Dim;
+use crate::trace::value::Value;
+
+/// A repetition that can be left out.
+pub(super) struct Repeat {
+    /// The tensor before it.
+    pub(super) base: NodeId,
+    pub(super) heads: HeadMap,
+    /// The function in which `outer` (an expression with the repeated value) becomes `inner` (one with the base).
+    pub(super) act: ActId,
+    pub(super) outer: u32,
+    pub(super) inner: u32,
+}
+
+/// The repetition behind an operand of the site. None if there is none, or if more than the site depends on it.
+pub(super) fn find(trace: &Trace<'_, '_>, site: &Site, operand: NodeId) -> Option<Repeat> {
+    // The operand and what it was moved from, back to where nothing repeats.
+    let mut chain = vec![operand];
+    let mut base = None;
+    while let Some(node) = chain.last().copied() {
+        let dims = trace.nodes[node].shape.known()?;
+        if !dims.iter().any(Dim::has_repeat) {
+            base = Some(chain.len() - 1);
+            break;
+        }
+        let row = trace.nodes[node].row()?;
+        if !matches!(
+            row.place,
+            crate::ops::PlaceRule::Move | crate::ops::PlaceRule::Each
+        ) || trace.nodes[node].inputs.len() != 1
+        {
+            return None;
+        }
+        chain.push(trace.nodes[node].inputs[0].node);
+    }
+    // Singleton dimensions put in for the repetition lie behind the base.
+    let mut k = base?;
+    while let Some(input) = trace.nodes[chain[k]].inputs.first().filter(|_| {
+        trace.nodes[chain[k]]
+            .row()
+            .is_some_and(|r| matches!(r.shape, ShapeRule::Unsqueeze))
+    }) {
+        chain.push(input.node);
+        k += 1;
+    }
+    for (i, repeated) in chain.iter().enumerate().take_while(|(_, n)| {
+        trace.nodes[**n]
+            .shape
+            .known()
+            .is_some_and(|d| d.iter().any(Dim::has_repeat))
+    }) {
+        // Whatever stands between here and the site must not name sizes, nor have other readers.
+        let between = &chain[..i];
+        let sizeless = between.iter().all(|n| {
+            trace.nodes[*n].row().is_some_and(|r| {
+                matches!(
+                    r.shape,
+                    ShapeRule::Same | ShapeRule::T | ShapeRule::Transpose
+                )
+            })
+        });
+        let alone = chain[..=i].iter().all(|n| {
+            !trace.nodes[*n].sizes_read
+                && readers(trace, *n)
+                    .iter()
+                    .all(|r| between.contains(r) || *r == site.matmul || *r == site.out)
+        });
+        if !sizeless || !alone {
+            return None;
+        }
+        let dims = trace.nodes[*repeated].shape.known()?;
+        let plain: Vec<Dim> = dims.iter().map(Dim::unrepeated).collect();
+        for candidate in &chain[i + 1..] {
+            if trace.nodes[*candidate].shape.known() == Some(plain.as_slice())
+                && let Some((act, outer, inner)) = expressions(trace, *repeated, *candidate)
+            {
+                return Some(Repeat {
+                    base: *candidate,
+                    heads: head_map(dims)?,
+                    act,
+                    outer,
+                    inner,
+                });
+            }
+        }
+    }
+    None
+}
+
+fn readers(trace: &Trace<'_, '_>, node: NodeId) -> Vec<NodeId> {
+    (0..trace.nodes.len())
+        .filter(|r| trace.nodes[*r].inputs.iter().any(|i| i.node == node))
+        .collect()
+}
+
+fn head_map(dims: &[Dim]) -> Option<HeadMap> {
+    let factors = &dims.iter().find(|d| d.has_repeat())?.0;
+    if factors.first()?.repeat && factors.len() > 1 {
+        Some(HeadMap::Interleaved)
+    } else {
+        Some(HeadMap::Blocked)
+    }
+}
+
+/// The outermost expression with the repeated value that holds one with the base.
+fn expressions(trace: &Trace<'_, '_>, repeated: NodeId, base: NodeId) -> Option<(ActId, u32, u32)> {
+    for (act, a) in trace.acts.iter().enumerate() {
+        let numbers = &trace.scope.functions[a.function].numbers;
+        let mut outers: Vec<u32> = a
+            .values
+            .iter()
+            .filter(|(_, v)| **v == Value::Tensor(repeated))
+            .map(|(e, _)| *e)
+            .collect();
+        outers.sort_unstable();
+        for outer in outers {
+            let Some(e) = numbers.get(outer) else {
+                continue;
+            };
+            // A block or branch is not an operand; its tail is.
+            if matches!(
+                e,
+                syn::Expr::If(_) | syn::Expr::Block(_) | syn::Expr::Match(_)
+            ) {
+                continue;
+            }
+            let inner = number::within(numbers, e)
+                .into_iter()
+                .find(|i| *i != outer && a.values.get(i) == Some(&Value::Tensor(base)));
+            if let Some(inner) = inner {
+                return Some((act, outer, inner));
+            }
+        }
+    }
+    None
+}

@@ -1,0 +1,390 @@
+//! Applies the edits of a twin to a copy of the function's body.
+
+use std::collections::{HashMap, HashSet};
+
+use autosp_plan::plan::{Action, Bound, Checkpoint, MaskRule, Twin};
+use proc_macro2::TokenStream;
+use quote::{format_ident, quote};
+use syn::visit_mut::{self, VisitMut};
+use syn::{Expr, parse_quote};
+
+pub(super) fn block(block: &syn::Block, twin: &Twin, rt: &syn::Ident) -> syn::Block {
+    let mut edits: HashMap<u32, Vec<&Action>> = HashMap::new();
+    let mut wanted: HashSet<u32> = HashSet::new();
+    let mut inputs: HashSet<u32> = HashSet::new();
+    for edit in &twin.edits {
+        edits.entry(edit.expr).or_default().push(&edit.action);
+        match &edit.action {
+            Action::Inner(e) => {
+                wanted.insert(*e);
+            }
+            Action::Rule(r) => {
+                wanted.extend([r.ends.0, r.ends.1, r.closures.0, r.closures.1]);
+                let bounds = r.band.iter().flat_map(|b| b.lo.iter().chain(&b.hi));
+                wanted.extend(bounds.flat_map(|b| b.terms.iter().map(|t| t.1)));
+            }
+            Action::Checkpoint(c) => {
+                inputs.insert(c.input);
+            }
+            _ => {}
+        }
+    }
+    let mut rewriter = Rewriter {
+        next: 0,
+        edits,
+        wanted,
+        inputs,
+        saved: HashMap::new(),
+        untyped: HashSet::new(),
+        rt,
+    };
+    let mut block = block.clone();
+    rewriter.visit_block_mut(&mut block);
+    block
+}
+
+struct Rewriter<'e> {
+    next: u32,
+    edits: HashMap<u32, Vec<&'e Action>>,
+    /// Expressions that another edit moves elsewhere.
+    wanted: HashSet<u32>,
+    /// The inputs of checkpointed calls.
+    inputs: HashSet<u32>,
+    saved: HashMap<u32, Expr>,
+    untyped: HashSet<u32>,
+    rt: &'e syn::Ident,
+}
+
+/// What stands for an expression that is left out.
+fn nothing() -> Expr {
+    Expr::Verbatim(TokenStream::new())
+}
+
+fn is_nothing(e: &Expr) -> bool {
+    matches!(e, Expr::Verbatim(t) if t.is_empty())
+}
+
+impl VisitMut for Rewriter<'_> {
+    fn visit_expr_mut(&mut self, e: &mut Expr) {
+        let id = self.next;
+        self.next += 1;
+        let receiver_is_ref =
+            matches!(e, Expr::MethodCall(m) if matches!(&*m.receiver, Expr::Reference(_)));
+        visit_mut::visit_expr_mut(self, e);
+        if let (Expr::MethodCall(m), false) = (&mut *e, receiver_is_ref) {
+            // A conversion put `&` before what stands in front of a dot.
+            if let Expr::Reference(r) = &*m.receiver {
+                *m.receiver = (*r.expr).clone();
+            }
+        }
+        tidy(e);
+        for action in self.edits.remove(&id).unwrap_or_default() {
+            self.apply(e, action, id);
+        }
+        if self.inputs.contains(&id) {
+            // Inside the scope's closure the input is its parameter, a reference.
+            *e = match &*e {
+                Expr::Reference(_) => parse_quote!(input),
+                _ => parse_quote!(input.clone()),
+            };
+        }
+        if self.wanted.contains(&id) {
+            self.saved.insert(id, e.clone());
+        }
+    }
+
+    fn visit_local_mut(&mut self, local: &mut syn::Local) {
+        let first = self.next;
+        visit_mut::visit_local_mut(self, local);
+        if self.untyped.contains(&first)
+            && let syn::Pat::Type(t) = &local.pat
+        {
+            local.pat = (*t.pat).clone();
+        }
+    }
+
+    fn visit_block_mut(&mut self, block: &mut syn::Block) {
+        visit_mut::visit_block_mut(self, block);
+        block.stmts.retain(|stmt| match stmt {
+            syn::Stmt::Expr(e, _) => !is_nothing(e),
+            _ => true,
+        });
+        // What is left of a decided branch at the end of a block needs no braces of its own.
+        while let Some(syn::Stmt::Expr(Expr::Block(inner), None)) = block.stmts.last() {
+            if inner.label.is_some() || !inner.attrs.is_empty() {
+                break;
+            }
+            let stmts = inner.block.stmts.clone();
+            block.stmts.pop();
+            block.stmts.extend(stmts);
+        }
+    }
+}
+
+impl Rewriter<'_> {
+    fn apply(&mut self, e: &mut Expr, action: &Action, id: u32) {
+        let rt = &self.rt.clone();
+        match action {
+            Action::Replace(path) => {
+                let path: syn::Path =
+                    syn::parse_str(path).unwrap_or_else(|_| parse_quote!(unknown));
+                *e = call(&quote!(#rt::#path), e);
+            }
+            Action::Twin(name) => twin_call(e, name),
+            Action::Scores(site) => {
+                let site = format_ident!("Site{site}");
+                *e = call(&quote!(#rt::scores::<autosp_sites::#site>), e);
+            }
+            Action::Softmax => {
+                let scores = match &*e {
+                    Expr::Call(c) => c.args.first().cloned(),
+                    Expr::MethodCall(m) => Some(m.receiver.as_ref().clone()),
+                    _ => None,
+                };
+                *e = parse_quote!(#rt::softmax(#scores));
+            }
+            Action::Attend => *e = call(&quote!(#rt::Weights::matmul), e),
+            Action::Valid => *e = parse_quote!(#rt::valid(#e)),
+            Action::Slice(dim) => {
+                let dim = dimension(*dim, rt);
+                let operand: Expr = if matches!(e, Expr::Reference(_)) {
+                    e.clone()
+                } else {
+                    parse_quote!(&#e)
+                };
+                *e = parse_quote!(&#rt::slice(#operand, #dim)?);
+            }
+            Action::Pick(dim) => {
+                if let Expr::MethodCall(m) = &*e {
+                    let receiver = &m.receiver;
+                    let index = match m.args.first() {
+                        Some(Expr::Tuple(t)) => t.elems.get(*dim).cloned(),
+                        other => other.cloned(),
+                    };
+                    let dim = proc_macro2::Literal::usize_unsuffixed(*dim);
+                    *e = parse_quote!(#rt::pick(&#receiver, #dim, #index));
+                }
+            }
+            Action::Inner(inner) => {
+                if let Some(saved) = self.saved.get(inner) {
+                    let owned = strip(saved);
+                    *e = parse_quote!(#owned.clone());
+                    // `?` and `Ok` were transparent to the analysis but are not to the types.
+                }
+            }
+            Action::Then => {
+                if let Expr::If(i) = &mut *e {
+                    if matches!(&*i.cond, Expr::Let(_)) {
+                        if let Some((_, other)) = &mut i.else_branch {
+                            **other = parse_quote!({
+                                unreachable!("decided when the module was compiled")
+                            });
+                        }
+                    } else {
+                        let block = &i.then_branch;
+                        *e = parse_quote!(#block);
+                    }
+                }
+            }
+            Action::Else => {
+                if let Expr::If(i) = &*e {
+                    *e = match &i.else_branch {
+                        Some((_, other)) => (**other).clone(),
+                        None => nothing(),
+                    };
+                }
+            }
+            Action::Arm(k) => arm(e, *k),
+            Action::Drop => *e = nothing(),
+            Action::Rule(rule) => *e = self.rule(rule, rt),
+            Action::Mask => {
+                if let Expr::Call(c) = &mut *e
+                    && let Expr::Path(p) = &*c.func
+                {
+                    let name = p.path.segments.last().map(|s| s.ident.clone());
+                    *c.func = parse_quote!(#rt::Mask::#name);
+                }
+            }
+            Action::Untyped => {
+                self.untyped.insert(id);
+            }
+            Action::Checkpoint(scope) => checkpoint(e, scope, rt),
+        }
+    }
+
+    /// `rt::mask_rule(rows, keys, |i, j| ..)`, with the band if there is one.
+    fn rule(&self, rule: &MaskRule, rt: &syn::Ident) -> Expr {
+        let get = |id: u32| self.saved.get(&id).cloned().unwrap_or_else(nothing);
+        let (rows, keys) = (get(rule.ends.0), get(rule.ends.1));
+        let (Expr::Closure(outer), Expr::Closure(inner)) =
+            (get(rule.closures.0), get(rule.closures.1))
+        else {
+            return nothing();
+        };
+        let (i, j) = (outer.inputs.first(), inner.inputs.first());
+        let body = &inner.body;
+        // What the outer closure computes once per query is computed with every element.
+        let body: Expr = match &*outer.body {
+            Expr::Block(b) if b.block.stmts.len() > 1 => {
+                let before = &b.block.stmts[..b.block.stmts.len() - 1];
+                parse_quote!({ #(#before)* #body })
+            }
+            _ => (**body).clone(),
+        };
+        let base: Expr = parse_quote!(#rt::mask_rule(#rows, #keys, move |#i, #j| #body));
+        let Some(band) = &rule.band else { return base };
+        let bound = |b: &Option<Bound>| -> TokenStream {
+            match b {
+                None => quote!(None),
+                Some(b) => {
+                    let terms = b.terms.iter().map(|(c, e)| {
+                        let e = get(*e);
+                        match c {
+                            1 => quote!(+ (#e) as i64),
+                            -1 => quote!(- (#e) as i64),
+                            c => quote!(+ #c * ((#e) as i64)),
+                        }
+                    });
+                    let constant = proc_macro2::Literal::i64_unsuffixed(b.constant.abs());
+                    let constant = if b.constant < 0 {
+                        quote!(-#constant)
+                    } else {
+                        quote!(#constant)
+                    };
+                    quote!(Some(#constant #(#terms)*))
+                }
+            }
+        };
+        let (lo, hi) = (bound(&band.lo), bound(&band.hi));
+        let value = |text: &str| syn::parse_str::<Expr>(text).unwrap_or_else(|_| nothing());
+        let (inside, outside) = (value(&band.inside), value(&band.outside));
+        parse_quote!(#base.band(#rt::Band { lo: #lo, hi: #hi }, #inside, #outside))
+    }
+}
+
+/// A branch that became empty, and exclusive borrows of what is not written any more.
+fn tidy(e: &mut Expr) {
+    match e {
+        Expr::If(i) => {
+            let pure = matches!(&*i.cond, Expr::Path(_) | Expr::Field(_) | Expr::Unary(_));
+            if i.then_branch.stmts.is_empty() && i.else_branch.is_none() && pure {
+                *e = nothing();
+            }
+        }
+        Expr::MethodCall(m) if m.method == "iter_mut" => {
+            m.method = format_ident!("iter", span = m.method.span());
+        }
+        Expr::Reference(r) => r.mutability = None,
+        _ => {}
+    }
+}
+
+fn dimension(dim: i64, rt: &syn::Ident) -> TokenStream {
+    match dim {
+        -1 => quote!(#rt::D::Minus1),
+        -2 => quote!(#rt::D::Minus2),
+        d => {
+            let d = proc_macro2::Literal::i64_unsuffixed(d);
+            quote!(#d)
+        }
+    }
+}
+
+/// The expression below `&` and parentheses.
+fn strip(e: &Expr) -> Expr {
+    match e {
+        Expr::Reference(r) => strip(&r.expr),
+        Expr::Paren(p) => strip(&p.expr),
+        other => other.clone(),
+    }
+}
+
+fn by_reference(e: &Expr) -> Expr {
+    if matches!(e, Expr::Reference(_)) {
+        e.clone()
+    } else {
+        parse_quote!(&#e)
+    }
+}
+
+/// The call with another callee: a receiver becomes the first argument, and `x.apply(&layer)` is `f(&layer, &x)`.
+fn call(callee: &TokenStream, e: &Expr) -> Expr {
+    match e {
+        Expr::MethodCall(m) if m.method == "apply" => {
+            let (layer, x) = (m.args.first().map(by_reference), by_reference(&m.receiver));
+            parse_quote!(#callee(#layer, #x))
+        }
+        Expr::MethodCall(m) => {
+            let (receiver, args) = (by_reference(&m.receiver), m.args.iter());
+            parse_quote!(#callee(#receiver, #(#args),*))
+        }
+        Expr::Call(c) => {
+            let args = c.args.iter();
+            parse_quote!(#callee(#(#args),*))
+        }
+        other => other.clone(),
+    }
+}
+
+fn twin_call(e: &mut Expr, name: &str) {
+    match e {
+        Expr::MethodCall(m) if m.method == "apply" => {
+            let name = format_ident!("{name}", span = m.method.span());
+            let (layer, x) = (m.args.first().map(strip), by_reference(&m.receiver));
+            *e = parse_quote!(#layer.#name(#x));
+        }
+        Expr::MethodCall(m) => m.method = format_ident!("{name}", span = m.method.span()),
+        Expr::Call(c) => {
+            if let Expr::Path(p) = &mut *c.func
+                && let Some(last) = p.path.segments.last_mut()
+            {
+                last.ident = format_ident!("{name}", span = last.ident.span());
+            }
+        }
+        _ => {}
+    }
+}
+
+/// The arm that is always taken; where its pattern binds nothing, its body alone.
+fn arm(e: &mut Expr, k: usize) {
+    let Expr::Match(m) = &mut *e else { return };
+    let Some(arm) = m.arms.get(k).cloned() else {
+        return;
+    };
+    let binds = !matches!(&arm.pat, syn::Pat::Wild(_))
+        && !matches!(&arm.pat, syn::Pat::Ident(i) if i.ident == "None");
+    if binds {
+        let rest: syn::Arm =
+            parse_quote!(_ => unreachable!("decided when the module was compiled"),);
+        m.arms = vec![arm, rest];
+    } else {
+        *e = *arm.body;
+    }
+}
+
+fn checkpoint(e: &mut Expr, scope: &Checkpoint, rt: &syn::Ident) {
+    let Expr::MethodCall(m) = &mut *e else { return };
+    for arg in &mut m.args {
+        match arg {
+            // A variable that held a reference is a value in the closure.
+            Expr::Path(p)
+                if scope
+                    .captures
+                    .iter()
+                    .any(|(name, by_ref)| *by_ref && p.path.is_ident(name)) =>
+            {
+                *arg = parse_quote!(&#arg);
+            }
+            _ => {}
+        }
+    }
+    let clones = scope.captures.iter().map(|(name, _)| {
+        let name = format_ident!("{name}");
+        quote!(let #name = #name.clone();)
+    });
+    let variable = format_ident!("{}", scope.variable);
+    *e = parse_quote!({
+        #(#clones)*
+        #rt::checkpoint(&#variable, move |input| #e)
+    });
+}

@@ -1,0 +1,232 @@
+//! The table of operations: `ops/candle.toml`, one row for each operation of the library that models are written in.
+//!
+//! A second front end is a second table. A row that is deleted makes the models that use it refuse.
+
+use std::collections::HashMap;
+use std::sync::OnceLock;
+
+use toml::de::{DeTable, DeValue};
+
+macro_rules! rules {
+    ($(#[$doc:meta])* $name:ident { $($(#[$vdoc:meta])* $variant:ident = $text:literal,)* }) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+        pub enum $name { $($(#[$vdoc])* $variant,)* }
+        impl $name {
+            fn parse(text: &str) -> Option<Self> {
+                match text { $($text => Some(Self::$variant),)* _ => None }
+            }
+        }
+    };
+}
+
+rules! {
+    /// How the result's shape follows from the operands.
+    ShapeRule {
+        /// The shape of the first tensor.
+        Same = "same",
+        /// Tensors broadcast against each other from the right.
+        Broadcast = "broadcast",
+        /// `[.., m, k] x [.., k, n]`.
+        Matmul = "matmul",
+        /// `[.., in]` to `[.., out]`, `out` a width of the layer.
+        Linear = "linear",
+        /// `[..]` of indices to `[.., width]`.
+        Embedding = "embedding",
+        /// To the sizes of the first argument, `()` for what is left.
+        Reshape = "reshape",
+        /// Several dimensions in one.
+        Flatten = "flatten",
+        /// Two dimensions change places.
+        Transpose = "transpose",
+        /// The last two dimensions change places.
+        T = "t",
+        /// All dimensions in the order of the first argument.
+        Permute = "permute",
+        /// A dimension of size one is put in.
+        Unsqueeze = "unsqueeze",
+        /// A dimension of size one is taken out.
+        Squeeze = "squeeze",
+        /// `(dim, start, length)`.
+        Narrow = "narrow",
+        /// Equal parts along a dimension: `(parts, dim)`.
+        Chunk = "chunk",
+        /// To the sizes of the first argument, repeating dimensions of size one.
+        Expand = "expand",
+        /// A list of tensors put one behind the other along a dimension.
+        Cat = "cat",
+        /// A list of tensors along a new dimension.
+        Stack = "stack",
+        /// The dimension of the first argument is reduced away.
+        Reduce = "reduce",
+        /// The dimension of the first argument is reduced to one.
+        ReduceKeep = "reduce_keep",
+        /// Everything is reduced to a scalar.
+        ReduceAll = "reduce_all",
+        /// Computed along the dimension of the first argument.
+        Along = "along",
+        /// Computed along the last dimension.
+        AlongLast = "along_last",
+        /// Rotary embedding: `(x, cos, sin)`, x `[b, h, s, d]`.
+        Rope = "rope",
+        /// Rotary embedding: `(x, cos, sin)`, x `[b, s, h, d]`.
+        RopeThd = "rope_thd",
+        /// Indexing by numbers and ranges, one per dimension.
+        Index = "index",
+        /// A scalar tensor.
+        Scalar = "scalar",
+        /// The sizes of the first argument, all elements alike.
+        Filled = "filled",
+        /// The sizes of the second argument, from host data.
+        FromHost = "from_host",
+        /// `[end - start]` consecutive numbers.
+        Arange = "arange",
+        /// Where the first tensor is set the second, else the third.
+        Select = "select",
+        /// Anything else: the shape is not followed.
+        Opaque = "opaque",
+    }
+}
+
+rules! {
+    /// When the operation on shards gives the shard of the operation. Each rule is sound because:
+    PlaceRule {
+        /// each element of the result depends on the elements at the same place alone.
+        Each = "each",
+        /// elements are only moved, and the shape rule says where the sequence goes.
+        Move = "move",
+        /// every token is computed by itself: only the dimensions that the shape rule touches are mixed.
+        Tokenwise = "tokenwise",
+        /// it runs along the dimensions that it touches and may not run along the sequence.
+        Mix = "mix",
+        /// there is no tensor operand: every rank makes the same.
+        Make = "make",
+        /// the value leaves the device: every rank must hold the same.
+        Host = "host",
+        /// it draws random numbers, which differ between ranks, and is refused on shards.
+        Random = "random",
+    }
+}
+
+/// One operation.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Row {
+    /// Absolute path, such as `candle_core::Tensor::matmul`.
+    pub path: String,
+    /// How the shape follows.
+    pub shape: ShapeRule,
+    /// When it may run on shards.
+    pub place: PlaceRule,
+    /// Whether the library gives it a backward.
+    pub grad: bool,
+    /// The replacement in a sharded scope, below `rt::`.
+    pub twin: Option<String>,
+    /// Whether attention scores, attention weights or masks may pass through it.
+    pub scores: bool,
+}
+
+impl Row {
+    /// The last segment of the path: the name of the method or function.
+    pub fn name(&self) -> &str {
+        self.path.rsplit("::").next().unwrap_or(&self.path)
+    }
+}
+
+/// All rows, by path.
+#[derive(Debug)]
+pub struct Table {
+    rows: Vec<Row>,
+    index: HashMap<String, usize>,
+}
+
+impl Table {
+    /// Parses a table.
+    ///
+    /// # Errors
+    /// A message naming the row, if the text is no TOML or a row has an unknown rule or lacks a key.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let table = DeTable::parse(text).map_err(|e| e.to_string())?;
+        let list = table
+            .get_ref()
+            .get("op")
+            .and_then(|v| v.get_ref().as_array())
+            .ok_or("expected an array `op`")?;
+        let mut rows = Vec::with_capacity(list.len());
+        for value in list {
+            let get = |key: &str| value.get_ref().get(key).map(toml::Spanned::get_ref);
+            let text = |key: &str| get(key).and_then(DeValue::as_str);
+            let flag = |key: &str| get(key).and_then(DeValue::as_bool).unwrap_or(false);
+            let shape = text("shape").and_then(ShapeRule::parse);
+            let place = text("place").and_then(PlaceRule::parse);
+            let owner = text("owner").unwrap_or_default();
+            let names = get("names").and_then(DeValue::as_array);
+            let (Some(names), Some(shape), Some(place)) = (names, shape, place) else {
+                return Err(format!(
+                    "expected `owner`, `names` and known rules for `shape` and `place`, found {:?}",
+                    value.get_ref()
+                ));
+            };
+            for name in names.iter().filter_map(|n| n.get_ref().as_str()) {
+                rows.push(Row {
+                    path: format!("{owner}::{name}"),
+                    shape,
+                    place,
+                    grad: flag("grad"),
+                    twin: text("twin").map(String::from),
+                    scores: flag("scores"),
+                });
+            }
+        }
+        let index = rows
+            .iter()
+            .enumerate()
+            .map(|(i, row)| (row.path.clone(), i))
+            .collect();
+        Ok(Self { rows, index })
+    }
+
+    /// The rows in the order of the file.
+    pub fn rows(&self) -> &[Row] {
+        &self.rows
+    }
+
+    pub(crate) fn get(&self, path: &str) -> Option<&Row> {
+        self.index.get(path).map(|i| &self.rows[*i])
+    }
+}
+
+/// The table for candle.
+///
+/// # Panics
+/// If the file that is built into this crate is malformed, which a test excludes.
+pub fn candle() -> &'static Table {
+    static TABLE: OnceLock<Table> = OnceLock::new();
+    TABLE.get_or_init(|| {
+        Table::parse(include_str!("../../ops/candle.toml"))
+            .unwrap_or_else(|e| panic!("ops/candle.toml: {e}"))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_parses_and_names_each_operation_once() {
+        let table = candle();
+        assert!(table.rows().len() > 90);
+        assert_eq!(table.index.len(), table.rows.len(), "a path stands twice");
+        assert_eq!(
+            table.get("candle_core::Tensor::matmul").map(Row::name),
+            Some("matmul")
+        );
+    }
+
+    #[test]
+    fn a_broken_row_is_named() {
+        let err =
+            Table::parse("[[op]]\nowner = 'a'\nnames = ['b']\nshape = 'nonsense'\nplace = 'each'")
+                .unwrap_err();
+        assert!(err.contains("nonsense"), "{err}");
+    }
+}

@@ -1,0 +1,559 @@
+//! The third room: which tensors are sharded along the sequence, which every rank holds whole, and which are never made.
+//!
+//! ```text
+//!            Unknown            not followed: reported if something depends on it
+//!               |
+//!            Either             sharded or replicated, by a condition
+//!            /    \
+//!      Sharded    Replicated    Lazy (scores, weights, masks: the site's own)
+//! ```
+//! A join of two placements goes up. A rule says when an operation on shards gives the shard of the operation; where an
+//! operand is replicated and has the sequence in its shape, the runtime cuts this rank's rows out of it.
+
+pub(crate) mod sites;
+
+use std::collections::{HashMap, HashSet};
+
+use autosp_plan::codes;
+
+use crate::error::Refusal;
+use crate::ops::{PlaceRule, Row, ShapeRule};
+use crate::trace::graph::{NodeId, Op};
+use crate::trace::shape::{Dim, Shape};
+use crate::trace::size::AtomId;
+use crate::trace::{Role, SizeUse, Trace};
+use sites::Site;
+
+/// Where a tensor is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// The same on every rank.
+    Replicated,
+    /// Cut along the sequence.
+    Sharded,
+    /// One or the other, by a condition.
+    Either,
+    /// Attention scores, not yet normalised.
+    Scores,
+    /// Attention weights.
+    Weights,
+    /// What is added to or selects among scores.
+    Mask,
+}
+
+impl Place {
+    pub(crate) fn lazy(self) -> bool {
+        matches!(self, Self::Scores | Self::Weights | Self::Mask)
+    }
+
+    fn join(self, other: Self) -> Self {
+        if self == other { self } else { Self::Either }
+    }
+}
+
+/// Something to insert at an operand or to put in the place of an operation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Conversion {
+    /// Cut this rank's rows out of operand `input`; the dimension may count from the end.
+    Slice { input: usize, dim: i64 },
+    /// Fetch one token from the rank that owns it.
+    Pick { dim: usize },
+}
+
+/// The outcome of placement.
+pub(crate) struct Placed {
+    pub(crate) sequence: AtomId,
+    pub(crate) place: Vec<Place>,
+    pub(crate) conversions: Vec<(NodeId, Conversion)>,
+    /// Sizes that must be turned from local to valid ones.
+    pub(crate) valid: Vec<SizeUse>,
+    pub(crate) sites: Vec<Site>,
+    pub(crate) live: HashSet<NodeId>,
+}
+
+/// Places every tensor of a trace.
+///
+/// # Errors
+/// Everything that cannot be done and matters, in the order of the source.
+pub(crate) fn place(trace: &Trace<'_, '_>) -> Result<Placed, Vec<Refusal>> {
+    let (sites, sequence) = sites::find(trace)?;
+    let mut placer = Placer {
+        trace,
+        sequence,
+        place: vec![Place::Replicated; trace.nodes.len()],
+        conversions: Vec::new(),
+        problems: HashMap::new(),
+    };
+    for site in &sites {
+        site.scores
+            .iter()
+            .for_each(|n| placer.place[*n] = Place::Scores);
+        site.weights
+            .iter()
+            .for_each(|n| placer.place[*n] = Place::Weights);
+        site.masks
+            .iter()
+            .for_each(|n| placer.place[*n] = Place::Mask);
+    }
+    let outputs: HashSet<NodeId> = sites.iter().map(|s| s.out).collect();
+    // A value carried round a loop is placed as it comes in; a second round sees what the loop made of it.
+    for _ in 0..2 {
+        placer.conversions.clear();
+        placer.problems.clear();
+        for node in 0..trace.nodes.len() {
+            if !placer.place[node].lazy() {
+                placer.place[node] = if outputs.contains(&node) {
+                    Place::Sharded
+                } else {
+                    placer.node(node)
+                };
+            }
+        }
+    }
+    let live = live(trace, &sites);
+    let mut refusals: Vec<Refusal> = Vec::new();
+    let mut nodes: Vec<&NodeId> = placer
+        .problems
+        .keys()
+        .filter(|n| live.contains(n))
+        .collect();
+    nodes.sort_unstable();
+    for node in nodes {
+        // What follows from an earlier problem is not said again.
+        let behind = trace.nodes[*node]
+            .inputs
+            .iter()
+            .any(|i| placer.problems.contains_key(&i.node));
+        if !behind {
+            refusals.push(placer.problems[node].clone());
+        }
+    }
+    let valid = placer.sizes(&mut refusals);
+    if refusals.is_empty() {
+        let Placer {
+            place, conversions, ..
+        } = placer;
+        let conversions = conversions
+            .into_iter()
+            .filter(|(n, _)| live.contains(n))
+            .collect();
+        Ok(Placed {
+            sequence,
+            place,
+            conversions,
+            valid,
+            sites,
+            live,
+        })
+    } else {
+        Err(refusals)
+    }
+}
+
+/// Everything that the root's result or a site depends on.
+fn live(trace: &Trace<'_, '_>, sites: &[Site]) -> HashSet<NodeId> {
+    let mut stack: Vec<NodeId> = sites.iter().map(|s| s.out).collect();
+    trace.acts[0].result.tensors(&mut stack);
+    let mut live = HashSet::new();
+    while let Some(node) = stack.pop() {
+        if live.insert(node) {
+            stack.extend(trace.nodes[node].inputs.iter().map(|i| i.node));
+        }
+    }
+    live
+}
+
+struct Placer<'t, 's, 'a> {
+    trace: &'t Trace<'s, 'a>,
+    sequence: AtomId,
+    place: Vec<Place>,
+    conversions: Vec<(NodeId, Conversion)>,
+    problems: HashMap<NodeId, Refusal>,
+}
+
+impl Placer<'_, '_, '_> {
+    /// The dimensions (of a known shape) that have the sequence in them.
+    fn sequence_dims(&self, node: NodeId) -> Vec<usize> {
+        match &self.trace.nodes[node].shape {
+            Shape::Known(dims) => (0..dims.len()).filter(|d| self.in_dim(&dims[*d])).collect(),
+            Shape::Partial(known) => known
+                .iter()
+                .filter(|(_, dim)| self.in_dim(dim))
+                .map(|(d, _)| *d)
+                .collect(),
+            _ => Vec::new(),
+        }
+    }
+
+    fn in_dim(&self, dim: &Dim) -> bool {
+        dim.0
+            .iter()
+            .any(|f| self.trace.atoms.normal(&f.size).contains(self.sequence))
+    }
+
+    fn refuse(
+        &mut self,
+        node: NodeId,
+        code: codes::Code,
+        message: String,
+        note: Option<String>,
+        help: &str,
+    ) -> Place {
+        let mut refusal = Refusal::new(code, self.trace.nodes[node].at.span, message);
+        refusal.notes.extend(note);
+        self.problems.insert(node, refusal.help(help));
+        Place::Sharded
+    }
+
+    fn shape_note(&self, node: NodeId, dim: usize) -> Option<String> {
+        let Shape::Known(dims) = &self.trace.nodes[node].shape else {
+            return None;
+        };
+        let shape = crate::trace::shape::show(&self.trace.atoms, dims);
+        Some(format!(
+            "`{}` is {shape}; dimension {dim} is the sequence, of which each rank holds a part",
+            self.trace.nodes[node].text
+        ))
+    }
+
+    fn node(&mut self, node: NodeId) -> Place {
+        let n = &self.trace.nodes[node];
+        let inputs: Vec<Place> = n.inputs.iter().map(|i| self.place[i.node]).collect();
+        let sharded = inputs
+            .iter()
+            .any(|p| matches!(p, Place::Sharded | Place::Either));
+        match &n.op {
+            Op::Param(_) => {
+                if self.sequence_dims(node).is_empty() {
+                    Place::Replicated
+                } else {
+                    Place::Sharded
+                }
+            }
+            Op::Field | Op::Mask(_) => Place::Replicated,
+            Op::Phi { .. } => {
+                let mut places = inputs.iter().enumerate().filter(|(i, _)| {
+                    n.inputs[*i].node < node
+                        || inputs.len() == 1
+                        || self.place[n.inputs[*i].node] != Place::Replicated
+                });
+                let first = places.next().map_or(Place::Replicated, |(_, p)| *p);
+                places.fold(first, |acc, (_, p)| acc.join(*p))
+            }
+            Op::Pick { dim } => self.pick(node, *dim, sharded),
+            Op::Unknown(reason) => {
+                let lazy = inputs.iter().any(|p| p.lazy());
+                if sharded || lazy || self.depends_on_input(node) {
+                    let (code, message, help) =
+                        (reason.code, reason.message.clone(), reason.help.clone());
+                    return self.refuse(node, code, message, None, &help);
+                }
+                Place::Replicated
+            }
+            Op::Row(row) => self.row(node, row, &inputs, sharded),
+        }
+    }
+
+    /// Whether a value that could not be followed comes from the tokens at all.
+    fn depends_on_input(&self, node: NodeId) -> bool {
+        let mut stack = vec![node];
+        let mut seen = HashSet::new();
+        while let Some(n) = stack.pop() {
+            if seen.insert(n) {
+                if matches!(self.trace.nodes[n].op, Op::Param(_)) {
+                    return true;
+                }
+                stack.extend(self.trace.nodes[n].inputs.iter().map(|i| i.node));
+            }
+        }
+        false
+    }
+
+    fn pick(&mut self, node: NodeId, dim: usize, sharded: bool) -> Place {
+        let input = self.trace.nodes[node].inputs[0].node;
+        if !sharded || !self.sequence_dims(input).contains(&dim) {
+            return if sharded {
+                Place::Sharded
+            } else {
+                Place::Replicated
+            };
+        }
+        self.conversions.push((node, Conversion::Pick { dim }));
+        Place::Replicated
+    }
+
+    fn row(&mut self, node: NodeId, row: &'static Row, inputs: &[Place], sharded: bool) -> Place {
+        let trace = self.trace;
+        let n = &trace.nodes[node];
+        if let Some(i) = inputs.iter().position(|p| p.lazy()) {
+            let what = match inputs[i] {
+                Place::Mask => "a mask",
+                Place::Scores => "attention scores",
+                _ => "attention weights",
+            };
+            return self.refuse(
+                node,
+                codes::SCORES_USED,
+                format!("`{}` uses {what} outside the attention", n.text),
+                Some("scores of all tokens against all are never made on a rank".into()),
+                "use the attention's result instead",
+            );
+        }
+        if !sharded {
+            return self.uniform(node, row);
+        }
+        match row.place {
+            PlaceRule::Random if row.name().contains("dropout") || row.path.contains("Dropout") => {
+                return self.refuse(
+                    node,
+                    codes::RANDOM,
+                    format!(
+                        "`{}` draws random numbers, which differ between ranks",
+                        n.text
+                    ),
+                    None,
+                    "set the probability to 0 or leave the dropout out while training in parallel",
+                );
+            }
+            PlaceRule::Random => {
+                return self.refuse(
+                    node,
+                    codes::RANDOM,
+                    format!(
+                        "`{}` draws random numbers, which differ between ranks",
+                        n.text
+                    ),
+                    None,
+                    "make the numbers before the model runs and pass them in",
+                );
+            }
+            PlaceRule::Host => {
+                return self.refuse(
+                    node,
+                    codes::HOST_READ,
+                    format!("`{}` reads a sharded tensor to the host", n.text),
+                    self.first_note(node),
+                    "keep the computation in tensors",
+                );
+            }
+            _ => {}
+        }
+        if inputs.contains(&Place::Either)
+            && !(n.inputs.len() == 1
+                && matches!(
+                    row.shape,
+                    ShapeRule::Same | ShapeRule::Linear | ShapeRule::AlongLast
+                ))
+        {
+            return self.refuse(
+                node,
+                codes::NOT_FOLLOWED,
+                format!(
+                    "cannot follow `{}`: its operand is one token or all of them, by a condition",
+                    n.text
+                ),
+                None,
+                "end the function in both branches",
+            );
+        }
+        if inputs.contains(&Place::Either) {
+            return Place::Either;
+        }
+        if matches!(row.shape, ShapeRule::Rope | ShapeRule::RopeThd) {
+            return self.rope(node, row, inputs);
+        }
+        for (i, d) in &n.touches {
+            let input = n.inputs.get(*i).map_or(node, |i| i.node);
+            if inputs.get(*i) == Some(&Place::Sharded) && self.sequence_dims(input).contains(d) {
+                let note = self.shape_note(input, *d);
+                return self.mixes(node, row, note);
+            }
+        }
+        for (i, input) in n.inputs.iter().enumerate() {
+            if inputs[i] == Place::Replicated
+                && let Some(dim) = self.sequence_dims(input.node).first()
+            {
+                self.conversions.push((
+                    node,
+                    Conversion::Slice {
+                        input: i,
+                        dim: *dim as i64,
+                    },
+                ));
+            }
+        }
+        match &n.shape {
+            Shape::Unknown(why) => {
+                let why = why.clone();
+                self.refuse(
+                    node,
+                    codes::NOT_FOLLOWED,
+                    format!("cannot follow `{}`: {why}", n.text),
+                    None,
+                    "write the operation with sizes that come from the tensor's own dimensions",
+                )
+            }
+            Shape::Known(_) if self.sequence_dims(node).len() > 1 => self.refuse(
+                node,
+                codes::MIXES_TOKENS,
+                format!(
+                    "`{}` pairs every token with every token, outside a softmax attention",
+                    n.text
+                ),
+                None,
+                "an attention that can be sharded is `softmax(q k^T) v`",
+            ),
+            _ => Place::Sharded,
+        }
+    }
+
+    fn first_note(&self, node: NodeId) -> Option<String> {
+        let input = self.trace.nodes[node]
+            .inputs
+            .iter()
+            .find(|i| self.place[i.node] == Place::Sharded)?;
+        let dim = *self.sequence_dims(input.node).first()?;
+        self.shape_note(input.node, dim)
+    }
+
+    fn mixes(&mut self, node: NodeId, row: &Row, note: Option<String>) -> Place {
+        let text = &self.trace.nodes[node].text;
+        let (message, help) = match row.shape {
+            ShapeRule::Matmul => (
+                format!(
+                    "`{text}` sums over tokens of different ranks, outside a softmax attention"
+                ),
+                "an attention that can be sharded is `softmax(q k^T) v`",
+            ),
+            ShapeRule::Cat => (
+                format!(
+                    "`{text}` puts tokens behind tokens, so that a shard is no longer a range of positions"
+                ),
+                "put prompts or prefixes into the tokens before the model",
+            ),
+            ShapeRule::Narrow | ShapeRule::Chunk | ShapeRule::Index => (
+                format!("`{text}` takes some of the tokens, which other ranks hold"),
+                "take the tokens before they are sharded, or all of them",
+            ),
+            _ => (
+                format!("`{text}` mixes tokens of different ranks"),
+                "compute it for each token, or over another dimension",
+            ),
+        };
+        self.refuse(node, codes::MIXES_TOKENS, message, note, help)
+    }
+
+    /// The tables of a rotary embedding are cut where they meet the shard.
+    fn rope(&mut self, node: NodeId, row: &Row, inputs: &[Place]) -> Place {
+        let n = &self.trace.nodes[node];
+        let from_end = if row.shape == ShapeRule::Rope { 2 } else { 3 };
+        let x = n.inputs[0].node;
+        if let Shape::Known(dims) = &self.trace.nodes[x].shape {
+            let expected = dims.len().checked_sub(from_end);
+            if inputs[0] == Place::Sharded && self.sequence_dims(x).first().copied() != expected {
+                return self.refuse(
+                    node,
+                    codes::MIXES_TOKENS,
+                    format!(
+                        "`{}` rotates along another dimension than the sequence",
+                        n.text
+                    ),
+                    self.first_note(node),
+                    "transpose the operand so that the sequence is where this operation expects it",
+                );
+            }
+        }
+        for (i, input) in n.inputs.iter().enumerate().skip(1) {
+            if inputs[i] == Place::Replicated {
+                let dim = self
+                    .sequence_dims(input.node)
+                    .first()
+                    .map_or(-2, |d| *d as i64);
+                self.conversions
+                    .push((node, Conversion::Slice { input: i, dim }));
+            }
+        }
+        Place::Sharded
+    }
+
+    /// A tensor made without operands, or from replicated ones. Where all its elements along the sequence are alike and
+    /// its sizes were read from a shard, it is made as a shard.
+    fn uniform(&self, node: NodeId, row: &Row) -> Place {
+        let alike = match row.shape {
+            ShapeRule::Filled => true,
+            ShapeRule::Expand => match &self.trace.nodes[node].shape {
+                Shape::Known(dims) => dims
+                    .iter()
+                    .filter(|d| self.in_dim(d))
+                    .all(|d| d.0.iter().all(|f| f.repeat)),
+                _ => false,
+            },
+            _ => false,
+        };
+        if !alike || self.sequence_dims(node).is_empty() {
+            return Place::Replicated;
+        }
+        let sized = self
+            .trace
+            .sizes
+            .iter()
+            .filter(|u| u.role == Role::SizeOf(node));
+        let from_shard = sized
+            .flat_map(|u| u.size.origins.iter())
+            .any(|o| self.place[*o] == Place::Sharded);
+        let like_shard = self.trace.nodes[node].inputs.is_empty() || from_shard;
+        if from_shard && like_shard {
+            Place::Sharded
+        } else {
+            Place::Replicated
+        }
+    }
+
+    /// Classifies every use of a size.
+    fn sizes(&self, refusals: &mut Vec<Refusal>) -> Vec<SizeUse> {
+        let mut valid = Vec::new();
+        for u in &self.trace.sizes {
+            if !self
+                .trace
+                .atoms
+                .normal(&u.size.poly)
+                .contains(self.sequence)
+            {
+                continue;
+            }
+            let local = u.size.origins.is_empty()
+                || u.size
+                    .origins
+                    .iter()
+                    .any(|o| matches!(self.place[*o], Place::Sharded | Place::Either));
+            let wants_local = match &u.role {
+                Role::SizeOf(node) => matches!(self.place[*node], Place::Sharded | Place::Either),
+                Role::Valid => false,
+                Role::Unclassified(what) => {
+                    if local {
+                        let size = self.trace.atoms.show(&u.size.poly);
+                        refusals.push(
+                            Refusal::new(codes::SIZE_USE, u.span, format!("cannot tell whether `{what}` wants the length of the shard or of the sequence"))
+                                .note(format!("the size is `{size}`, of which each rank sees its own part"))
+                                .help("compare it, reshape with it, or move the function that takes it into the annotated module"),
+                        );
+                    }
+                    continue;
+                }
+            };
+            match (local, wants_local) {
+                (true, false) => valid.push(u.clone()),
+                (false, true) => refusals.push(
+                    Refusal::new(
+                        codes::SIZE_USE,
+                        u.span,
+                        "a size of a whole tensor is used for a shard",
+                    )
+                    .help("read the size from the tensor that is reshaped"),
+                ),
+                _ => {}
+            }
+        }
+        valid
+    }
+}

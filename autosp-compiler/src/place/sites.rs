@@ -1,0 +1,409 @@
+//! Finds attention by its data flow: matmul, operations on scores, softmax over keys, matmul.
+
+use std::collections::HashSet;
+
+use autosp_plan::codes;
+
+use crate::error::Refusal;
+use crate::ops::{PlaceRule, ShapeRule};
+use crate::trace::Trace;
+use crate::trace::graph::{Input, NodeId, Op};
+use crate::trace::shape::{Dim, Shape, show};
+use crate::trace::size::{AtomId, AtomKind};
+
+/// One attention.
+#[derive(Debug, Clone)]
+pub(crate) struct Site {
+    /// `q k^T`.
+    pub(crate) matmul: NodeId,
+    pub(crate) softmax: NodeId,
+    /// `weights v`.
+    pub(crate) out: NodeId,
+    pub(crate) q: Input,
+    pub(crate) k: Input,
+    pub(crate) v: Input,
+    /// From the first product to the operand of the softmax.
+    pub(crate) scores: Vec<NodeId>,
+    /// From the softmax to the operand of the second product.
+    pub(crate) weights: Vec<NodeId>,
+    pub(crate) masks: Vec<NodeId>,
+    pub(crate) layout: Layout,
+}
+
+/// The axes of the operands by name: batch `b`, query heads `h`, key heads `g`, sequence `s`, width `d`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Layout {
+    pub(crate) q: String,
+    pub(crate) k: String,
+    pub(crate) v: String,
+}
+
+type Found = Result<(Vec<Site>, AtomId), Vec<Refusal>>;
+
+/// All sites of a trace and the sequence dimension that they share.
+pub(crate) fn find(trace: &Trace<'_, '_>) -> Found {
+    let mut finder = Finder {
+        trace,
+        refusals: Vec::new(),
+    };
+    let mut sites: Vec<(Site, AtomId)> = Vec::new();
+    for softmax in 0..trace.nodes.len() {
+        if is_softmax(trace, softmax) {
+            sites.extend(finder.site(softmax));
+        }
+    }
+    if let Some((first, sequence)) = sites.first().cloned()
+        && let Some((other, _)) = sites.iter().find(|(_, s)| *s != sequence)
+    {
+        finder.refusals.push(
+            Refusal::new(
+                codes::CROSS_ATTENTION,
+                trace.nodes[other.matmul].at.span,
+                "this attention runs over another sequence than the first one",
+            )
+            .note(format!(
+                "the first one is `{}`",
+                trace.nodes[first.matmul].text
+            ))
+            .help("annotate the two models in modules of their own"),
+        );
+    }
+    if finder.refusals.is_empty() {
+        match sites.first().map(|(_, s)| *s) {
+            Some(sequence) => Ok((sites.into_iter().map(|(s, _)| s).collect(), sequence)),
+            None => Err(Vec::new()),
+        }
+    } else {
+        Err(finder.refusals)
+    }
+}
+
+fn is_softmax(trace: &Trace<'_, '_>, node: NodeId) -> bool {
+    trace.nodes[node].row().is_some_and(|r| {
+        matches!(r.name(), "softmax_last_dim" | "softmax") && r.path.starts_with("candle_nn::ops::")
+    })
+}
+
+struct Finder<'t, 's, 'a> {
+    trace: &'t Trace<'s, 'a>,
+    refusals: Vec<Refusal>,
+}
+
+/// What lies between a product and a softmax.
+#[derive(Default)]
+struct Chain {
+    nodes: Vec<NodeId>,
+    others: Vec<NodeId>,
+    /// The first operation that scores may not pass through.
+    foreign: Option<NodeId>,
+}
+
+impl Finder<'_, '_, '_> {
+    fn dims(&self, node: NodeId) -> Option<&[Dim]> {
+        self.trace.nodes[node].shape.known()
+    }
+
+    /// The batch or sequence atom that a dimension is, alone.
+    fn atom(&self, dim: &Dim) -> Option<AtomId> {
+        let [factor] = dim.0.as_slice() else {
+            return None;
+        };
+        let atom = self.trace.atoms.normal(&factor.size).as_atom()?;
+        matches!(self.trace.atoms.kind(atom), AtomKind::Dim(..)).then_some(atom)
+    }
+
+    /// Walks back to the product of queries and keys.
+    fn scores(
+        &self,
+        node: NodeId,
+        chain: &mut Chain,
+        seen: &mut HashSet<NodeId>,
+    ) -> Option<NodeId> {
+        if !seen.insert(node) {
+            return None;
+        }
+        let n = &self.trace.nodes[node];
+        match &n.op {
+            Op::Row(row) if row.shape == ShapeRule::Matmul => {
+                let dims = self.dims(node)?;
+                let [.., rows, keys] = dims else { return None };
+                let score_like = self.atom(rows).is_some() && keys.anchored(&self.trace.atoms);
+                score_like.then(|| {
+                    chain.nodes.push(node);
+                    node
+                })
+            }
+            Op::Row(row) if matches!(row.place, PlaceRule::Each | PlaceRule::Move) => {
+                let hit =
+                    n.inputs.iter().enumerate().find_map(|(i, input)| {
+                        self.scores(input.node, chain, seen).map(|m| (i, m))
+                    });
+                let (i, matmul) = hit?;
+                chain.nodes.push(node);
+                chain.others.extend(
+                    n.inputs
+                        .iter()
+                        .enumerate()
+                        .filter(|(k, _)| *k != i)
+                        .map(|(_, input)| input.node),
+                );
+                if !row.scores {
+                    chain.foreign = Some(node);
+                }
+                Some(matmul)
+            }
+            Op::Phi { carried: false } => {
+                let mut found = None;
+                for input in &n.inputs {
+                    let mut own = seen.clone();
+                    own.retain(|s| !chain.nodes.contains(s));
+                    if chain.nodes.contains(&input.node) {
+                        continue;
+                    }
+                    let matmul = self.scores(input.node, chain, &mut own)?;
+                    found = found.or(Some(matmul));
+                    seen.extend(own);
+                }
+                chain.nodes.push(node);
+                found.or_else(|| chain.nodes.first().copied())
+            }
+            _ => None,
+        }
+    }
+
+    /// Walks forward from the softmax to the product with the values.
+    fn weights(&mut self, softmax: NodeId) -> Option<(NodeId, Vec<NodeId>)> {
+        let mut nodes = vec![softmax];
+        let mut at = 0;
+        let mut out = None;
+        while at < nodes.len() {
+            let current = nodes[at];
+            at += 1;
+            for (node, n) in self.trace.nodes.iter().enumerate() {
+                let Some(i) = n.inputs.iter().position(|i| i.node == current) else {
+                    continue;
+                };
+                match &n.op {
+                    Op::Row(row) if row.shape == ShapeRule::Matmul && i == 0 => {
+                        out = out.or(Some(node));
+                    }
+                    Op::Row(row) if row.place == PlaceRule::Random => {
+                        self.refusals.push(
+                            Refusal::new(codes::RANDOM, n.at.span, format!("`{}` drops attention weights at random", n.text))
+                                .note("the weights of one rank's heads would be dropped differently than on one device")
+                                .help("set the attention dropout to 0"),
+                        );
+                        return None;
+                    }
+                    Op::Row(row) if row.scores && n.inputs.len() == 1 && !nodes.contains(&node) => {
+                        nodes.push(node);
+                    }
+                    Op::Phi { carried: false } if !nodes.contains(&node) => nodes.push(node),
+                    _ => {}
+                }
+            }
+        }
+        out.map(|out| (out, nodes))
+    }
+
+    fn site(&mut self, softmax: NodeId) -> Option<(Site, AtomId)> {
+        let trace = self.trace;
+        let n = &trace.nodes[softmax];
+        let mut chain = Chain::default();
+        let operand = n.inputs.first()?.node;
+        let matmul = self.scores(operand, &mut chain, &mut HashSet::new())?;
+        let dims = self.dims(matmul)?.to_vec();
+        let rank = dims.len();
+        let along = n.touches.first().map(|(_, d)| *d);
+        if along != Some(rank - 1) {
+            let which = along.map_or("another dimension".to_string(), |d| {
+                format!("dimension {d} of {}", show(&trace.atoms, &dims))
+            });
+            self.refusals.push(
+                Refusal::new(
+                    codes::SOFTMAX_AXIS,
+                    n.at.span,
+                    format!("`{}` normalises over {which}, not over the keys", n.text),
+                )
+                .note(format!(
+                    "the scores are `{}`; keys are the last dimension",
+                    trace.nodes[matmul].text
+                ))
+                .help("`candle_nn::ops::softmax_last_dim(&scores)`"),
+            );
+            return None;
+        }
+        let (rows, keys) = (self.atom(&dims[rank - 2]), self.atom(&dims[rank - 1]));
+        let (Some(sequence), true) = (rows, rows == keys) else {
+            self.refusals.push(
+                Refusal::new(
+                    codes::CROSS_ATTENTION,
+                    trace.nodes[matmul].at.span,
+                    "queries and keys run over different sequences",
+                )
+                .note(format!("the scores are {}", show(&trace.atoms, &dims)))
+                .help("only self-attention is sharded: queries and keys of the same tokens"),
+            );
+            return None;
+        };
+        if let Some(node) = chain.foreign {
+            let n = &trace.nodes[node];
+            self.refusals.push(
+                Refusal::new(codes::SCORES_USED, n.at.span, format!("`{}` is not an operation that attention scores can pass through", n.text))
+                    .note("scores of all tokens against all are never made on a rank")
+                    .help("scale, soft cap (`tanh`), masks and casts can stand between the product and the softmax"),
+            );
+            return None;
+        }
+        let Some((out, weights)) = self.weights(softmax) else {
+            if self.refusals.is_empty() {
+                self.refusals.push(
+                    Refusal::new(
+                        codes::SCORES_USED,
+                        n.at.span,
+                        format!("the weights of `{}` are not multiplied with values", n.text),
+                    )
+                    .help("an attention that can be sharded is `softmax(q k^T) v`"),
+                );
+            }
+            return None;
+        };
+        let masks = self.masks(&chain, sequence)?;
+        let (q, k, v) = (
+            trace.nodes[matmul].inputs[0],
+            trace.nodes[matmul].inputs[1],
+            trace.nodes[out].inputs[1],
+        );
+        let layout = self.layout(matmul, out, sequence)?;
+        chain.nodes.sort_unstable();
+        chain.nodes.dedup();
+        Some((
+            Site {
+                matmul,
+                softmax,
+                out,
+                q,
+                k,
+                v,
+                scores: chain.nodes,
+                weights,
+                masks,
+                layout,
+            },
+            sequence,
+        ))
+    }
+
+    /// The tensors that make up the masks: everything that ranges over queries or keys.
+    fn masks(&mut self, chain: &Chain, sequence: AtomId) -> Option<Vec<NodeId>> {
+        let mut masks: Vec<NodeId> = Vec::new();
+        let mut stack: Vec<NodeId> = chain.others.clone();
+        let ranges = |node: NodeId| match &self.trace.nodes[node].shape {
+            Shape::Known(dims) => dims.iter().any(|d| {
+                d.0.iter()
+                    .any(|f| self.trace.atoms.normal(&f.size).contains(sequence))
+            }),
+            _ => false,
+        };
+        while let Some(node) = stack.pop() {
+            if masks.contains(&node) || chain.nodes.contains(&node) {
+                continue;
+            }
+            let n = &self.trace.nodes[node];
+            let from_rule = self.reaches_rule(node);
+            if !from_rule {
+                // A scalar or a fill: all elements alike.
+                let constant = self.constant(node);
+                if ranges(node) && !constant {
+                    let refusal = Refusal::new(codes::MASK, n.at.span, format!("cannot follow the mask `{}`", n.text))
+                        .note("a mask is built from a rule over (query, key), so that each rank can make its own part")
+                        .help("build it in the module from `(0..t).flat_map(|i| (0..t).map(move |j| ..)).collect()`");
+                    self.refusals.push(refusal);
+                    return None;
+                }
+                continue;
+            }
+            masks.push(node);
+            if matches!(n.op, Op::Phi { .. } | Op::Row(_)) {
+                if let Some(row) = n.row().filter(|r| !r.scores) {
+                    let refusal = Refusal::new(
+                        codes::MASK,
+                        n.at.span,
+                        format!(
+                            "`{}` is not an operation that a mask can pass through",
+                            n.text
+                        ),
+                    )
+                    .note(format!("`{}` would need the whole mask", row.name()))
+                    .help("build the mask as it is used");
+                    self.refusals.push(refusal);
+                    return None;
+                }
+                stack.extend(n.inputs.iter().map(|i| i.node));
+            }
+        }
+        Some(masks)
+    }
+
+    fn reaches_rule(&self, node: NodeId) -> bool {
+        let n = &self.trace.nodes[node];
+        matches!(n.op, Op::Mask(_))
+            || (matches!(n.op, Op::Row(_) | Op::Phi { carried: false })
+                && n.inputs.iter().any(|i| self.reaches_rule(i.node)))
+    }
+
+    /// Whether all elements are one number: a scalar, repeated or filled.
+    fn constant(&self, node: NodeId) -> bool {
+        let n = &self.trace.nodes[node];
+        match n.row().map(|r| r.shape) {
+            Some(ShapeRule::Scalar | ShapeRule::Filled) => true,
+            Some(
+                ShapeRule::Expand | ShapeRule::Same | ShapeRule::Unsqueeze | ShapeRule::Reshape,
+            ) => n.inputs.iter().all(|i| self.constant(i.node)),
+            _ => false,
+        }
+    }
+
+    fn layout(&mut self, matmul: NodeId, out: NodeId, sequence: AtomId) -> Option<Layout> {
+        let inputs = |n: NodeId, i: usize| self.trace.nodes[n].inputs.get(i).map(|i| i.node);
+        let axes = |node: Option<NodeId>, heads: &str, tail: [&str; 2]| -> Option<String> {
+            let dims = self.dims(node?)?;
+            let lead = dims.len().checked_sub(2)?;
+            let named: Option<Vec<String>> = dims[..lead]
+                .iter()
+                .map(|d| {
+                    let has_sequence =
+                        d.0.iter()
+                            .any(|f| self.trace.atoms.normal(&f.size).contains(sequence));
+                    let batch =
+                        d.0.iter()
+                            .filter(|f| self.trace.atoms.anchored(&f.size))
+                            .count();
+                    match (has_sequence, batch, d.0.len()) {
+                        (true, _, _) => None,
+                        (_, 0, _) => Some(heads.to_string()),
+                        (_, 1, 1) => Some("b".to_string()),
+                        _ => Some(format!("(b {heads})")),
+                    }
+                })
+                .collect();
+            let mut named = named?;
+            named.extend(tail.map(String::from));
+            Some(named.join(" "))
+        };
+        let layout = (
+            axes(inputs(matmul, 0), "h", ["s", "d"]),
+            axes(inputs(matmul, 1), "g", ["d", "s"]),
+            axes(inputs(out, 1), "g", ["s", "d"]),
+        );
+        if let (Some(q), Some(k), Some(v)) = layout {
+            return Some(Layout { q, k, v });
+        }
+        let n = &self.trace.nodes[matmul];
+        self.refusals.push(
+            Refusal::new(codes::LAYOUT, n.at.span, format!("cannot tell batch, heads and sequence apart in `{}`", n.text))
+                .help("bring queries, keys and values into [batch, heads, sequence, width] before the product"),
+        );
+        None
+    }
+}

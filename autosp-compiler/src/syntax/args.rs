@@ -1,0 +1,93 @@
+//! The attribute's arguments.
+
+use autosp_plan::codes;
+use proc_macro2::TokenStream;
+use syn::parse::Parser;
+use syn::punctuated::Punctuated;
+
+use crate::error::Refusal;
+
+/// What the attribute was given.
+#[derive(Clone, Default)]
+pub(crate) struct Args {
+    /// The path of the facade, where it is not `::autosp`.
+    pub(crate) facade: Option<syn::Path>,
+}
+
+/// The arguments that exist.
+const KNOWN: &str = "`crate = path::to::autosp`";
+
+impl Args {
+    pub(crate) fn parse(tokens: TokenStream) -> Result<Self, Refusal> {
+        let span = proc_macro2::Span::call_site();
+        let list = Punctuated::<syn::Meta, syn::Token![,]>::parse_terminated
+            .parse2(crate_as_ident(tokens))
+            .map_err(|e| {
+                Refusal::new(
+                    codes::UNKNOWN_ARGUMENT,
+                    e.span(),
+                    format!("expected {KNOWN}, found something else"),
+                )
+            })?;
+        let mut args = Self::default();
+        for meta in list {
+            let name = meta
+                .path()
+                .segments
+                .first()
+                .map(|s| s.ident.to_string())
+                .unwrap_or_default();
+            if let (syn::Meta::NameValue(nv), "r#crate" | "crate_") = (&meta, name.as_str()) {
+                let text = match &nv.value {
+                    syn::Expr::Lit(syn::ExprLit {
+                        lit: syn::Lit::Str(s),
+                        ..
+                    }) => s.parse::<syn::Path>().ok(),
+                    syn::Expr::Path(p) => Some(p.path.clone()),
+                    _ => None,
+                };
+                let path = text.ok_or_else(|| {
+                    Refusal::new(
+                        codes::UNKNOWN_ARGUMENT,
+                        span,
+                        "expected a path after `crate =`",
+                    )
+                    .help("`crate = my_autosp`")
+                })?;
+                args.facade = Some(path);
+            } else {
+                let at = syn::spanned::Spanned::span(meta.path());
+                return Err(Refusal::new(
+                    codes::UNKNOWN_ARGUMENT,
+                    at,
+                    format!("unknown argument `{name}`"),
+                )
+                .help(format!("the arguments are: {KNOWN}")));
+            }
+        }
+        Ok(args)
+    }
+
+    /// Tokens of the path to the facade.
+    pub(crate) fn facade(&self) -> TokenStream {
+        self.facade
+            .as_ref()
+            .map_or_else(|| quote::quote!(::autosp), |p| quote::quote!(#p))
+    }
+}
+
+/// `crate` is a keyword that a meta path cannot begin with before `=`; it is read as `crate_`.
+fn crate_as_ident(tokens: TokenStream) -> TokenStream {
+    use proc_macro2::TokenTree;
+    let mut out: Vec<TokenTree> = tokens.into_iter().collect();
+    for i in 0..out.len() {
+        let equals = matches!(out.get(i + 1), Some(TokenTree::Punct(p)) if p.as_char() == '=');
+        if let TokenTree::Ident(ident) = &out[i]
+            && equals
+            && ident == "crate"
+        {
+            out[i] = TokenTree::Ident(proc_macro2::Ident::new("crate_", ident.span()));
+        }
+    }
+    out.into_iter().collect()
+}

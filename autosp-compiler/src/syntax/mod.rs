@@ -1,0 +1,281 @@
+//! The first room: attribute and item become a scope of types, functions and names.
+
+pub(crate) mod args;
+pub(crate) mod include;
+pub(crate) mod number;
+pub(crate) mod types;
+
+use std::collections::HashMap;
+
+use syn::spanned::Spanned;
+use types::{Names, Ty};
+
+/// A struct or a variant of an enum: its fields in order.
+#[derive(Debug, Default)]
+pub(crate) struct Fields {
+    pub(crate) fields: Vec<(String, Ty)>,
+}
+
+impl Fields {
+    pub(crate) fn get(&self, name: &str) -> Option<&Ty> {
+        self.fields
+            .iter()
+            .find(|(n, _)| n == name)
+            .map(|(_, ty)| ty)
+    }
+}
+
+/// A struct or enum of the scope.
+#[derive(Debug)]
+pub(crate) enum TypeDef {
+    Struct(Fields),
+    Enum(HashMap<String, Fields>),
+}
+
+/// Whether `#[derive(.., Clone, ..)]` stands on an item.
+fn derives_clone(attrs: &[syn::Attribute]) -> bool {
+    attrs
+        .iter()
+        .filter(|a| a.path().is_ident("derive"))
+        .any(|a| {
+            let mut found = false;
+            let _ = a.parse_nested_meta(|meta| {
+                found |= meta.path.is_ident("Clone");
+                Ok(())
+            });
+            found
+        })
+}
+
+/// A function or method of the scope.
+pub(crate) struct Function<'a> {
+    /// `Attention::forward`, or the name of a free function.
+    pub(crate) path: String,
+    /// The type whose `impl` holds it.
+    pub(crate) owner: Option<String>,
+    pub(crate) name: String,
+    pub(crate) sig: &'a syn::Signature,
+    pub(crate) block: &'a syn::Block,
+    /// Can be called from outside: `pub`, or part of a trait.
+    pub(crate) public: bool,
+    /// Item (and item of the `impl`) that holds it.
+    pub(crate) place: (usize, Option<usize>),
+    pub(crate) numbers: number::Numbers<'a>,
+}
+
+impl Function<'_> {
+    pub(crate) fn line(&self) -> usize {
+        self.sig.ident.span().start().line
+    }
+}
+
+/// All that the analysis sees.
+pub(crate) struct Scope<'a> {
+    /// Name of the module, empty for a file.
+    pub(crate) name: String,
+    pub(crate) types: HashMap<String, TypeDef>,
+    pub(crate) functions: Vec<Function<'a>>,
+    methods: HashMap<(String, String), usize>,
+    free: HashMap<String, usize>,
+    pub(crate) names: Names,
+    /// Fields that a method writes to (other than by building the struct): what a model keeps between calls.
+    pub(crate) written: std::collections::HashSet<String>,
+    pub(crate) consts: HashMap<String, &'a syn::Expr>,
+    /// Types that are `Clone`.
+    pub(crate) cloneable: std::collections::HashSet<String>,
+}
+
+impl<'a> Scope<'a> {
+    /// Reads the items of a module. Items under a false `cfg` are still here: both alternatives are analysed.
+    pub(crate) fn new(name: &str, items: &'a [syn::Item]) -> Self {
+        let mut scope = Self {
+            name: name.to_string(),
+            types: HashMap::new(),
+            functions: Vec::new(),
+            methods: HashMap::new(),
+            free: HashMap::new(),
+            names: Names::default(),
+            written: std::collections::HashSet::new(),
+            consts: HashMap::new(),
+            cloneable: std::collections::HashSet::new(),
+        };
+        for item in items {
+            if let syn::Item::Use(u) = item {
+                scope.names.add(&u.tree, "");
+            }
+        }
+        let own: Vec<String> = items
+            .iter()
+            .filter_map(|item| match item {
+                syn::Item::Struct(s) => Some(s.ident.to_string()),
+                syn::Item::Enum(e) => Some(e.ident.to_string()),
+                _ => None,
+            })
+            .collect();
+        for (i, item) in items.iter().enumerate() {
+            scope.item(i, item, &own);
+        }
+        scope
+    }
+
+    fn item(&mut self, i: usize, item: &'a syn::Item, own: &[String]) {
+        let is_scope = |n: &str| own.iter().any(|o| o == n);
+        match item {
+            syn::Item::Struct(s) => {
+                let fields = self.fields(&s.fields, &is_scope);
+                if derives_clone(&s.attrs) {
+                    self.cloneable.insert(s.ident.to_string());
+                }
+                self.types
+                    .insert(s.ident.to_string(), TypeDef::Struct(fields));
+            }
+            syn::Item::Enum(e) => {
+                let variants = e
+                    .variants
+                    .iter()
+                    .map(|v| (v.ident.to_string(), self.fields(&v.fields, &is_scope)));
+                let variants = variants.collect();
+                if derives_clone(&e.attrs) {
+                    self.cloneable.insert(e.ident.to_string());
+                }
+                self.types
+                    .insert(e.ident.to_string(), TypeDef::Enum(variants));
+            }
+            syn::Item::Fn(f) => {
+                let public = !matches!(f.vis, syn::Visibility::Inherited);
+                self.function(None, &f.sig, &f.block, public, (i, None));
+            }
+            syn::Item::Const(c) => {
+                self.consts.insert(c.ident.to_string(), &c.expr);
+            }
+            syn::Item::Impl(imp) => {
+                let owner = match &*imp.self_ty {
+                    syn::Type::Path(p) => p.path.segments.last().map(|s| s.ident.to_string()),
+                    _ => None,
+                };
+                let Some(owner) = owner else { return };
+                if imp.trait_.as_ref().is_some_and(|(path, _)| {
+                    path.segments.last().is_some_and(|s| s.ident == "Clone")
+                }) {
+                    self.cloneable.insert(owner.clone());
+                }
+                for (k, member) in imp.items.iter().enumerate() {
+                    if let syn::ImplItem::Fn(f) = member {
+                        let public =
+                            imp.trait_.is_some() || !matches!(f.vis, syn::Visibility::Inherited);
+                        self.function(Some(owner.clone()), &f.sig, &f.block, public, (i, Some(k)));
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn fields(&self, fields: &syn::Fields, is_scope: &dyn Fn(&str) -> bool) -> Fields {
+        let named = fields.iter().enumerate().map(|(i, f)| {
+            let name = f
+                .ident
+                .as_ref()
+                .map_or_else(|| i.to_string(), ToString::to_string);
+            (name, self.names.ty(&f.ty, is_scope))
+        });
+        Fields {
+            fields: named.collect(),
+        }
+    }
+
+    fn function(
+        &mut self,
+        owner: Option<String>,
+        sig: &'a syn::Signature,
+        block: &'a syn::Block,
+        public: bool,
+        place: (usize, Option<usize>),
+    ) {
+        let name = sig.ident.to_string();
+        let path = owner
+            .as_ref()
+            .map_or_else(|| name.clone(), |o| format!("{o}::{name}"));
+        let id = self.functions.len();
+        match &owner {
+            // An inherent method comes before one of a trait, as in a call.
+            Some(o) => {
+                self.methods.entry((o.clone(), name.clone())).or_insert(id);
+            }
+            None => {
+                self.free.entry(name.clone()).or_insert(id);
+            }
+        }
+        if sig.receiver().is_some() {
+            number::written_fields(block, &mut self.written);
+        }
+        let numbers = number::Numbers::new(block);
+        self.functions.push(Function {
+            path,
+            owner,
+            name,
+            sig,
+            block,
+            public,
+            place,
+            numbers,
+        });
+    }
+
+    pub(crate) fn method(&self, owner: &str, name: &str) -> Option<usize> {
+        self.methods
+            .get(&(owner.to_string(), name.to_string()))
+            .copied()
+    }
+
+    pub(crate) fn free(&self, name: &str) -> Option<usize> {
+        self.free.get(name).copied()
+    }
+
+    /// The declared type, seen from the scope.
+    pub(crate) fn ty(&self, ty: &syn::Type, owner: Option<&str>) -> Ty {
+        if let (syn::Type::Path(p), Some(owner)) = (ty, owner)
+            && p.path.is_ident("Self")
+        {
+            return Ty::Scope(owner.to_string());
+        }
+        self.names.ty(ty, &|n| self.types.contains_key(n))
+    }
+
+    /// The full name of a function for messages: `llama::Attention::forward`.
+    pub(crate) fn full_name(&self, function: usize) -> String {
+        let path = &self.functions[function].path;
+        if self.name.is_empty() {
+            path.clone()
+        } else {
+            format!("{}::{path}", self.name)
+        }
+    }
+}
+
+/// The source text of an expression, on one line and without the spaces that a token printer puts in.
+pub(crate) fn text(e: &impl quote::ToTokens) -> String {
+    let raw = e.to_token_stream().to_string();
+    let mut out = String::with_capacity(raw.len());
+    let mut rest = raw.as_str();
+    while let Some(c) = rest.chars().next() {
+        let tight = [
+            " . ", " ?", " (", " ,", " ;", " [", " :: ", ":: ", " ::", "& ", "( ", " )", "[ ", " ]",
+        ];
+        if let Some(t) = tight.iter().find(|t| rest.starts_with(**t)) {
+            let after_operator = matches!(*t, " (" | " [")
+                && out.ends_with(['=', '+', '-', '*', '/', ',', '>', '<', '|']);
+            out.push_str(if after_operator { t } else { t.trim() });
+            rest = &rest[t.len()..];
+            continue;
+        }
+        out.push(if c == '\n' { ' ' } else { c });
+        rest = &rest[c.len_utf8()..];
+    }
+    out
+}
+
+/// A span for the whole of a syntax node where the compiler joins spans, else its beginning.
+pub(crate) fn span(node: &impl Spanned) -> proc_macro2::Span {
+    node.span()
+}

@@ -1,0 +1,145 @@
+//! Expressions numbered in preorder: how a plan names a place in a function without holding syntax.
+
+use std::collections::{HashMap, HashSet};
+
+use syn::visit::{self, Visit};
+
+/// The expressions of one function body.
+pub(crate) struct Numbers<'a> {
+    exprs: Vec<&'a syn::Expr>,
+    of: HashMap<*const syn::Expr, u32>,
+}
+
+impl<'a> Numbers<'a> {
+    pub(crate) fn new(block: &'a syn::Block) -> Self {
+        let mut numbers = Self {
+            exprs: Vec::new(),
+            of: HashMap::new(),
+        };
+        numbers.visit_block(block);
+        numbers
+    }
+
+    pub(crate) fn id(&self, e: &syn::Expr) -> u32 {
+        // Expressions that stand outside the body (constants of the module) share one number that no plan uses.
+        self.of
+            .get(&std::ptr::from_ref(e))
+            .copied()
+            .unwrap_or(u32::MAX)
+    }
+
+    pub(crate) fn get(&self, id: u32) -> Option<&'a syn::Expr> {
+        self.exprs.get(id as usize).copied()
+    }
+}
+
+impl<'a> Visit<'a> for Numbers<'a> {
+    fn visit_expr(&mut self, e: &'a syn::Expr) {
+        self.of
+            .insert(std::ptr::from_ref(e), self.exprs.len() as u32);
+        self.exprs.push(e);
+        visit::visit_expr(self, e);
+    }
+}
+
+/// Numbers of all expressions within `e`, itself included.
+pub(crate) fn within<'a>(numbers: &Numbers<'a>, e: &'a syn::Expr) -> Vec<u32> {
+    struct Collect<'n, 'a>(&'n Numbers<'a>, Vec<u32>);
+    impl<'a> Visit<'a> for Collect<'_, 'a> {
+        fn visit_expr(&mut self, e: &'a syn::Expr) {
+            self.1.push(self.0.id(e));
+            visit::visit_expr(self, e);
+        }
+    }
+    let mut collect = Collect(numbers, Vec::new());
+    collect.visit_expr(e);
+    collect.1
+}
+
+/// The name of the field that a place expression is in: `kvs` for `cache.kvs[i]`.
+pub(crate) fn place_field(e: &syn::Expr) -> Option<String> {
+    match e {
+        syn::Expr::Field(f) => match &f.member {
+            syn::Member::Named(n) => Some(n.to_string()),
+            syn::Member::Unnamed(_) => None,
+        },
+        syn::Expr::Index(i) => place_field(&i.expr),
+        syn::Expr::Paren(p) => place_field(&p.expr),
+        syn::Expr::Reference(r) => place_field(&r.expr),
+        syn::Expr::Unary(u) => place_field(&u.expr),
+        syn::Expr::MethodCall(m)
+            if matches!(
+                m.method.to_string().as_str(),
+                "lock" | "borrow_mut" | "unwrap" | "write" | "as_mut"
+            ) =>
+        {
+            place_field(&m.receiver)
+        }
+        _ => None,
+    }
+}
+
+/// Methods that write to the place they are called on.
+pub(crate) const WRITERS: &[&str] = &[
+    "insert",
+    "push",
+    "replace",
+    "take",
+    "clear",
+    "append",
+    "extend",
+    "get_or_insert_with",
+    "entry",
+    "push_back",
+    "get_or_insert",
+];
+
+/// Adds the fields that a body assigns to or calls a writing method on.
+pub(crate) fn written_fields(block: &syn::Block, out: &mut HashSet<String>) {
+    struct Find<'o>(&'o mut HashSet<String>);
+    impl<'a> Visit<'a> for Find<'_> {
+        fn visit_expr(&mut self, e: &'a syn::Expr) {
+            match e {
+                syn::Expr::Assign(a) => self.0.extend(place_field(&a.left)),
+                syn::Expr::MethodCall(m) if WRITERS.contains(&m.method.to_string().as_str()) => {
+                    self.0.extend(place_field(&m.receiver));
+                }
+                _ => {}
+            }
+            visit::visit_expr(self, e);
+        }
+    }
+    Find(out).visit_block(block);
+}
+
+/// Local variables that a body assigns to, for the values carried round a loop.
+pub(crate) fn assigned_locals(block: &syn::Block) -> Vec<String> {
+    struct Find(Vec<String>);
+    impl<'a> Visit<'a> for Find {
+        fn visit_expr(&mut self, e: &'a syn::Expr) {
+            let place = match e {
+                syn::Expr::Assign(a) => Some(&*a.left),
+                syn::Expr::Binary(b)
+                    if matches!(
+                        b.op,
+                        syn::BinOp::AddAssign(_)
+                            | syn::BinOp::SubAssign(_)
+                            | syn::BinOp::MulAssign(_)
+                    ) =>
+                {
+                    Some(&*b.left)
+                }
+                _ => None,
+            };
+            if let Some(syn::Expr::Path(p)) = place
+                && let Some(ident) = p.path.get_ident()
+            {
+                self.0.push(ident.to_string());
+            }
+            visit::visit_expr(self, e);
+        }
+    }
+    let mut find = Find(Vec::new());
+    find.visit_block(block);
+    find.0
+}

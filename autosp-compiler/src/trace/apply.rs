@@ -1,0 +1,329 @@
+//! Applies a row of the operation table: operands, shape, what it computes along.
+
+use super::builtin::dim_argument;
+use super::call::Arg;
+use super::graph::{At, Input, NodeId, Op, Reason};
+use super::shape::{Dim, Shape, Target};
+use super::value::{Size, Value};
+use super::{Role, Trace};
+use crate::ops::{PlaceRule, Row, ShapeRule};
+use autosp_plan::codes;
+
+/// A size argument with the place where it is written.
+pub(super) struct Given {
+    pub(super) target: Target,
+    pub(super) size: Option<Size>,
+    pub(super) at: At,
+}
+
+impl<'a> Trace<'_, 'a> {
+    /// The value of an operation of the table. `object` is the path of the layer, where it is one.
+    pub(super) fn apply(
+        &mut self,
+        row: &'static Row,
+        args: Vec<Arg<'a>>,
+        at: At,
+        what: &str,
+        object: Option<&str>,
+    ) -> Value {
+        let mut inputs: Vec<Input> = Vec::new();
+        for (value, e) in &args {
+            if let Value::Unknown(r) = value {
+                return Value::Unknown(r.clone());
+            }
+            let mut tensors = Vec::new();
+            value.tensors(&mut tensors);
+            let own = e.map(|e| self.at(at.act, e).expr);
+            let elements = e.map(list_elements).unwrap_or_default();
+            for (i, node) in tensors.iter().enumerate() {
+                let expr = if tensors.len() > 1 {
+                    elements.get(i).map(|e| self.at(at.act, e).expr)
+                } else {
+                    own
+                };
+                inputs.push(Input { node: *node, expr });
+            }
+        }
+        if let (PlaceRule::Make, Some((Value::Host(host), _))) = (row.place, args.first())
+            && host.axes.len() == 2
+        {
+            let host = host.clone();
+            return self.mask(host, &args, at, what);
+        }
+        if inputs.is_empty() && row.place != PlaceRule::Make && row.place != PlaceRule::Random {
+            return Value::Opaque;
+        }
+        if row.shape == ShapeRule::Chunk {
+            return self.chunk(row, &inputs, &args, at, what);
+        }
+        if row.shape == ShapeRule::Index {
+            return self.index_op(row, &inputs, &args, at, what);
+        }
+        let name = object.map_or(what, |o| o).to_string();
+        let node = self.node(Op::Row(row), inputs, Shape::Partial(Vec::new()), at, what);
+        if object.is_some() {
+            // Widths are named after the layer.
+            self.nodes[node].text.clone_from(&name);
+        }
+        let rank = self.shape_rule(row, node, &args, at);
+        self.nodes[node].text = what.to_string();
+        match rank {
+            Ok((shape, touches)) => {
+                if object.is_some() && matches!(shape, Shape::Partial(_)) {
+                    self.nodes[node].text = name;
+                }
+                self.nodes[node].shape = shape;
+                self.nodes[node].touches = touches;
+            }
+            Err(reason) => {
+                self.nodes[node].shape = Shape::Unknown(reason.message.clone());
+                self.nodes[node].op = Op::Unknown(reason.into());
+            }
+        }
+        if row.place == PlaceRule::Host {
+            return Value::Opaque;
+        }
+        Value::Tensor(node)
+    }
+
+    fn mask(
+        &mut self,
+        host: std::rc::Rc<super::value::Host>,
+        args: &[Arg<'a>],
+        at: At,
+        what: &str,
+    ) -> Value {
+        let node = self.node(
+            Op::Mask(host),
+            Vec::new(),
+            Shape::Partial(Vec::new()),
+            at,
+            what,
+        );
+        if let Some(given) = args.get(1).and_then(|a| self.sizes(a, at)) {
+            let dims = self.filled(node, &given);
+            self.nodes[node].shape = Shape::Known(dims);
+        }
+        Value::Tensor(node)
+    }
+
+    /// Dimensions of a tensor that is made with these sizes.
+    pub(super) fn filled(&mut self, node: NodeId, given: &[Given]) -> Vec<Dim> {
+        let mut dims = Vec::new();
+        for g in given {
+            if let (Target::Size(_), Some(size)) = (&g.target, &g.size) {
+                self.use_size(g.at, size, Role::SizeOf(node));
+                let poly = self.dimension(size);
+                dims.push(Dim::of(poly));
+            }
+        }
+        dims
+    }
+
+    fn chunk(
+        &mut self,
+        row: &'static Row,
+        inputs: &[Input],
+        args: &[Arg<'a>],
+        at: At,
+        what: &str,
+    ) -> Value {
+        let parts = args
+            .get(1)
+            .and_then(|a| a.0.size())
+            .and_then(|s| s.poly.as_constant());
+        let (Some(parts), Some(input)) = (parts, inputs.first()) else {
+            return Value::Opaque;
+        };
+        let mut elems = Vec::new();
+        for _ in 0..parts {
+            let node = self.node(
+                Op::Row(row),
+                inputs.to_vec(),
+                Shape::Partial(Vec::new()),
+                at,
+                what,
+            );
+            let shape = match self.nodes[input.node].shape.clone() {
+                Shape::Known(mut dims) => {
+                    let Some(d) = args
+                        .get(2)
+                        .and_then(|a| dim_argument(&a.0))
+                        .and_then(|d| resolve(d, dims.len()))
+                    else {
+                        return Value::Opaque;
+                    };
+                    let size = dims[d].size(&self.atoms);
+                    let part = self.atoms.div(&size, &super::size::Poly::constant(parts));
+                    dims[d] = Dim::of(part);
+                    self.nodes[node].touches = vec![(0, d)];
+                    Shape::Known(dims)
+                }
+                other => other,
+            };
+            self.nodes[node].shape = shape;
+            elems.push(Value::Tensor(node));
+        }
+        let any = elems.first().cloned().unwrap_or(Value::Opaque);
+        Value::List {
+            elems: Some(elems),
+            any: Box::new(any),
+        }
+    }
+
+    /// `x.i((.., s - 1, ..))`: whole dimensions, one index, or a range in each place.
+    fn index_op(
+        &mut self,
+        row: &'static Row,
+        inputs: &[Input],
+        args: &[Arg<'a>],
+        at: At,
+        what: &str,
+    ) -> Value {
+        let Some(input) = inputs.first().copied() else {
+            return Value::Opaque;
+        };
+        let places: Vec<(Value, Option<&'a syn::Expr>)> = match args.get(1) {
+            Some((Value::Tuple(values), Some(syn::Expr::Tuple(t)))) if !values.is_empty() => values
+                .iter()
+                .cloned()
+                .zip(t.elems.iter().map(Some))
+                .collect(),
+            Some((value, e)) => vec![(value.clone(), *e)],
+            None => return Value::Opaque,
+        };
+        let Some(dims) = self.with_rank_at_least(input.node, places.len()) else {
+            let reason = Self::reason(
+                format!("cannot follow the index in `{what}`"),
+                "index with `..`, a number or a range in each place",
+            );
+            return Value::Tensor(self.unknown(reason, inputs.to_vec(), at, what));
+        };
+        let mut out = Vec::new();
+        let mut touches = Vec::new();
+        let mut pick = None;
+        for (d, dim) in dims.iter().enumerate() {
+            match places.get(d) {
+                None => out.push(dim.clone()),
+                Some((Value::Tuple(v), _)) if v.is_empty() => out.push(dim.clone()),
+                Some((Value::Range(start, end, _), e)) => {
+                    if let Some(e) = e {
+                        let at = self.at(at.act, e);
+                        self.use_size(at, &end.clone(), Role::Valid);
+                    }
+                    let len = end.poly.sub(&start.poly);
+                    if self.atoms.equal(&len, &dim.size(&self.atoms)) {
+                        out.push(dim.clone());
+                    } else {
+                        touches.push((0, d));
+                        out.push(Dim::of(len));
+                    }
+                }
+                Some((Value::Size(s), Some(e))) => {
+                    let at = self.at(at.act, e);
+                    self.use_size(at, &s.clone(), Role::Valid);
+                    if dim.anchored(&self.atoms) {
+                        pick = Some(d);
+                    }
+                    touches.push((0, d));
+                }
+                Some(_) => {
+                    touches.push((0, d));
+                    let part = self.fresh_feature("part");
+                    out.push(Dim::of(part));
+                }
+            }
+        }
+        // One token out of many: a rule of its own, if nothing else is cut.
+        let op = match pick {
+            Some(dim) if touches.len() == 1 => Op::Pick { dim },
+            _ => Op::Row(row),
+        };
+        let node = self.node(op, inputs.to_vec(), Shape::Known(out), at, what);
+        self.nodes[node].touches = touches;
+        Value::Tensor(node)
+    }
+
+    fn with_rank_at_least(&mut self, node: NodeId, rank: usize) -> Option<Vec<Dim>> {
+        if let Shape::Known(dims) = &self.nodes[node].shape {
+            return (dims.len() >= rank).then(|| dims.clone());
+        }
+        self.with_rank(node, rank)
+    }
+
+    /// The sizes that an argument gives: a tuple, an array, one number, another tensor's shape.
+    pub(super) fn sizes(&mut self, arg: &Arg<'a>, at: At) -> Option<Vec<Given>> {
+        let exprs = arg.1.map(list_elements).unwrap_or_default();
+        let own = arg.1.map_or(at, |e| self.at(at.act, e));
+        let values: Vec<Value> = match &arg.0 {
+            Value::Tuple(values)
+            | Value::List {
+                elems: Some(values),
+                ..
+            } => values.clone(),
+            Value::ShapeOf(node) => {
+                let node = *node;
+                self.nodes[node].sizes_read = true;
+                let rank = self.nodes[node].shape.known()?.len();
+                (0..rank as i64)
+                    .map(|d| self.dim_with_rank(node, d, rank, at))
+                    .collect()
+            }
+            single @ (Value::Size(_) | Value::FromEnd(_)) => vec![single.clone()],
+            _ => return None,
+        };
+        let mut out = Vec::new();
+        for (i, value) in values.iter().enumerate() {
+            let at = exprs.get(i).map_or(own, |e| self.at(at.act, e));
+            match value {
+                Value::Size(size) => out.push(Given {
+                    target: Target::Size(self.dimension(size)),
+                    size: Some(size.clone()),
+                    at,
+                }),
+                Value::Tuple(v) if v.is_empty() => out.push(Given {
+                    target: Target::Hole,
+                    size: None,
+                    at,
+                }),
+                _ => return None,
+            }
+        }
+        Some(out)
+    }
+
+    /// A shape problem, with the code for it.
+    pub(super) fn misfit(message: String, help: &str) -> Reason {
+        Reason {
+            code: codes::SHAPES,
+            message,
+            help: help.to_string(),
+        }
+    }
+
+    pub(super) fn mixing(message: String, help: &str) -> Reason {
+        Reason {
+            code: codes::MIXES_TOKENS,
+            message,
+            help: help.to_string(),
+        }
+    }
+}
+
+/// A dimension counted from either end.
+pub(super) fn resolve(d: i64, rank: usize) -> Option<usize> {
+    let d = if d < 0 { d + rank as i64 } else { d };
+    usize::try_from(d).ok().filter(|d| *d < rank)
+}
+
+/// The expressions of the elements of a tuple or array, through `&` and parentheses.
+pub(super) fn list_elements(e: &syn::Expr) -> Vec<&syn::Expr> {
+    match e {
+        syn::Expr::Tuple(t) => t.elems.iter().collect(),
+        syn::Expr::Array(a) => a.elems.iter().collect(),
+        syn::Expr::Reference(r) => list_elements(&r.expr),
+        syn::Expr::Paren(p) => list_elements(&p.expr),
+        syn::Expr::Group(g) => list_elements(&g.expr),
+        other => vec![other],
+    }
+}

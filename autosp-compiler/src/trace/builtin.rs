@@ -1,0 +1,377 @@
+//! Methods of numbers, lists, ranges and options, the sizes of tensors, and host arrays built from ranges.
+
+use std::rc::Rc;
+
+use super::call::Arg;
+use super::graph::{ActId, At, NodeId};
+use super::shape::{Dim, Shape};
+use super::size::Poly;
+use super::value::{Axis, Closure, Cond, Host, Presence, Size, Value};
+use super::{Role, Trace};
+use crate::syntax::number::WRITERS;
+
+impl<'a> Trace<'_, 'a> {
+    /// Methods that take a closure or a second list: iterator adapters and those of `Option`.
+    pub(super) fn adapter(
+        &mut self,
+        act: ActId,
+        receiver: &Value,
+        name: &str,
+        m: &'a syn::ExprMethodCall,
+        at: At,
+    ) -> Option<Value> {
+        let closure = |this: &mut Self| -> Option<Closure> {
+            let e = m.args.first()?;
+            if !matches!(e, syn::Expr::Closure(_)) {
+                return None;
+            }
+            if let Value::Closure(c) = this.eval(act, e) {
+                Some(c)
+            } else {
+                None
+            }
+        };
+        match (receiver, name) {
+            (Value::Range(start, end, end_expr), "map" | "flat_map")
+                if start.poly.as_constant() == Some(0) =>
+            {
+                let closure = closure(self)?;
+                let index = self.fresh_feature("index");
+                let atom = index.as_atom()?;
+                let end = (**end).clone();
+                let use_at = At {
+                    expr: *end_expr,
+                    ..at
+                };
+                self.use_size(use_at, &end, Role::Valid);
+                let elem = self.call_closure(act, &closure, vec![Value::Size(Size::of(index))])?;
+                let axis = Axis {
+                    index: atom,
+                    end,
+                    end_expr: *end_expr,
+                    closure: closure.expr,
+                };
+                Some(match elem {
+                    Value::Host(inner) => {
+                        let axes = std::iter::once(axis)
+                            .chain(inner.axes.iter().cloned())
+                            .collect();
+                        Value::Host(Rc::new(Host {
+                            axes,
+                            elem: inner.elem.clone(),
+                            expr: Some(at.expr),
+                        }))
+                    }
+                    Value::Num(_)
+                    | Value::Select(..)
+                    | Value::Size(_)
+                    | Value::Bool(_)
+                    | Value::Opaque => Value::Host(Rc::new(Host {
+                        axes: vec![axis],
+                        elem,
+                        expr: Some(at.expr),
+                    })),
+                    other => Value::List {
+                        elems: None,
+                        any: Box::new(other),
+                    },
+                })
+            }
+            (
+                Value::Host(host),
+                "collect" | "into_iter" | "flatten" | "as_slice" | "iter" | "concat",
+            ) => {
+                let host = Host {
+                    expr: Some(at.expr),
+                    ..(**host).clone()
+                };
+                Some(Value::Host(Rc::new(host)))
+            }
+            (Value::List { elems, any }, "enumerate") => {
+                let round = self.fresh_feature("round");
+                let _ = elems;
+                Some(Value::List {
+                    elems: None,
+                    any: Box::new(Value::Tuple(vec![
+                        Value::Size(Size::of(round)),
+                        (**any).clone(),
+                    ])),
+                })
+            }
+            (Value::List { any, .. }, "zip") => {
+                let other = m.args.first().map_or(Value::Opaque, |e| self.eval(act, e));
+                let other = self.element(other);
+                Some(Value::List {
+                    elems: None,
+                    any: Box::new(Value::Tuple(vec![(**any).clone(), other])),
+                })
+            }
+            (Value::List { any, .. }, "map" | "flat_map" | "filter_map") => {
+                let closure = closure(self)?;
+                let value = self.call_closure(act, &closure, vec![(**any).clone()])?;
+                Some(Value::List {
+                    elems: None,
+                    any: Box::new(value),
+                })
+            }
+            (
+                Value::List { .. },
+                "rev" | "skip" | "take" | "iter" | "iter_mut" | "into_iter" | "collect"
+                | "as_slice",
+            ) => Some(receiver.clone()),
+            (Value::Option(presence, inner), "map" | "and_then") => {
+                if *presence == Presence::None {
+                    return Some(receiver.clone());
+                }
+                let closure = closure(self)?;
+                let value = self.call_closure(act, &closure, vec![(**inner).clone()])?;
+                Some(match value {
+                    value @ Value::Option(..) if name == "and_then" => value,
+                    value => Value::Option(*presence, Box::new(value)),
+                })
+            }
+            (Value::Option(presence, inner), "unwrap_or" | "unwrap_or_else") => {
+                let other = match closure(self) {
+                    Some(c) => self
+                        .call_closure(act, &c, Vec::new())
+                        .unwrap_or(Value::Opaque),
+                    None => m.args.first().map_or(Value::Opaque, |e| self.eval(act, e)),
+                };
+                Some(match presence {
+                    Presence::None => other,
+                    Presence::Some => (**inner).clone(),
+                    Presence::Maybe => self.join((**inner).clone(), other, &Cond::Unknown, at),
+                })
+            }
+            _ => None,
+        }
+    }
+
+    /// Other methods of values that are no tensors and no objects.
+    pub(super) fn builtin(
+        &mut self,
+        act: ActId,
+        receiver: Value,
+        name: &str,
+        args: Vec<Arg<'a>>,
+        m: &'a syn::ExprMethodCall,
+        at: At,
+    ) -> Value {
+        if let Some(value) = Self::presence(&receiver, name) {
+            return value;
+        }
+        match (&receiver, name) {
+            (Value::EmptyStore, "get" | "get_mut" | "remove") => {
+                Value::Option(Presence::None, Box::new(Value::Opaque))
+            }
+            (Value::EmptyStore, "contains_key" | "contains") => Value::Bool(Cond::Known(false)),
+            (Value::EmptyStore, "is_empty") => Value::Bool(Cond::Known(true)),
+            (Value::EmptyStore | Value::Option(Presence::None, _), _)
+                if WRITERS.contains(&name) =>
+            {
+                self.acts[act].facts.push((at.expr, super::Fact::Write));
+                if name == "take" {
+                    receiver
+                } else {
+                    Value::Unit
+                }
+            }
+            (
+                Value::Option(presence, inner),
+                "as_ref" | "as_mut" | "clone" | "cloned" | "copied" | "as_deref",
+            ) => Value::Option(*presence, inner.clone()),
+            (Value::Option(Presence::None, _), "unwrap" | "expect") => Value::Never,
+            (Value::Option(_, inner), "unwrap" | "expect" | "context" | "ok_or" | "ok_or_else") => {
+                (**inner).clone()
+            }
+            (
+                Value::List {
+                    elems: Some(elems), ..
+                },
+                "len",
+            ) => Value::Size(Size::constant(elems.len() as i64)),
+            (Value::List { .. }, "len") => Value::Size(Size::of(self.fresh_feature("len"))),
+            (Value::List { any, .. }, "first" | "last" | "get" | "next") => {
+                Value::Option(Presence::Some, any.clone())
+            }
+            (
+                Value::Size(_),
+                "max" | "min" | "pow" | "div_ceil" | "saturating_sub" | "next_multiple_of"
+                | "abs_diff",
+            ) => self.size_method(act, &receiver, m),
+            (
+                Value::Size(_) | Value::Num(_),
+                "sqrt" | "powf" | "powi" | "recip" | "exp" | "ln" | "log2" | "floor" | "ceil",
+            ) => match (&receiver, name) {
+                (Value::Num(Some(v)), "sqrt") => Value::Num(Some(v.sqrt())),
+                _ => Value::Num(None),
+            },
+            (Value::Bool(c), "then" | "then_some") => {
+                let inner = args.into_iter().next().map_or(Value::Opaque, |a| a.0);
+                let presence = match c {
+                    Cond::Known(true) => Presence::Some,
+                    Cond::Known(false) => Presence::None,
+                    _ => Presence::Maybe,
+                };
+                let inner = match inner {
+                    Value::Closure(c) => self
+                        .call_closure(act, &c, Vec::new())
+                        .unwrap_or(Value::Opaque),
+                    other => other,
+                };
+                Value::Option(presence, Box::new(inner))
+            }
+            _ if Self::is_transparent(name) => receiver,
+            _ => self.unknown_call(&crate::syntax::text(m), &args, at),
+        }
+    }
+
+    /// Integer methods other than the four operations: the result has no name, so the operands must be valid sizes.
+    fn size_method(&mut self, act: ActId, receiver: &Value, m: &'a syn::ExprMethodCall) -> Value {
+        let all: Vec<&'a syn::Expr> = std::iter::once(&*m.receiver).chain(m.args.iter()).collect();
+        let mut anchored = false;
+        for (i, e) in all.into_iter().enumerate() {
+            let value = if i == 0 {
+                receiver.clone()
+            } else {
+                self.acts[act]
+                    .values
+                    .get(&self.at(act, e).expr)
+                    .cloned()
+                    .unwrap_or(Value::Opaque)
+            };
+            if let Value::Size(s) = value {
+                anchored |= self.atoms.anchored(&s.poly);
+                let at = self.at(act, e);
+                self.use_size(at, &s, Role::Valid);
+            }
+        }
+        let _ = anchored;
+        Value::Size(Size::of(self.fresh_feature("size")))
+    }
+
+    /// Reads of a tensor's sizes, and methods that give the tensor itself.
+    pub(super) fn tensor_builtin(
+        &mut self,
+        receiver: &Value,
+        name: &str,
+        args: &[Arg<'a>],
+        at: At,
+    ) -> Option<Value> {
+        let node = receiver.tensor()?;
+        let dims = |rank: usize| Some((0..rank as i64).collect::<Vec<_>>());
+        let ranks = match name {
+            "dims0" => dims(0),
+            "dims1" => dims(1),
+            "dims2" => dims(2),
+            "dims3" => dims(3),
+            "dims4" => dims(4),
+            "dims5" => dims(5),
+            _ => None,
+        };
+        if let Some(ranks) = ranks {
+            let rank = ranks.len();
+            let mut sizes: Vec<Value> = ranks
+                .into_iter()
+                .map(|d| self.dim_with_rank(node, d, rank, at))
+                .collect();
+            return Some(if rank == 1 {
+                sizes.remove(0)
+            } else {
+                Value::Tuple(sizes)
+            });
+        }
+        match name {
+            "dim" => {
+                let d = args.first().and_then(|a| dim_argument(&a.0));
+                Some(d.map_or(Value::Opaque, |d| self.dim_of(node, d, at)))
+            }
+            "dims" | "shape" => Some(Value::ShapeOf(node)),
+            "rank" | "len" => Some(match self.nodes[node].shape.known() {
+                Some(dims) => Value::Size(Size::constant(dims.len() as i64)),
+                None => Value::Opaque,
+            }),
+            "elem_count" => Some(match self.nodes[node].shape.known() {
+                Some(dims) => {
+                    let poly = dims.to_vec().iter().fold(Poly::one(), |acc, d| {
+                        self.atoms.mul(&acc, &d.size(&self.atoms))
+                    });
+                    self.nodes[node].sizes_read = true;
+                    Value::Size(Size {
+                        poly,
+                        origins: Rc::from([node]),
+                    })
+                }
+                None => Value::Opaque,
+            }),
+            "dtype" | "device" | "layout" | "id" | "is_contiguous" | "stride" | "as_tensor"
+                if name != "as_tensor" =>
+            {
+                Some(Value::Opaque)
+            }
+            "as_tensor" => Some(Value::Tensor(node)),
+            "clone" | "as_ref" | "to_owned" | "into" | "borrow" | "unwrap" | "to_vec" | "iter" => {
+                Some(receiver.clone())
+            }
+            _ => None,
+        }
+    }
+
+    /// Size `d` (negative from the end) of a tensor.
+    pub(super) fn dim_of(&mut self, node: NodeId, d: i64, at: At) -> Value {
+        match &self.nodes[node].shape {
+            Shape::Known(dims) => {
+                let rank = dims.len();
+                let d = if d < 0 { d + rank as i64 } else { d };
+                self.dim_with_rank(node, d, rank, at)
+            }
+            Shape::Partial(known) if d >= 0 && known.iter().any(|(k, _)| *k as i64 == d) => {
+                let poly = known
+                    .iter()
+                    .find(|(k, _)| *k as i64 == d)
+                    .map_or(Poly::one(), |(_, dim)| dim.size(&self.atoms));
+                self.nodes[node].sizes_read = true;
+                Value::Size(Size {
+                    poly,
+                    origins: Rc::from([node]),
+                })
+            }
+            _ => {
+                let text = self.nodes[node].text.clone();
+                Value::Size(Size {
+                    poly: self.feature(format!("{text}.dim({d})")),
+                    origins: Rc::from([node]),
+                })
+            }
+        }
+    }
+
+    pub(super) fn dim_with_rank(&mut self, node: NodeId, d: i64, rank: usize, _at: At) -> Value {
+        self.nodes[node].sizes_read = true;
+        let dims: Option<Vec<Dim>> = self.with_rank(node, rank);
+        if let Some(dim) = dims
+            .as_ref()
+            .and_then(|dims| dims.get(usize::try_from(d).ok()?))
+        {
+            Value::Size(Size {
+                poly: dim.size(&self.atoms),
+                origins: Rc::from([node]),
+            })
+        } else {
+            let text = self.nodes[node].text.clone();
+            Value::Size(Size {
+                poly: self.feature(format!("{text}.dim({d})#{rank}")),
+                origins: Rc::from([node]),
+            })
+        }
+    }
+}
+
+/// A dimension given as an argument: a literal, or `D::Minus1`.
+pub(super) fn dim_argument(value: &Value) -> Option<i64> {
+    match value {
+        Value::FromEnd(d) => Some(*d),
+        Value::Size(s) => s.poly.as_constant(),
+        _ => None,
+    }
+}

@@ -1,0 +1,421 @@
+//! Calls: into the scope, into the table, into what is not known.
+
+use super::graph::{ActId, At, Input, Reason};
+use super::value::{Cond, Presence, Size, Value};
+use super::{Role, Trace, param_name};
+use crate::syntax::text;
+use crate::syntax::types::Ty;
+use autosp_plan::codes;
+
+/// An evaluated argument with its expression, if it has one of its own.
+pub(super) type Arg<'a> = (Value, Option<&'a syn::Expr>);
+
+/// Methods that give their receiver, as far as an analysis of data flow goes.
+const TRANSPARENT: &[&str] = &[
+    "clone",
+    "as_ref",
+    "as_mut",
+    "to_owned",
+    "borrow",
+    "borrow_mut",
+    "into",
+    "unwrap",
+    "expect",
+    "ok",
+    "copied",
+    "cloned",
+    "deref",
+    "as_deref",
+    "lock",
+    "read",
+    "as_slice",
+    "map_err",
+    "context",
+    "into_iter",
+    "iter",
+    "iter_mut",
+    "as_str",
+    "to_vec",
+    "collect",
+    "by_ref",
+    "as_deref_mut",
+    "unwrap_or_default",
+    "try_into",
+];
+
+impl<'a> Trace<'_, 'a> {
+    pub(super) fn method_call(&mut self, act: ActId, m: &'a syn::ExprMethodCall, at: At) -> Value {
+        let receiver = self.eval(act, &m.receiver);
+        let name = m.method.to_string();
+        if let Some(value) = self.adapter(act, &receiver, &name, m, at) {
+            return value;
+        }
+        let args: Vec<Arg<'a>> = m
+            .args
+            .iter()
+            .map(|e| (self.eval(act, e), Some(e)))
+            .collect();
+        if let Value::Unknown(r) = &receiver {
+            return Value::Unknown(r.clone());
+        }
+        match &receiver {
+            Value::Tensor(_) | Value::ShapeOf(_) => {
+                self.tensor_method(act, receiver, m, &name, args, at)
+            }
+            Value::Object {
+                ty: Ty::Scope(ty), ..
+            } => {
+                if let Some(function) = self.scope.method(ty, &name) {
+                    return self.enter(function, at, Some(receiver.clone()), args);
+                }
+                if TRANSPARENT.contains(&name.as_str()) {
+                    return receiver;
+                }
+                self.unknown_call(&text(m), &args, at)
+            }
+            Value::Object {
+                ty: Ty::Lib(path),
+                path: object,
+            } => {
+                let full = format!("{path}::{name}");
+                if let Some(row) = self.table.get(&full) {
+                    let object = object.clone();
+                    return self.apply(row, args, at, &text(m), Some(&object));
+                }
+                if TRANSPARENT.contains(&name.as_str()) {
+                    return receiver;
+                }
+                self.unknown_call(&text(m), &args, at)
+            }
+            _ => self.builtin(act, receiver, &name, args, m, at),
+        }
+    }
+
+    fn tensor_method(
+        &mut self,
+        act: ActId,
+        receiver: Value,
+        m: &'a syn::ExprMethodCall,
+        name: &str,
+        args: Vec<Arg<'a>>,
+        at: At,
+    ) -> Value {
+        if let Some(value) = self.tensor_builtin(&receiver, name, &args, at) {
+            return value;
+        }
+        // `x.apply(&layer)` is `layer.forward(&x)`.
+        if matches!(name, "apply" | "apply_t") {
+            let subject: Arg<'a> = (receiver, Some(&m.receiver));
+            return match args.into_iter().next() {
+                Some((
+                    Value::Object {
+                        ty: Ty::Lib(path),
+                        path: object,
+                    },
+                    _,
+                )) => match self.table.get(&format!("{path}::forward")) {
+                    Some(row) => self.apply(row, vec![subject], at, &text(m), Some(&object)),
+                    None => self.unknown_call(&text(m), &[subject], at),
+                },
+                Some((
+                    Value::Object {
+                        ty: Ty::Scope(ty),
+                        path,
+                    },
+                    _,
+                )) => match self.scope.method(&ty, "forward") {
+                    Some(function) => self.enter(
+                        function,
+                        at,
+                        Some(Value::Object {
+                            ty: Ty::Scope(ty),
+                            path,
+                        }),
+                        vec![subject],
+                    ),
+                    None => self.unknown_call(&text(m), &[subject], at),
+                },
+                _ => self.unknown_call(&text(m), &[subject], at),
+            };
+        }
+        let full = format!("candle_core::Tensor::{name}");
+        let mut all: Vec<Arg<'a>> = vec![(receiver, Some(&m.receiver))];
+        all.extend(args);
+        if let Some(row) = self.table.get(&full) {
+            self.apply(row, all, at, &text(m), None)
+        } else {
+            let _ = act;
+            self.unknown_call(&text(m), &all, at)
+        }
+    }
+
+    /// Operators on tensors are the methods of the same name.
+    pub(super) fn operator(
+        &mut self,
+        act: ActId,
+        name: &str,
+        operands: &[Arg<'a>],
+        at: At,
+        what: &str,
+    ) -> Value {
+        let _ = act;
+        match self.table.get(&format!("candle_core::Tensor::{name}")) {
+            Some(row) => self.apply(row, operands.to_vec(), at, what, None),
+            None => self.unknown_call(what, operands, at),
+        }
+    }
+
+    pub(super) fn call(&mut self, act: ActId, c: &'a syn::ExprCall, at: At) -> Value {
+        let syn::Expr::Path(p) = &*c.func else {
+            let callee = self.eval(act, &c.func);
+            let args: Vec<Arg<'a>> = c
+                .args
+                .iter()
+                .map(|e| (self.eval(act, e), Some(e)))
+                .collect();
+            return self.call_value(act, callee, args, &text(c), at);
+        };
+        let args: Vec<Arg<'a>> = c
+            .args
+            .iter()
+            .map(|e| (self.eval(act, e), Some(e)))
+            .collect();
+        let segments: Vec<String> = p
+            .path
+            .segments
+            .iter()
+            .map(|s| s.ident.to_string())
+            .collect();
+        if let [name] = segments.as_slice() {
+            if let Some(binding) = self.lookup(act, name) {
+                return self.call_value(act, binding.value, args, &text(c), at);
+            }
+            match name.as_str() {
+                "Ok" | "Box" => return args.into_iter().next().map_or(Value::Unit, |a| a.0),
+                "Some" => {
+                    return Value::Option(
+                        Presence::Some,
+                        Box::new(args.into_iter().next().map_or(Value::Opaque, |a| a.0)),
+                    );
+                }
+                "Err" => return Value::Never,
+                _ => {}
+            }
+            if let Some(function) = self.scope.free(name) {
+                return self.enter(function, at, None, args);
+            }
+        }
+        if let [.., ty, name] = segments.as_slice() {
+            let owner = self.scope.functions[self.acts[act].function].owner.clone();
+            let ty = if ty == "Self" {
+                owner.unwrap_or_default()
+            } else {
+                ty.clone()
+            };
+            if let Some(function) = self.scope.method(&ty, name) {
+                return self.enter_path(function, at, args);
+            }
+            if matches!(
+                ty.as_str(),
+                "u8" | "u32" | "u64" | "i64" | "usize" | "f32" | "f64"
+            ) && matches!(name.as_str(), "from" | "try_from")
+            {
+                return match args.into_iter().next().map(|a| a.0) {
+                    Some(Value::Bool(c)) => Value::from_bool(c),
+                    Some(other) => other,
+                    None => Value::Opaque,
+                };
+            }
+            if matches!(
+                (ty.as_str(), name.as_str()),
+                ("Box" | "Arc" | "Rc" | "RefCell" | "Mutex" | "Some", "new")
+            ) {
+                return args.into_iter().next().map_or(Value::Opaque, |a| a.0);
+            }
+            if matches!(name.as_str(), "min" | "max") && args.len() == 2 {
+                return self.min_max(args, at);
+            }
+        }
+        let full = self.scope.names.resolve(&p.path);
+        let full = full
+            .strip_prefix("crate::")
+            .map_or(full.clone(), String::from);
+        if let Some(row) = self.table.get(&full) {
+            return self.apply(row, args, at, &text(c), None);
+        }
+        // `Module::forward(&layer, x)`
+        if segments.last().is_some_and(|s| s == "forward")
+            && let Some((
+                Value::Object {
+                    ty: Ty::Lib(path),
+                    path: object,
+                },
+                _,
+            )) = args.first().cloned()
+            && let Some(row) = self.table.get(&format!("{path}::forward"))
+        {
+            return self.apply(row, args[1..].to_vec(), at, &text(c), Some(&object));
+        }
+        self.unknown_call(&text(c), &args, at)
+    }
+
+    /// A call through a path, `Attention::forward(&self.attn, x)` or `Self::helper(x)`.
+    fn enter_path(&mut self, function: usize, at: At, mut args: Vec<Arg<'a>>) -> Value {
+        let receiver = self.scope.functions[function].sig.receiver().is_some();
+        let object = if receiver && !args.is_empty() {
+            Some(args.remove(0).0)
+        } else {
+            None
+        };
+        self.enter(function, at, object, args)
+    }
+
+    /// Evaluates a function of the scope on the arguments.
+    fn enter(
+        &mut self,
+        function: usize,
+        at: At,
+        receiver: Option<Value>,
+        args: Vec<Arg<'a>>,
+    ) -> Value {
+        let f = &self.scope.functions[function];
+        let mut params = Vec::new();
+        let mut args = args.into_iter();
+        for input in &f.sig.inputs {
+            match input {
+                syn::FnArg::Receiver(_) => params.push((
+                    "self".to_string(),
+                    receiver.clone().unwrap_or(Value::Opaque),
+                    true,
+                )),
+                syn::FnArg::Typed(t) => {
+                    let value = args.next().map_or(Value::Opaque, |a| a.0);
+                    // A function given as an argument is called where it is used; its own parameters are unknown there.
+                    params.push((
+                        param_name(&t.pat),
+                        value,
+                        matches!(&*t.ty, syn::Type::Reference(_)),
+                    ));
+                }
+            }
+        }
+        if f.sig.receiver().is_none() && receiver.is_some() {
+            return Value::Opaque;
+        }
+        // A function that (indirectly) calls itself is not followed.
+        let mut up = Some(at.act);
+        while let Some(act) = up {
+            if self.acts[act].function == function && self.acts.len() > super::DEPTH * 8 {
+                return Value::Opaque;
+            }
+            up = self.acts[act].parent.map(|(p, _)| p);
+        }
+        self.activate(function, Some((at.act, at.expr)), params)
+    }
+
+    /// A call of a closure or of something that is held in a variable or field.
+    fn call_value(
+        &mut self,
+        act: ActId,
+        callee: Value,
+        args: Vec<Arg<'a>>,
+        what: &str,
+        at: At,
+    ) -> Value {
+        if let Value::Closure(closure) = callee {
+            return self
+                .call_closure(act, &closure, args.into_iter().map(|a| a.0).collect())
+                .unwrap_or(Value::Opaque);
+        }
+        self.unknown_call(what, &args, at)
+    }
+
+    /// Evaluates a closure's body with its own variables.
+    pub(super) fn call_closure(
+        &mut self,
+        act: ActId,
+        closure: &super::value::Closure,
+        args: Vec<Value>,
+    ) -> Option<Value> {
+        let function = self.acts[act].function;
+        let syn::Expr::Closure(c) = self.scope.functions[function].numbers.get(closure.expr)?
+        else {
+            return None;
+        };
+        if self.depth > super::DEPTH {
+            return None;
+        }
+        self.depth += 1;
+        let outer = std::mem::replace(&mut self.acts[act].scopes, closure.env.to_vec());
+        self.acts[act].scopes.push(std::collections::HashMap::new());
+        for (pat, value) in c.inputs.iter().zip(args) {
+            self.bind(act, pat, value, false);
+        }
+        let value = self.eval(act, &c.body);
+        self.acts[act].scopes = outer;
+        self.depth -= 1;
+        Some(value)
+    }
+
+    /// A call of something that is neither in the scope nor in the table. It matters only if tensors or sizes go in.
+    pub(super) fn unknown_call(&mut self, what: &str, args: &[Arg<'a>], at: At) -> Value {
+        let mut inputs = Vec::new();
+        for (value, e) in args {
+            let mut tensors = Vec::new();
+            value.tensors(&mut tensors);
+            let expr = e.map(|e| self.at(at.act, e).expr);
+            inputs.extend(tensors.into_iter().map(|node| Input { node, expr }));
+            if let Value::Unknown(r) = value {
+                return Value::Unknown(r.clone());
+            }
+            if let (Value::Size(s), Some(e)) = (value, e) {
+                let at = self.at(at.act, e);
+                self.use_size(at, &s.clone(), Role::Unclassified(what.to_string()));
+            }
+        }
+        if inputs.is_empty() {
+            return Value::Opaque;
+        }
+        let name = what.split('(').next().unwrap_or(what);
+        let name = name.rsplit(['.', ' ']).next().unwrap_or(name);
+        let reason = Reason {
+            code: codes::UNKNOWN_CALL,
+            message: format!("unknown call `{what}` on a sharded value"),
+            help: format!(
+                "move `{name}` into the annotated module, or write it with candle's own operations"
+            ),
+        };
+        Value::Tensor(self.unknown(reason, inputs, at, what))
+    }
+
+    fn min_max(&mut self, args: Vec<Arg<'a>>, at: At) -> Value {
+        for (value, e) in &args {
+            if let (Value::Size(s), Some(e)) = (value, e) {
+                let at = self.at(at.act, e);
+                self.use_size(at, &s.clone(), Role::Valid);
+            }
+        }
+        Value::Size(Size::of(self.fresh_feature("size")))
+    }
+
+    /// What a boolean method says of a known value.
+    pub(super) fn presence(receiver: &Value, name: &str) -> Option<Value> {
+        let Value::Option(presence, _) = receiver else {
+            return None;
+        };
+        let some = match presence {
+            Presence::Some => Cond::Known(true),
+            Presence::None => Cond::Known(false),
+            Presence::Maybe => Cond::Unknown,
+        };
+        match name {
+            "is_some" => Some(Value::Bool(some)),
+            "is_none" => Some(Value::Bool(super::eval::not(some))),
+            _ => None,
+        }
+    }
+
+    pub(super) fn is_transparent(name: &str) -> bool {
+        TRANSPARENT.contains(&name)
+    }
+}

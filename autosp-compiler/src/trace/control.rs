@@ -1,0 +1,474 @@
+//! Control flow: blocks, branches, loops, patterns, and where their values meet.
+
+use std::collections::HashMap;
+
+use super::graph::{ActId, At, Input, NodeId, Op};
+use super::shape::{Dim, Shape};
+use super::value::{Binding, Cmp, Cond, Presence, Size, Value};
+use super::{Fact, Loop, Trace};
+use crate::syntax::number;
+
+type Vars = Vec<HashMap<String, Binding>>;
+
+impl<'a> Trace<'_, 'a> {
+    pub(super) fn block(&mut self, act: ActId, block: &'a syn::Block) -> Value {
+        self.acts[act].scopes.push(HashMap::new());
+        let mut value = Value::Unit;
+        for stmt in &block.stmts {
+            value = match stmt {
+                syn::Stmt::Local(local) => self.local(act, local),
+                syn::Stmt::Expr(e, semi) => {
+                    let value = self.eval(act, e);
+                    if semi.is_some() && value != Value::Never {
+                        Value::Unit
+                    } else {
+                        value
+                    }
+                }
+                syn::Stmt::Macro(m) => {
+                    let name = m
+                        .mac
+                        .path
+                        .segments
+                        .last()
+                        .map(|s| s.ident.to_string())
+                        .unwrap_or_default();
+                    if matches!(
+                        name.as_str(),
+                        "bail" | "panic" | "unreachable" | "unimplemented" | "todo"
+                    ) {
+                        Value::Never
+                    } else {
+                        Value::Unit
+                    }
+                }
+                syn::Stmt::Item(_) => Value::Unit,
+            };
+            if value == Value::Never {
+                break;
+            }
+        }
+        self.acts[act].scopes.pop();
+        value
+    }
+
+    fn local(&mut self, act: ActId, local: &'a syn::Local) -> Value {
+        let Some(init) = &local.init else {
+            self.bind(act, &local.pat, Value::Opaque, false);
+            return Value::Unit;
+        };
+        let value = self.eval(act, &init.expr);
+        if value == Value::Never {
+            return Value::Never;
+        }
+        if let Some((_, diverge)) = &init.diverge {
+            self.eval(act, diverge);
+        }
+        self.bind(act, &local.pat, value, false);
+        Value::Unit
+    }
+
+    /// The condition of an `if`; for `if let` whether the pattern matches. Names are bound by the caller's scope.
+    fn condition(&mut self, act: ActId, cond: &'a syn::Expr) -> Cond {
+        match cond {
+            syn::Expr::Let(l) => {
+                let value = self.eval(act, &l.expr);
+                let matches = self.matches(&l.pat, &value);
+                self.bind(act, &l.pat, value, true);
+                matches
+            }
+            syn::Expr::Binary(b) if matches!(b.op, syn::BinOp::And(_)) => {
+                let left = self.condition(act, &b.left);
+                let right = self.condition(act, &b.right);
+                match (left, right) {
+                    (Cond::Known(false), _) | (_, Cond::Known(false)) => Cond::Known(false),
+                    (Cond::Known(true), other) | (other, Cond::Known(true)) => other,
+                    (l, r) => Cond::And(Box::new(l), Box::new(r)),
+                }
+            }
+            syn::Expr::Paren(p) => self.condition(act, &p.expr),
+            other => match self.eval(act, other) {
+                Value::Bool(c) => c,
+                _ => Cond::Unknown,
+            },
+        }
+    }
+
+    pub(super) fn if_else(&mut self, act: ActId, i: &'a syn::ExprIf, at: At) -> Value {
+        let before = self.acts[act].scopes.clone();
+        self.acts[act].scopes.push(HashMap::new());
+        let cond = self.condition(act, &i.cond);
+        match cond {
+            Cond::Known(false) => {
+                self.acts[act].scopes = before;
+                self.acts[act].facts.push((at.expr, Fact::Else));
+                return i
+                    .else_branch
+                    .as_ref()
+                    .map_or(Value::Unit, |(_, e)| self.eval(act, e));
+            }
+            Cond::Known(true) => {
+                self.acts[act].facts.push((at.expr, Fact::Then));
+                let value = self.block(act, &i.then_branch);
+                self.acts[act].scopes.pop();
+                return value;
+            }
+            _ => {}
+        }
+        self.assumed.push(cond.clone());
+        let then = self.block(act, &i.then_branch);
+        self.assumed.pop();
+        self.acts[act].scopes.pop();
+        let after_then = std::mem::replace(&mut self.acts[act].scopes, before);
+        let other = i
+            .else_branch
+            .as_ref()
+            .map_or(Value::Unit, |(_, e)| self.eval(act, e));
+        self.meet(
+            act,
+            then == Value::Never,
+            &after_then,
+            other == Value::Never,
+            &cond,
+            at,
+        );
+        self.join(then, other, &cond, at)
+    }
+
+    /// Merges the variables of two branches into the current ones (which are the second branch's).
+    fn meet(
+        &mut self,
+        act: ActId,
+        first_left: bool,
+        first: &Vars,
+        second_left: bool,
+        cond: &Cond,
+        at: At,
+    ) {
+        if second_left && !first_left {
+            self.acts[act].scopes.clone_from(first);
+        }
+        if first_left || second_left {
+            return;
+        }
+        for level in 0..self.acts[act].scopes.len().min(first.len()) {
+            let names: Vec<String> = self.acts[act].scopes[level].keys().cloned().collect();
+            for name in names {
+                let (Some(a), Some(b)) = (
+                    first[level].get(&name),
+                    self.acts[act].scopes[level].get(&name),
+                ) else {
+                    continue;
+                };
+                if a.value != b.value {
+                    let (a, b) = (a.value.clone(), b.value.clone());
+                    let value = self.join(a, b, cond, at);
+                    if let Some(slot) = self.acts[act].scopes[level].get_mut(&name) {
+                        slot.value = value;
+                    }
+                }
+            }
+        }
+    }
+
+    pub(super) fn match_arms(&mut self, act: ActId, m: &'a syn::ExprMatch, at: At) -> Value {
+        let value = self.eval(act, &m.expr);
+        let mut result: Option<Value> = None;
+        let before = self.acts[act].scopes.clone();
+        let mut merged: Option<Vars> = None;
+        for (k, arm) in m.arms.iter().enumerate() {
+            let matches = self.matches(&arm.pat, &value);
+            if matches == Cond::Known(false) {
+                continue;
+            }
+            let decided = matches == Cond::Known(true) && result.is_none();
+            if decided {
+                self.acts[act].facts.push((at.expr, Fact::Arm(k)));
+            }
+            self.acts[act].scopes.clone_from(&before);
+            self.acts[act].scopes.push(HashMap::new());
+            self.bind(act, &arm.pat, value.clone(), true);
+            let v = self.eval(act, &arm.body);
+            self.acts[act].scopes.pop();
+            let left = v == Value::Never;
+            if let Some(first) = merged.take() {
+                let all_left = result == Some(Value::Never);
+                self.meet(act, all_left, &first, left, &Cond::Unknown, at);
+            }
+            merged = Some(self.acts[act].scopes.clone());
+            result = Some(match result.take() {
+                None => v,
+                Some(r) => self.join(r, v, &Cond::Unknown, at),
+            });
+            if decided || matches == Cond::Known(true) {
+                break;
+            }
+        }
+        if let Some(vars) = merged {
+            self.acts[act].scopes = vars;
+        }
+        result.unwrap_or(Value::Opaque)
+    }
+
+    /// The value where two ways meet. `cond` holds on the way of `a`.
+    pub(super) fn join(&mut self, a: Value, b: Value, cond: &Cond, at: At) -> Value {
+        match (a, b) {
+            (a, b) if a == b => a,
+            (Value::Never, x) | (x, Value::Never) => x,
+            (Value::Tensor(a), Value::Tensor(b)) => {
+                Value::Tensor(self.join_tensors(a, b, cond, at))
+            }
+            (Value::Size(a), Value::Size(b)) => {
+                if *cond != Cond::Unknown
+                    && a.poly.as_constant().is_some()
+                    && b.poly.as_constant().is_some()
+                {
+                    return select(cond, Value::Size(a), Value::Size(b));
+                }
+                if self.atoms.anchored(&a.poly) || self.atoms.anchored(&b.poly) {
+                    let reason = Self::reason(
+                        "a size depends on a condition",
+                        "write the two cases as two functions",
+                    );
+                    return Value::Unknown(reason.into());
+                }
+                let poly = self.fresh_feature("size");
+                Value::Size(a.with(&b, poly))
+            }
+            (Value::Num(Some(a)), Value::Num(Some(b))) => {
+                if *cond == Cond::Unknown {
+                    Value::Num(None)
+                } else {
+                    select(cond, Value::Num(Some(a)), Value::Num(Some(b)))
+                }
+            }
+            (a @ (Value::Num(_) | Value::Select(..)), b @ (Value::Num(_) | Value::Select(..)))
+                if *cond != Cond::Unknown =>
+            {
+                select(cond, a, b)
+            }
+            (Value::Num(_) | Value::Select(..), Value::Num(_) | Value::Select(..)) => {
+                Value::Num(None)
+            }
+            (Value::Bool(a), Value::Bool(b)) => Value::Bool(join_conditions(cond, a, b)),
+            (Value::Tuple(a), Value::Tuple(b)) if a.len() == b.len() => Value::Tuple(
+                a.into_iter()
+                    .zip(b)
+                    .map(|(a, b)| self.join(a, b, cond, at))
+                    .collect(),
+            ),
+            (Value::Option(p, a), Value::Option(q, b)) => match (p, q) {
+                (Presence::None, Presence::None) => Value::Option(Presence::None, a),
+                (Presence::None, _) => Value::Option(Presence::Maybe, b),
+                (_, Presence::None) => Value::Option(Presence::Maybe, a),
+                _ => {
+                    let presence = if p == q { p } else { Presence::Maybe };
+                    Value::Option(presence, Box::new(self.join(*a, *b, cond, at)))
+                }
+            },
+            (Value::Unknown(r), _) | (_, Value::Unknown(r)) => Value::Unknown(r),
+            (Value::Tensor(n), _) | (_, Value::Tensor(n)) => Value::Tensor(n),
+            _ => Value::Opaque,
+        }
+    }
+
+    fn join_tensors(&mut self, a: NodeId, b: NodeId, cond: &Cond, at: At) -> NodeId {
+        // `if n == 1 { x } else { repeat(x, n) }` is the second, of which the first is the case n = 1.
+        if let Some((one, repeated)) = self.one_is_repeat(a, b, cond) {
+            let _ = one;
+            return repeated;
+        }
+        let shape = self.join_shapes(a, b);
+        let inputs = vec![
+            Input {
+                node: a,
+                expr: None,
+            },
+            Input {
+                node: b,
+                expr: None,
+            },
+        ];
+        self.node(Op::Phi { carried: false }, inputs, shape, at, "if")
+    }
+
+    fn one_is_repeat(&self, a: NodeId, b: NodeId, cond: &Cond) -> Option<(NodeId, NodeId)> {
+        let (factor, a, b) = match cond {
+            Cond::Compare(l, Cmp::Eq, r) if r.is_one() => (l, a, b),
+            Cond::Compare(l, Cmp::Ne | Cmp::Gt, r) if r.is_one() => (l, b, a),
+            _ => return None,
+        };
+        let (x, y) = (self.nodes[a].shape.known()?, self.nodes[b].shape.known()?);
+        let without: Vec<Dim> = y.iter().map(Dim::unrepeated).collect();
+        let repeats: Vec<_> = y.iter().flat_map(|d| &d.0).filter(|f| f.repeat).collect();
+        let only = repeats.len() == 1 && self.atoms.equal(&repeats[0].size, factor);
+        let base: Vec<Dim> = x.iter().map(Dim::unrepeated).collect();
+        (only && base == without && self.moves_only(b, a)).then_some((a, b))
+    }
+
+    /// Whether `to` is `from` moved about: reshaped, repeated, transposed.
+    fn moves_only(&self, mut to: NodeId, from: NodeId) -> bool {
+        while to != from {
+            let node = &self.nodes[to];
+            let moves = node
+                .row()
+                .is_some_and(|r| r.place == crate::ops::PlaceRule::Move);
+            match node.inputs.first() {
+                Some(input) if moves => to = input.node,
+                _ => return false,
+            }
+        }
+        true
+    }
+
+    fn join_shapes(&mut self, a: NodeId, b: NodeId) -> Shape {
+        match (self.nodes[a].shape.clone(), self.nodes[b].shape.clone()) {
+            (Shape::Known(x), Shape::Known(y)) if x.len() == y.len() => {
+                let same = x.iter().zip(&y).all(|(p, q)| {
+                    let (p, q) = (p.size(&self.atoms), q.size(&self.atoms));
+                    self.atoms.unify(&p, &q)
+                });
+                if same {
+                    Shape::Known(x)
+                } else {
+                    Shape::Either(vec![x, y])
+                }
+            }
+            (Shape::Known(x), Shape::Known(y)) => Shape::Either(vec![x, y]),
+            (Shape::Either(mut all), Shape::Known(x))
+            | (Shape::Known(x), Shape::Either(mut all)) => {
+                if !all.contains(&x) {
+                    all.push(x);
+                }
+                Shape::Either(all)
+            }
+            (Shape::Partial(_), Shape::Known(x)) | (Shape::Known(x), Shape::Partial(_)) => {
+                Shape::Known(x)
+            }
+            (Shape::Unknown(r), _) | (_, Shape::Unknown(r)) => Shape::Unknown(r),
+            (x, _) => x,
+        }
+    }
+
+    pub(super) fn for_loop(&mut self, act: ActId, f: &'a syn::ExprForLoop, at: At) -> Value {
+        let iter = self.eval(act, &f.expr);
+        let elem = self.element(iter);
+        let over_parts = has_object(&elem);
+        let before = self.carry_in(act, &f.body, at);
+        self.acts[act].scopes.push(HashMap::new());
+        self.bind(act, &f.pat, elem, true);
+        self.block(act, &f.body);
+        self.acts[act].scopes.pop();
+        let carried = self.carry_out(act, &before);
+        if over_parts {
+            self.acts[act].loops.push(Loop {
+                expr: at.expr,
+                carried,
+                span: at.span,
+            });
+        }
+        Value::Unit
+    }
+
+    pub(super) fn loop_body(&mut self, act: ActId, body: &'a syn::Block, at: At) {
+        let before = self.carry_in(act, body, at);
+        self.block(act, body);
+        self.carry_out(act, &before);
+    }
+
+    /// Gives every tensor that the body assigns to a node that stands for all rounds.
+    fn carry_in(&mut self, act: ActId, body: &syn::Block, at: At) -> Vec<(String, NodeId, NodeId)> {
+        let mut carried = Vec::new();
+        for name in number::assigned_locals(body) {
+            if carried.iter().any(|(n, _, _)| *n == name) {
+                continue;
+            }
+            if let Some(Value::Tensor(before)) = self.lookup(act, &name).map(|b| b.value) {
+                let shape = self.nodes[before].shape.clone();
+                let inputs = vec![Input {
+                    node: before,
+                    expr: None,
+                }];
+                let phi = self.node(Op::Phi { carried: true }, inputs, shape, at, &name);
+                self.assign(act, &name, Value::Tensor(phi));
+                carried.push((name, before, phi));
+            }
+        }
+        carried
+    }
+
+    fn carry_out(
+        &mut self,
+        act: ActId,
+        before: &[(String, NodeId, NodeId)],
+    ) -> Vec<(String, NodeId, NodeId)> {
+        let mut carried = Vec::new();
+        for (name, _, phi) in before {
+            let Some(Value::Tensor(after)) = self.lookup(act, name).map(|b| b.value) else {
+                continue;
+            };
+            if after == *phi {
+                continue;
+            }
+            self.nodes[*phi].inputs.push(Input {
+                node: after,
+                expr: None,
+            });
+            if let (Shape::Known(x), Shape::Known(y)) = (
+                self.nodes[*phi].shape.clone(),
+                self.nodes[after].shape.clone(),
+            ) {
+                let same = x.len() == y.len()
+                    && x.iter().zip(&y).all(|(p, q)| {
+                        let (p, q) = (p.size(&self.atoms), q.size(&self.atoms));
+                        self.atoms.unify(&p, &q)
+                    });
+                if !same {
+                    self.nodes[*phi].shape = Shape::Unknown(format!(
+                        "`{name}` changes its shape from round to round of a loop"
+                    ));
+                }
+            }
+            carried.push((name.clone(), *phi, after));
+        }
+        carried
+    }
+
+    /// What a loop over a value binds in each round.
+    pub(super) fn element(&mut self, iter: Value) -> Value {
+        match iter {
+            Value::List {
+                elems: Some(elems),
+                any,
+            } if elems.len() == 1 => elems.into_iter().next().unwrap_or(*any),
+            Value::List { any, .. } => *any,
+            Value::Range(..) => Value::Size(Size::of(self.fresh_feature("round"))),
+            _ => Value::Opaque,
+        }
+    }
+}
+
+fn has_object(value: &Value) -> bool {
+    match value {
+        Value::Object { .. } => true,
+        Value::Tuple(v) => v.iter().any(has_object),
+        _ => false,
+    }
+}
+
+fn select(cond: &Cond, a: Value, b: Value) -> Value {
+    Value::Select(Box::new(cond.clone()), Box::new(a), Box::new(b))
+}
+
+/// `if c { a } else { b }` for conditions.
+fn join_conditions(cond: &Cond, a: Cond, b: Cond) -> Cond {
+    match (a, b) {
+        (a, Cond::Known(false)) if *cond != Cond::Unknown => {
+            Cond::And(Box::new(cond.clone()), Box::new(a))
+        }
+        (Cond::Known(true), b) if *cond != Cond::Unknown => {
+            Cond::Or(Box::new(cond.clone()), Box::new(b))
+        }
+        _ => Cond::Unknown,
+    }
+}

@@ -1,0 +1,493 @@
+//! Expressions.
+
+use super::graph::{ActId, At};
+use super::size::Poly;
+use super::value::{Closure, Cmp, Cond, Presence, Size, Value};
+use super::{Fact, Role, STEPS, Trace};
+use crate::syntax::types::Ty;
+use crate::syntax::{number, text};
+
+impl<'a> Trace<'_, 'a> {
+    /// Evaluates an expression and keeps its value where a later room may ask for it.
+    pub(crate) fn eval(&mut self, act: ActId, e: &'a syn::Expr) -> Value {
+        self.steps += 1;
+        if self.steps > STEPS {
+            return Value::Opaque;
+        }
+        let at = self.at(act, e);
+        let value = self.eval_inner(act, e, at);
+        if at.expr != u32::MAX && !matches!(value, Value::Opaque | Value::Unit | Value::Closure(_))
+        {
+            self.acts[act].values.insert(at.expr, value.clone());
+        }
+        value
+    }
+
+    fn eval_inner(&mut self, act: ActId, e: &'a syn::Expr, at: At) -> Value {
+        match e {
+            syn::Expr::Path(p) => self.path(act, p, at),
+            syn::Expr::Lit(l) => literal(&l.lit),
+            syn::Expr::Paren(p) => self.eval(act, &p.expr),
+            syn::Expr::Group(g) => self.eval(act, &g.expr),
+            syn::Expr::Reference(r) => self.eval(act, &r.expr),
+            syn::Expr::Try(t) => self.eval(act, &t.expr),
+            syn::Expr::Unary(u) => self.unary(act, u, at),
+            syn::Expr::Binary(b) => self.binary(act, b, at),
+            syn::Expr::Tuple(t) => {
+                Value::Tuple(t.elems.iter().map(|e| self.eval(act, e)).collect())
+            }
+            syn::Expr::Array(a) => self.list(act, a.elems.iter(), at),
+            syn::Expr::Repeat(r) => {
+                let any = self.eval(act, &r.expr);
+                self.eval(act, &r.len);
+                Value::List {
+                    elems: None,
+                    any: Box::new(any),
+                }
+            }
+            syn::Expr::Cast(c) => self.cast(act, c, at),
+            syn::Expr::Field(f) => self.field(act, f, at),
+            syn::Expr::Index(i) => self.index(act, i, at),
+            syn::Expr::MethodCall(m) => self.method_call(act, m, at),
+            syn::Expr::Call(c) => self.call(act, c, at),
+            syn::Expr::Block(b) => self.block(act, &b.block),
+            syn::Expr::Unsafe(b) => self.block(act, &b.block),
+            syn::Expr::If(i) => self.if_else(act, i, at),
+            syn::Expr::Match(m) => self.match_arms(act, m, at),
+            syn::Expr::ForLoop(f) => self.for_loop(act, f, at),
+            syn::Expr::While(w) => {
+                self.eval(act, &w.cond);
+                self.loop_body(act, &w.body, at);
+                Value::Unit
+            }
+            syn::Expr::Loop(l) => {
+                self.loop_body(act, &l.body, at);
+                Value::Opaque
+            }
+            syn::Expr::Closure(_) => Value::Closure(Closure {
+                expr: at.expr,
+                env: self.acts[act].scopes.clone().into(),
+            }),
+            syn::Expr::Return(r) => {
+                let value = r.expr.as_ref().map_or(Value::Unit, |e| self.eval(act, e));
+                if value != Value::Never {
+                    self.acts[act].returns.push(value);
+                }
+                Value::Never
+            }
+            syn::Expr::Break(_) | syn::Expr::Continue(_) => Value::Never,
+            syn::Expr::Assign(a) => self.assignment(act, a, at),
+            syn::Expr::Range(r) => self.range(act, r),
+            syn::Expr::Struct(s) => {
+                for field in &s.fields {
+                    self.eval(act, &field.expr);
+                }
+                let path = s
+                    .path
+                    .segments
+                    .last()
+                    .map(|s| s.ident.to_string())
+                    .unwrap_or_default();
+                Value::Object {
+                    ty: Ty::Scope(path),
+                    path: text(s),
+                }
+            }
+            syn::Expr::Let(l) => {
+                let value = self.eval(act, &l.expr);
+                self.bind(act, &l.pat, value, true);
+                Value::Bool(Cond::Unknown)
+            }
+            syn::Expr::Macro(m) => self.macro_call(act, &m.mac, at),
+            _ => Value::Opaque,
+        }
+    }
+
+    fn path(&mut self, act: ActId, p: &'a syn::ExprPath, at: At) -> Value {
+        if let Some(ident) = p.path.get_ident() {
+            let name = ident.to_string();
+            if let Some(binding) = self.lookup(act, &name) {
+                return binding.value;
+            }
+            if name == "None" {
+                return Value::Option(Presence::None, Box::new(Value::Opaque));
+            }
+            if let Some(e) = self.scope.consts.get(&name).copied() {
+                return self.eval(act, e);
+            }
+        }
+        let last = p
+            .path
+            .segments
+            .last()
+            .map(|s| s.ident.to_string())
+            .unwrap_or_default();
+        match last.as_str() {
+            "Minus1" => Value::FromEnd(-1),
+            "Minus2" => Value::FromEnd(-2),
+            "NEG_INFINITY" => Value::Num(Some(f64::NEG_INFINITY)),
+            "INFINITY" => Value::Num(Some(f64::INFINITY)),
+            "MIN" => Value::Num(Some(f64::from(f32::MIN))),
+            _ => {
+                let owner = self.scope.functions[self.acts[act].function].owner.clone();
+                let _ = (owner, at);
+                Value::Opaque
+            }
+        }
+    }
+
+    fn unary(&mut self, act: ActId, u: &'a syn::ExprUnary, at: At) -> Value {
+        let value = self.eval(act, &u.expr);
+        match (&u.op, value) {
+            (syn::UnOp::Deref(_), value) => value,
+            (syn::UnOp::Not(_), Value::Bool(c)) => Value::Bool(not(c)),
+            (syn::UnOp::Neg(_), Value::Num(n)) => Value::Num(n.map(|n| -n)),
+            (syn::UnOp::Neg(_), Value::Size(s)) => Value::Size(Size {
+                poly: s.poly.neg(),
+                origins: s.origins,
+            }),
+            (syn::UnOp::Neg(_), Value::Tensor(n)) => self.operator(
+                act,
+                "neg",
+                &[(Value::Tensor(n), Some(&*u.expr))],
+                at,
+                &text(u),
+            ),
+            _ => Value::Opaque,
+        }
+    }
+
+    fn binary(&mut self, act: ActId, b: &'a syn::ExprBinary, at: At) -> Value {
+        let left = self.eval(act, &b.left);
+        if matches!(b.op, syn::BinOp::And(_) | syn::BinOp::Or(_)) {
+            let right = self.eval(act, &b.right);
+            let (Value::Bool(l), Value::Bool(r)) = (left, right) else {
+                return Value::Bool(Cond::Unknown);
+            };
+            let and = matches!(b.op, syn::BinOp::And(_));
+            return Value::Bool(match (and, l, r) {
+                (true, Cond::Known(false), _) | (true, _, Cond::Known(false)) => Cond::Known(false),
+                (false, Cond::Known(true), _) | (false, _, Cond::Known(true)) => Cond::Known(true),
+                (_, Cond::Known(_), other) | (_, other, Cond::Known(_)) => other,
+                (true, l, r) => Cond::And(Box::new(l), Box::new(r)),
+                (false, l, r) => Cond::Or(Box::new(l), Box::new(r)),
+            });
+        }
+        let right = self.eval(act, &b.right);
+        let assign = matches!(
+            b.op,
+            syn::BinOp::AddAssign(_)
+                | syn::BinOp::SubAssign(_)
+                | syn::BinOp::MulAssign(_)
+                | syn::BinOp::DivAssign(_)
+        );
+        let value = self.arithmetic(act, b, left, right, at);
+        if assign {
+            if let syn::Expr::Path(p) = &*b.left
+                && let Some(ident) = p.path.get_ident()
+            {
+                self.assign(act, &ident.to_string(), value);
+            }
+            return Value::Unit;
+        }
+        value
+    }
+
+    fn arithmetic(
+        &mut self,
+        act: ActId,
+        b: &'a syn::ExprBinary,
+        left: Value,
+        right: Value,
+        at: At,
+    ) -> Value {
+        use syn::BinOp::{
+            Add, AddAssign, Div, DivAssign, Eq, Ge, Gt, Le, Lt, Mul, MulAssign, Ne, Rem, Sub,
+            SubAssign,
+        };
+        if left.tensor().is_some() || matches!(right, Value::Tensor(_)) {
+            let name = match b.op {
+                Add(_) | AddAssign(_) => "add",
+                Sub(_) | SubAssign(_) => "sub",
+                Mul(_) | MulAssign(_) => "mul",
+                Div(_) | DivAssign(_) => "div",
+                // Comparing shapes
+                _ => return Value::Bool(Cond::Unknown),
+            };
+            if let Value::Size(s) = &right {
+                let at = self.at(act, &b.right);
+                self.use_size(at, s, Role::Valid);
+            }
+            return self.operator(
+                act,
+                name,
+                &[(left, Some(&b.left)), (right, Some(&b.right))],
+                at,
+                &text(b),
+            );
+        }
+        let compare = match b.op {
+            Eq(_) => Some(Cmp::Eq),
+            Ne(_) => Some(Cmp::Ne),
+            Lt(_) => Some(Cmp::Lt),
+            Le(_) => Some(Cmp::Le),
+            Gt(_) => Some(Cmp::Gt),
+            Ge(_) => Some(Cmp::Ge),
+            _ => None,
+        };
+        if let Some(cmp) = compare {
+            let (Value::Size(l), Value::Size(r)) = (&left, &right) else {
+                return Value::Bool(Cond::Unknown);
+            };
+            for (e, size) in [(&b.left, l), (&b.right, r)] {
+                let at = self.at(act, e);
+                self.use_size(at, size, Role::Valid);
+            }
+            return Value::Bool(self.compare(&l.poly, cmp, &r.poly));
+        }
+        match (left, right) {
+            (Value::Size(l), Value::Size(r)) => {
+                let poly = match b.op {
+                    Add(_) | AddAssign(_) => l.poly.add(&r.poly),
+                    Sub(_) | SubAssign(_) => l.poly.sub(&r.poly),
+                    Mul(_) | MulAssign(_) => self.atoms.mul(&l.poly, &r.poly),
+                    Div(_) | DivAssign(_) => self.atoms.div(&l.poly, &r.poly),
+                    Rem(_) if self.atoms.anchored(&l.poly) || self.atoms.anchored(&r.poly) => {
+                        self.use_size(at, &l, Role::Unclassified(text(b)));
+                        self.fresh_feature("remainder")
+                    }
+                    _ => self.fresh_feature("size"),
+                };
+                Value::Size(l.with(&r, poly))
+            }
+            (Value::Num(l), Value::Num(r)) => Value::Num(l.zip(r).and_then(|(l, r)| match b.op {
+                Add(_) => Some(l + r),
+                Sub(_) => Some(l - r),
+                Mul(_) => Some(l * r),
+                Div(_) => Some(l / r),
+                _ => None,
+            })),
+            (Value::Num(_), _) | (_, Value::Num(_)) => Value::Num(None),
+            _ => Value::Opaque,
+        }
+    }
+
+    fn compare(&self, l: &Poly, cmp: Cmp, r: &Poly) -> Cond {
+        let (l, r) = (self.atoms.normal(l), self.atoms.normal(r));
+        if let Some(d) = l.sub(&r).as_constant() {
+            return Cond::Known(match cmp {
+                Cmp::Lt => d < 0,
+                Cmp::Le => d <= 0,
+                Cmp::Gt => d > 0,
+                Cmp::Ge => d >= 0,
+                Cmp::Eq => d == 0,
+                Cmp::Ne => d != 0,
+            });
+        }
+        Cond::Compare(l, cmp, r)
+    }
+
+    fn cast(&mut self, act: ActId, c: &'a syn::ExprCast, _at: At) -> Value {
+        let value = self.eval(act, &c.expr);
+        let float = matches!(self.scope.ty(&c.ty, None), Ty::Float);
+        match value {
+            Value::Size(s) if float => {
+                let at = self.at(act, &c.expr);
+                self.use_size(at, &s, Role::Valid);
+                Value::Num(s.poly.as_constant().map(|v| v as f64))
+            }
+            Value::Bool(cond) if !float => Value::from_bool(cond),
+            other => other,
+        }
+    }
+
+    fn field(&mut self, act: ActId, f: &'a syn::ExprField, at: At) -> Value {
+        let base = self.eval(act, &f.base);
+        let name = match &f.member {
+            syn::Member::Named(n) => n.to_string(),
+            syn::Member::Unnamed(i) => i.index.to_string(),
+        };
+        match base {
+            Value::Object {
+                ty: Ty::Scope(ty),
+                path,
+            } => {
+                let declared = match self.scope.types.get(&ty) {
+                    Some(crate::syntax::TypeDef::Struct(fields)) => fields.get(&name).cloned(),
+                    _ => None,
+                };
+                let Some(declared) = declared else {
+                    return Value::Opaque;
+                };
+                let path = format!("{path}.{name}");
+                if self.scope.written.contains(&name) && declared.holds_tensor() {
+                    return self.stored(&declared, &path, at);
+                }
+                self.of_type(&declared, &path, at)
+            }
+            Value::Tuple(values) => f_index(&f.member)
+                .and_then(|i| values.get(i).cloned())
+                .unwrap_or(Value::Opaque),
+            Value::Unknown(r) => Value::Unknown(r),
+            _ => Value::Opaque,
+        }
+    }
+
+    /// A field that the model writes to between calls: empty, as it is before the first call.
+    fn stored(&mut self, ty: &Ty, path: &str, at: At) -> Value {
+        match ty {
+            Ty::Option(_) => Value::Option(Presence::None, Box::new(Value::Opaque)),
+            Ty::Map(_) => Value::EmptyStore,
+            Ty::List(inner) => {
+                let any = self.stored(inner, path, at);
+                Value::List {
+                    elems: None,
+                    any: Box::new(any),
+                }
+            }
+            Ty::Tensor => {
+                let reason = Self::reason(
+                    format!("`{path}` is written while the model runs, so that one call depends on another"),
+                    "keep what is carried between calls in an `Option`, which is `None` while training".to_string(),
+                );
+                let node = self.unknown(reason, Vec::new(), at, path);
+                Value::Tensor(node)
+            }
+            other => self.of_type(other, path, at),
+        }
+    }
+
+    fn index(&mut self, act: ActId, i: &'a syn::ExprIndex, at: At) -> Value {
+        let base = self.eval(act, &i.expr);
+        let index = self.eval(act, &i.index);
+        match (base, index) {
+            (
+                Value::List {
+                    elems: Some(elems),
+                    any,
+                },
+                Value::Size(s),
+            ) => s
+                .poly
+                .as_constant()
+                .and_then(|k| elems.get(k as usize).cloned())
+                .unwrap_or(*any),
+            (Value::List { elems: None, any }, _) => *any,
+            (Value::ShapeOf(node), Value::Size(s)) => match s.poly.as_constant() {
+                Some(k) => self.dim_of(node, k, at),
+                None => Value::Opaque,
+            },
+            _ => Value::Opaque,
+        }
+    }
+
+    fn assignment(&mut self, act: ActId, a: &'a syn::ExprAssign, at: At) -> Value {
+        let value = self.eval(act, &a.right);
+        if let syn::Expr::Path(p) = &*a.left
+            && let Some(ident) = p.path.get_ident()
+        {
+            self.assign(act, &ident.to_string(), value);
+            return Value::Unit;
+        }
+        if let Some(field) = number::place_field(&a.left) {
+            let mut tensors = Vec::new();
+            value.tensors(&mut tensors);
+            if self.scope.written.contains(&field)
+                && (!tensors.is_empty() || matches!(value, Value::Option(..)))
+            {
+                self.acts[act].facts.push((at.expr, Fact::Write));
+            }
+        }
+        Value::Unit
+    }
+
+    fn range(&mut self, act: ActId, r: &'a syn::ExprRange) -> Value {
+        let bound = |this: &mut Self, e: Option<&'a syn::Expr>| -> Option<Size> {
+            match e.map(|e| this.eval(act, e)) {
+                Some(Value::Size(s)) => Some(s),
+                _ => None,
+            }
+        };
+        let start = bound(self, r.start.as_deref());
+        let end = bound(self, r.end.as_deref());
+        match (&r.start, &r.end, start, end) {
+            (None, None, _, _) => Value::Tuple(Vec::new()),
+            (Some(_), Some(end_expr), Some(start), Some(end))
+                if matches!(r.limits, syn::RangeLimits::HalfOpen(_)) =>
+            {
+                let at = self.at(act, end_expr);
+                Value::Range(Box::new(start), Box::new(end), at.expr)
+            }
+            (None, Some(end_expr), _, Some(end)) => {
+                let at = self.at(act, end_expr);
+                Value::Range(Box::new(Size::constant(0)), Box::new(end), at.expr)
+            }
+            _ => Value::Opaque,
+        }
+    }
+
+    pub(super) fn list(
+        &mut self,
+        act: ActId,
+        elems: impl Iterator<Item = &'a syn::Expr>,
+        at: At,
+    ) -> Value {
+        let values: Vec<Value> = elems.map(|e| self.eval(act, e)).collect();
+        let mut any = values.first().cloned().unwrap_or(Value::Opaque);
+        if !values.iter().all(|v| *v == any) && !values.iter().any(|v| v.tensor().is_some()) {
+            any = values
+                .iter()
+                .skip(1)
+                .fold(any, |acc, v| self.join(acc, v.clone(), &Cond::Unknown, at));
+        }
+        Value::List {
+            elems: Some(values),
+            any: Box::new(any),
+        }
+    }
+
+    fn macro_call(&mut self, act: ActId, mac: &'a syn::Macro, _at: At) -> Value {
+        let name = mac
+            .path
+            .segments
+            .last()
+            .map(|s| s.ident.to_string())
+            .unwrap_or_default();
+        let _ = act;
+        match name.as_str() {
+            "bail" | "panic" | "unreachable" | "unimplemented" | "todo" => Value::Never,
+            _ => Value::Opaque,
+        }
+    }
+}
+
+pub(super) fn not(c: Cond) -> Cond {
+    match c {
+        Cond::Known(b) => Cond::Known(!b),
+        Cond::Not(inner) => *inner,
+        Cond::Unknown => Cond::Unknown,
+        other => Cond::Not(Box::new(other)),
+    }
+}
+
+fn f_index(member: &syn::Member) -> Option<usize> {
+    if let syn::Member::Unnamed(i) = member {
+        Some(i.index as usize)
+    } else {
+        None
+    }
+}
+
+fn literal(lit: &syn::Lit) -> Value {
+    match lit {
+        syn::Lit::Int(i) if matches!(i.suffix(), "f32" | "f64") => {
+            Value::Num(i.base10_digits().parse().ok())
+        }
+        syn::Lit::Int(i) => i
+            .base10_parse::<i64>()
+            .map_or(Value::Opaque, |v| Value::Size(Size::constant(v))),
+        syn::Lit::Float(f) => Value::Num(f.base10_parse().ok()),
+        syn::Lit::Bool(b) => Value::Bool(Cond::Known(b.value)),
+        _ => Value::Opaque,
+    }
+}

@@ -1,0 +1,471 @@
+//! The second room: interprets the global program, as if on one device, and writes its dataflow graph.
+//!
+//! Every function of the scope that a root reaches is evaluated on symbolic values, call by call. Nothing is decided here:
+//! what cannot be followed becomes a value that carries its reason, and later rooms report it only if it matters.
+
+mod apply;
+mod builtin;
+mod call;
+mod control;
+mod eval;
+pub(crate) mod graph;
+mod pattern;
+pub(crate) mod shape;
+mod shapes;
+pub(crate) mod size;
+pub(crate) mod value;
+
+use std::collections::HashMap;
+use std::rc::Rc;
+
+use autosp_plan::codes;
+use proc_macro2::Span;
+
+use crate::ops::Table;
+use crate::syntax::Scope;
+use crate::syntax::types::Ty;
+use graph::{ActId, At, Input, Node, NodeId, Op, Reason};
+use shape::{Dim, Shape};
+use size::{AtomKind, Atoms, Poly};
+use value::{Binding, Presence, Size, Value};
+
+/// Calls nested deeper than this are not followed (models stay below ten).
+const DEPTH: usize = 32;
+/// Expressions evaluated in one trace; more means a program that this interpreter was not made for.
+const STEPS: usize = 200_000;
+
+/// How one function was evaluated once.
+pub(crate) struct Act {
+    pub(crate) function: usize,
+    /// The activation and the expression of the call.
+    pub(crate) parent: Option<(ActId, u32)>,
+    pub(crate) params: Vec<(String, Value)>,
+    pub(crate) result: Value,
+    /// Values of the expressions, where they matter to later rooms.
+    pub(crate) values: HashMap<u32, Value>,
+    /// What was found out about control flow.
+    pub(crate) facts: Vec<(u32, Fact)>,
+    /// Calls into the scope: expression of the call to activation.
+    pub(crate) calls: Vec<(u32, ActId)>,
+    /// Loops over the model's parts.
+    pub(crate) loops: Vec<Loop>,
+    scopes: Vec<HashMap<String, Binding>>,
+    returns: Vec<Value>,
+}
+
+/// A branch that the trace could decide, or a write to what is kept between calls.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Fact {
+    /// The `if` always takes its first branch.
+    Then,
+    /// The `if` never takes its first branch.
+    Else,
+    /// The `match` always takes this arm.
+    Arm(usize),
+    /// The statement writes to a cache or memo, which a sharded scope does not keep.
+    Write,
+}
+
+/// A `for` over a list of the model's parts.
+#[derive(Debug, Clone)]
+pub(crate) struct Loop {
+    pub(crate) expr: u32,
+    /// Tensors carried round the loop: variable, before, after.
+    pub(crate) carried: Vec<(String, NodeId, NodeId)>,
+    pub(crate) span: Span,
+}
+
+/// A use of a size, to be classified when placements are known.
+#[derive(Debug, Clone)]
+pub(crate) struct SizeUse {
+    pub(crate) act: ActId,
+    pub(crate) expr: u32,
+    pub(crate) size: Size,
+    pub(crate) role: Role,
+    pub(crate) span: Span,
+}
+
+/// What a size is used for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Role {
+    /// A size of this tensor.
+    SizeOf(NodeId),
+    /// A comparison, a float, an index, a range, host data.
+    Valid,
+    /// Passed to something unknown.
+    Unclassified(String),
+}
+
+/// The outcome of a trace.
+pub(crate) struct Trace<'s, 'a> {
+    pub(crate) scope: &'s Scope<'a>,
+    pub(crate) atoms: Atoms,
+    pub(crate) nodes: Vec<Node>,
+    pub(crate) acts: Vec<Act>,
+    pub(crate) sizes: Vec<SizeUse>,
+    /// Integer parameters of the root that are offsets into a cache.
+    pub(crate) offsets: Vec<String>,
+    table: &'static Table,
+    fields: HashMap<String, NodeId>,
+    depth: usize,
+    steps: usize,
+    fresh: u32,
+    /// Conditions that hold where evaluation is.
+    assumed: Vec<value::Cond>,
+}
+
+impl<'s, 'a> Trace<'s, 'a> {
+    /// Evaluates a root function on its own parameters.
+    pub(crate) fn run(scope: &'s Scope<'a>, table: &'static Table, root: usize) -> Self {
+        let mut trace = Self {
+            scope,
+            atoms: Atoms::default(),
+            nodes: Vec::new(),
+            acts: Vec::new(),
+            sizes: Vec::new(),
+            offsets: Vec::new(),
+            table,
+            fields: HashMap::new(),
+            depth: 0,
+            steps: 0,
+            fresh: 0,
+            assumed: Vec::new(),
+        };
+        let function = &scope.functions[root];
+        let at = At {
+            act: 0,
+            expr: u32::MAX,
+            span: function.sig.ident.span(),
+        };
+        let mut params = Vec::new();
+        for input in &function.sig.inputs {
+            match input {
+                syn::FnArg::Receiver(_) => {
+                    let ty = Ty::Scope(function.owner.clone().unwrap_or_default());
+                    params.push((
+                        "self".to_string(),
+                        Value::Object {
+                            ty,
+                            path: "self".into(),
+                        },
+                        true,
+                    ));
+                }
+                syn::FnArg::Typed(t) => {
+                    let name = param_name(&t.pat);
+                    let ty = scope.ty(&t.ty, function.owner.as_deref());
+                    let value = trace.root_param(&ty, &name, at);
+                    params.push((name, value, matches!(&*t.ty, syn::Type::Reference(_))));
+                }
+            }
+        }
+        trace.activate(root, None, params);
+        trace
+    }
+
+    fn root_param(&mut self, ty: &Ty, name: &str, at: At) -> Value {
+        match ty {
+            Ty::Tensor => {
+                let shape = Shape::Partial(Vec::new());
+                Value::Tensor(self.node(Op::Param(name.to_string()), Vec::new(), shape, at, name))
+            }
+            Ty::Int => {
+                let atom = self.atoms.intern(AtomKind::Param(name.to_string()));
+                Value::Size(Size::of(Poly::atom(atom)))
+            }
+            Ty::Option(inner) => {
+                Value::Option(Presence::Maybe, Box::new(self.root_param(inner, name, at)))
+            }
+            other => self.of_type(other, name, at),
+        }
+    }
+
+    /// A value of a declared type, found at a path.
+    pub(crate) fn of_type(&mut self, ty: &Ty, path: &str, at: At) -> Value {
+        match ty {
+            Ty::Tensor => {
+                let known = self.fields.get(path).copied();
+                let node = known.unwrap_or_else(|| {
+                    let node =
+                        self.node(Op::Field, Vec::new(), Shape::Partial(Vec::new()), at, path);
+                    self.fields.insert(path.to_string(), node);
+                    node
+                });
+                Value::Tensor(node)
+            }
+            Ty::Int => {
+                let atom = self.atoms.intern(AtomKind::Feature(path.to_string()));
+                Value::Size(Size::of(Poly::atom(atom)))
+            }
+            Ty::Float => Value::Num(None),
+            Ty::Bool => Value::Bool(value::Cond::Unknown),
+            Ty::Scope(_) | Ty::Lib(_) => Value::Object {
+                ty: ty.clone(),
+                path: path.to_string(),
+            },
+            Ty::Option(inner) => {
+                Value::Option(Presence::Maybe, Box::new(self.of_type(inner, path, at)))
+            }
+            Ty::List(inner) => {
+                let any = self.of_type(inner, &format!("{path}[_]"), at);
+                Value::List {
+                    elems: None,
+                    any: Box::new(any),
+                }
+            }
+            Ty::Tuple(tys) => Value::Tuple(
+                tys.iter()
+                    .enumerate()
+                    .map(|(i, t)| self.of_type(t, &format!("{path}.{i}"), at))
+                    .collect(),
+            ),
+            Ty::Map(_) | Ty::Other => Value::Opaque,
+        }
+    }
+
+    pub(crate) fn node(
+        &mut self,
+        op: Op,
+        inputs: Vec<Input>,
+        shape: Shape,
+        at: At,
+        text: &str,
+    ) -> NodeId {
+        self.nodes.push(Node {
+            op,
+            inputs,
+            shape,
+            at,
+            touches: Vec::new(),
+            text: text.to_string(),
+            sizes_read: false,
+        });
+        self.nodes.len() - 1
+    }
+
+    /// A tensor that could not be followed.
+    fn unknown(&mut self, reason: Reason, inputs: Vec<Input>, at: At, text: &str) -> NodeId {
+        let message = reason.message.clone();
+        self.node(
+            Op::Unknown(Rc::new(reason)),
+            inputs,
+            Shape::Unknown(message),
+            at,
+            text,
+        )
+    }
+
+    /// A width that nothing is known of but its place.
+    fn feature(&mut self, name: String) -> Poly {
+        Poly::atom(self.atoms.intern(AtomKind::Feature(name)))
+    }
+
+    fn fresh_feature(&mut self, what: &str) -> Poly {
+        self.fresh += 1;
+        let name = format!("{what}#{}", self.fresh);
+        self.feature(name)
+    }
+
+    /// Evaluates a function; `params` are name, value and whether the parameter is a reference.
+    fn activate(
+        &mut self,
+        function: usize,
+        parent: Option<(ActId, u32)>,
+        params: Vec<(String, Value, bool)>,
+    ) -> Value {
+        let act = self.acts.len();
+        let f = &self.scope.functions[function];
+        let mut vars = HashMap::new();
+        for (name, value, by_ref) in &params {
+            vars.insert(
+                name.clone(),
+                Binding {
+                    value: value.clone(),
+                    by_ref: *by_ref,
+                },
+            );
+        }
+        self.acts.push(Act {
+            function,
+            parent,
+            params: params.into_iter().map(|(n, v, _)| (n, v)).collect(),
+            result: Value::Unit,
+            values: HashMap::new(),
+            facts: Vec::new(),
+            calls: Vec::new(),
+            loops: Vec::new(),
+            scopes: vec![vars],
+            returns: Vec::new(),
+        });
+        if let Some((caller, expr)) = parent {
+            self.acts[caller].calls.push((expr, act));
+        }
+        // Destructured parameters, `(q, k): (&Tensor, &Tensor)`.
+        for input in &f.sig.inputs {
+            if let syn::FnArg::Typed(t) = input
+                && !matches!(&*t.pat, syn::Pat::Ident(_))
+            {
+                let value = self
+                    .lookup(act, &param_name(&t.pat))
+                    .map_or(Value::Opaque, |b| b.value);
+                self.bind(act, &t.pat, value, true);
+            }
+        }
+        self.depth += 1;
+        let tail = if self.depth > DEPTH {
+            Value::Opaque
+        } else {
+            self.block(act, f.block)
+        };
+        self.depth -= 1;
+        let mut result = tail;
+        for value in std::mem::take(&mut self.acts[act].returns) {
+            let at = At {
+                act,
+                expr: u32::MAX,
+                span: f.sig.ident.span(),
+            };
+            result = self.join(result, value, &value::Cond::Unknown, at);
+        }
+        self.acts[act].result = result.clone();
+        result
+    }
+
+    pub(crate) fn lookup(&self, act: ActId, name: &str) -> Option<Binding> {
+        self.acts[act]
+            .scopes
+            .iter()
+            .rev()
+            .find_map(|s| s.get(name))
+            .cloned()
+    }
+
+    fn declare(&mut self, act: ActId, name: &str, value: Value, by_ref: bool) {
+        if let Some(scope) = self.acts[act].scopes.last_mut() {
+            scope.insert(name.to_string(), Binding { value, by_ref });
+        }
+    }
+
+    fn assign(&mut self, act: ActId, name: &str, value: Value) {
+        if let Some(binding) = self.acts[act]
+            .scopes
+            .iter_mut()
+            .rev()
+            .find_map(|s| s.get_mut(name))
+        {
+            binding.value = value;
+        }
+    }
+
+    fn at(&self, act: ActId, e: &syn::Expr) -> At {
+        let f = &self.scope.functions[self.acts[act].function];
+        At {
+            act,
+            expr: f.numbers.id(e),
+            span: crate::syntax::span(e),
+        }
+    }
+
+    /// Records a use of a size; sizes without a batch or sequence dimension need no class.
+    fn use_size(&mut self, at: At, size: &Size, role: Role) {
+        if self.atoms.anchored(&size.poly) {
+            self.sizes.push(SizeUse {
+                act: at.act,
+                expr: at.expr,
+                size: size.clone(),
+                role,
+                span: at.span,
+            });
+        }
+    }
+
+    /// A size as a dimension: offsets into a cache are dropped and remembered.
+    fn dimension(&mut self, size: &Size) -> Poly {
+        let atoms = &self.atoms;
+        if atoms.anchored(&size.poly) {
+            atoms.without_offsets(&size.poly, &mut self.offsets)
+        } else {
+            size.poly.clone()
+        }
+    }
+
+    /// The dimensions of a tensor, once its rank is known from a use such as `dims3()`.
+    pub(crate) fn with_rank(&mut self, node: NodeId, rank: usize) -> Option<Vec<Dim>> {
+        match &self.nodes[node].shape {
+            Shape::Known(dims) => return (dims.len() == rank).then(|| dims.clone()),
+            Shape::Either(all) => return all.iter().find(|d| d.len() == rank).cloned(),
+            Shape::Unknown(_) => return None,
+            Shape::Partial(_) => {}
+        }
+        let Shape::Partial(known) = self.nodes[node].shape.clone() else {
+            return None;
+        };
+        let op = self.nodes[node].op.clone();
+        let source = self.nodes[node].inputs.first().map(|i| i.node);
+        let mut dims: Vec<Dim> = match (&op, source) {
+            (Op::Param(name), _) => (0..rank)
+                .map(|d| {
+                    Dim::of(Poly::atom(
+                        self.atoms.intern(AtomKind::Dim(name.clone(), d)),
+                    ))
+                })
+                .collect(),
+            (Op::Row(row), Some(source))
+                if row.shape == crate::ops::ShapeRule::Embedding && rank > 0 =>
+            {
+                let mut dims = self.with_rank(source, rank - 1)?;
+                dims.push(Dim::of(
+                    self.feature(format!("{}.width", self.nodes[node].text.clone())),
+                ));
+                dims
+            }
+            (Op::Row(row), Some(source))
+                if row.shape == crate::ops::ShapeRule::Linear && rank > 0 =>
+            {
+                let mut dims = self.with_rank(source, rank)?;
+                dims[rank - 1] =
+                    Dim::of(self.feature(format!("{}.out", self.nodes[node].text.clone())));
+                dims
+            }
+            (Op::Row(row), Some(source))
+                if matches!(
+                    row.shape,
+                    crate::ops::ShapeRule::Same | crate::ops::ShapeRule::Broadcast
+                ) =>
+            {
+                self.with_rank(source, rank)?
+            }
+            (Op::Phi { .. }, Some(source)) => self.with_rank(source, rank)?,
+            _ => (0..rank)
+                .map(|d| {
+                    Dim::of(self.feature(format!("{}.dim({d})", self.nodes[node].text.clone())))
+                })
+                .collect(),
+        };
+        for (d, dim) in known {
+            if let Some(slot) = dims.get_mut(d) {
+                *slot = dim;
+            }
+        }
+        self.nodes[node].shape = Shape::Known(dims.clone());
+        Some(dims)
+    }
+
+    /// A reason with the code for what the analysis cannot follow.
+    fn reason(message: impl Into<String>, help: impl Into<String>) -> Reason {
+        Reason {
+            code: codes::NOT_FOLLOWED,
+            message: message.into(),
+            help: help.into(),
+        }
+    }
+}
+
+/// The name of a parameter; a pattern has one that no program can write.
+pub(crate) fn param_name(pat: &syn::Pat) -> String {
+    match pat {
+        syn::Pat::Ident(i) => i.ident.to_string(),
+        syn::Pat::Wild(_) => "_".into(),
+        other => format!("({})", crate::syntax::text(other)),
+    }
+}

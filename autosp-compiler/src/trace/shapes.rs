@@ -1,0 +1,537 @@
+//! The shape rules: one function for each [`ShapeRule`].
+
+use super::Role;
+use super::Trace;
+use super::apply::resolve;
+use super::builtin::dim_argument;
+use super::call::Arg;
+use super::graph::{At, NodeId, Reason};
+use super::shape::{self, Dim, Shape, Target};
+use super::size::Poly;
+use super::value::Value;
+use crate::ops::{Row, ShapeRule};
+
+/// A shape and the `(input, dimension)` pairs along which the operation computes.
+type Ruled = Result<(Shape, Vec<(usize, usize)>), Reason>;
+
+impl<'a> Trace<'_, 'a> {
+    /// The shape of a node from its row, its inputs and the arguments as they were given.
+    pub(super) fn shape_rule(
+        &mut self,
+        row: &'static Row,
+        node: NodeId,
+        args: &[Arg<'a>],
+        at: At,
+    ) -> Ruled {
+        let inputs: Vec<NodeId> = self.nodes[node].inputs.iter().map(|i| i.node).collect();
+        let what = self.nodes[node].text.clone();
+        let first = inputs.first().map(|n| self.nodes[*n].shape.clone());
+        let plain = |shape: Shape| Ok((shape, Vec::new()));
+        match (row.shape, first) {
+            (ShapeRule::Scalar, _) => plain(Shape::Known(Vec::new())),
+            (ShapeRule::Filled, _) => match args.first().and_then(|a| self.sizes(a, at)) {
+                Some(given) => {
+                    let dims = self.filled(node, &given);
+                    plain(Shape::Known(dims))
+                }
+                None => plain(Shape::Partial(Vec::new())),
+            },
+            (ShapeRule::FromHost, _) => match args.get(1).and_then(|a| self.sizes(a, at)) {
+                Some(given) => {
+                    let dims = self.filled(node, &given);
+                    plain(Shape::Known(dims))
+                }
+                None => plain(Shape::Partial(Vec::new())),
+            },
+            (ShapeRule::Arange, _) => self.arange(args, at),
+            (ShapeRule::Opaque, _) | (_, None) => plain(Shape::Partial(Vec::new())),
+            (ShapeRule::Broadcast, Some(first)) => self.broadcast_rule(&inputs, first, &what),
+            (ShapeRule::Select, Some(_)) => {
+                // The condition, then the two alternatives.
+                let mut shape = self.nodes[inputs[0]].shape.clone();
+                for other in &inputs[1..] {
+                    let pair = [inputs[0], *other];
+                    shape = self.broadcast_rule(&pair, shape, &what)?.0;
+                }
+                plain(shape)
+            }
+            (ShapeRule::Matmul, Some(first)) => self.matmul(&inputs, first, &what),
+            (rule, Some(Shape::Either(all))) => {
+                self.each_alternative(rule, &inputs, all, args, at, &what)
+            }
+            (_, Some(Shape::Unknown(r))) => plain(Shape::Unknown(r)),
+            (ShapeRule::Same, Some(shape)) => plain(shape),
+            (ShapeRule::Linear | ShapeRule::Embedding, Some(Shape::Partial(_))) => {
+                plain(Shape::Partial(Vec::new()))
+            }
+            (ShapeRule::Narrow, Some(Shape::Partial(known))) => {
+                let (d, len) = (
+                    args.get(1).and_then(|a| dim_argument(&a.0)),
+                    args.get(3).map(|a| a.0.clone()),
+                );
+                let mut known: Vec<(usize, Dim)> = known;
+                if let (Some(Ok(d)), Some(Value::Size(len))) = (d.map(usize::try_from), len) {
+                    if let Some(e) = args[3].1 {
+                        let at = self.at(at.act, e);
+                        self.use_size(at, &len, Role::SizeOf(node));
+                    }
+                    if let Some((Value::Size(start), _)) = args.get(2) {
+                        self.starts_at_zero(&start.clone(), &len);
+                    }
+                    let poly = self.dimension(&len);
+                    known.retain(|(k, _)| *k != d);
+                    known.push((d, Dim::of(poly)));
+                }
+                plain(Shape::Partial(known))
+            }
+            (ShapeRule::Reshape | ShapeRule::Expand, Some(Shape::Partial(_))) => {
+                match args.get(1).and_then(|a| self.sizes(a, at)) {
+                    Some(given) if given.iter().all(|g| matches!(g.target, Target::Size(_))) => {
+                        let dims = self.filled(node, &given);
+                        plain(Shape::Known(dims))
+                    }
+                    _ => plain(Shape::Partial(Vec::new())),
+                }
+            }
+            (_, Some(Shape::Partial(_))) => plain(Shape::Partial(Vec::new())),
+            (rule, Some(Shape::Known(dims))) => {
+                self.known(rule, node, &inputs, dims, args, at, &what)
+            }
+        }
+    }
+
+    /// Rules that work on the last dimension alone hold for either of two shapes.
+    fn each_alternative(
+        &mut self,
+        rule: ShapeRule,
+        inputs: &[NodeId],
+        all: Vec<Vec<Dim>>,
+        args: &[Arg<'a>],
+        at: At,
+        what: &str,
+    ) -> Ruled {
+        match rule {
+            ShapeRule::Same => Ok((Shape::Either(all), Vec::new())),
+            ShapeRule::Linear | ShapeRule::AlongLast => {
+                let mut out = Vec::new();
+                for dims in all {
+                    let (shape, _) = self.known(rule, inputs[0], inputs, dims, args, at, what)?;
+                    if let Shape::Known(dims) = shape {
+                        out.push(dims);
+                    }
+                }
+                Ok((Shape::Either(out), Vec::new()))
+            }
+            _ => Ok((
+                Shape::Unknown(format!(
+                    "the shape of the operand of `{what}` depends on a condition"
+                )),
+                Vec::new(),
+            )),
+        }
+    }
+
+    fn arange(&mut self, args: &[Arg<'a>], at: At) -> Ruled {
+        let (Some((Value::Size(start), _)), Some((Value::Size(end), e))) =
+            (args.first(), args.get(1))
+        else {
+            return Ok((Shape::Partial(Vec::new()), Vec::new()));
+        };
+        let (start, end) = (start.clone(), end.clone());
+        if let Some(e) = e {
+            let at = self.at(at.act, e);
+            self.use_size(at, &end, Role::Valid);
+        }
+        let len = self.dimension(&end.with(&start, end.poly.sub(&start.poly)));
+        Ok((Shape::Known(vec![Dim::of(len)]), Vec::new()))
+    }
+
+    fn broadcast_rule(&mut self, inputs: &[NodeId], first: Shape, what: &str) -> Ruled {
+        let Some(second) = inputs.get(1) else {
+            return Ok((first, Vec::new()));
+        };
+        let second = self.nodes[*second].shape.clone();
+        let shape = match (first, second) {
+            (Shape::Known(a), Shape::Known(b)) => match shape::broadcast(&mut self.atoms, &a, &b) {
+                Ok(dims) => Shape::Known(dims),
+                Err(why) => {
+                    let shapes = format!(
+                        "{} and {}",
+                        shape::show(&self.atoms, &a),
+                        shape::show(&self.atoms, &b)
+                    );
+                    return Err(Self::misfit(
+                        format!("the operands of `{what}` do not fit: {why} ({shapes})"),
+                        "check the transposes before it",
+                    ));
+                }
+            },
+            (Shape::Unknown(r), _) | (_, Shape::Unknown(r)) => Shape::Unknown(r),
+            (Shape::Known(a), _) | (_, Shape::Known(a)) => Shape::Known(a),
+            (Shape::Either(a), _) | (_, Shape::Either(a)) => Shape::Either(a),
+            (a, _) => a,
+        };
+        Ok((shape, Vec::new()))
+    }
+
+    fn matmul(&mut self, inputs: &[NodeId], first: Shape, what: &str) -> Ruled {
+        let second = inputs
+            .get(1)
+            .map_or(Shape::Partial(Vec::new()), |n| self.nodes[*n].shape.clone());
+        let (a, b) = match (first, second) {
+            (Shape::Known(a), Shape::Known(b)) => (a, b),
+            (Shape::Unknown(r), _) | (_, Shape::Unknown(r)) => {
+                return Ok((Shape::Unknown(r), Vec::new()));
+            }
+            (Shape::Known(mut a), Shape::Partial(_)) if !a.is_empty() => {
+                // A weight whose sizes nobody reads
+                let last = a.len() - 1;
+                a[last] = Dim::of(self.feature(format!("({what}).out")));
+                return Ok((Shape::Known(a), vec![(0, last)]));
+            }
+            _ => return Ok((Shape::Partial(Vec::new()), Vec::new())),
+        };
+        if a.len() < 2 || b.len() < 2 {
+            return Err(Self::misfit(
+                format!(
+                    "expected matrices in `{what}`, found {}",
+                    shape::show(&self.atoms, &a)
+                ),
+                "add the missing dimension",
+            ));
+        }
+        let (ra, rb) = (a.len(), b.len());
+        let (k, l) = (a[ra - 1].size(&self.atoms), b[rb - 2].size(&self.atoms));
+        if !self.atoms.unify(&k, &l) {
+            let (sa, sb) = (shape::show(&self.atoms, &a), shape::show(&self.atoms, &b));
+            return Err(Self::misfit(
+                format!("the operands of `{what}` do not fit: {sa} and {sb}"),
+                "check the transposes before it",
+            ));
+        }
+        let batch =
+            shape::broadcast(&mut self.atoms, &a[..ra - 2], &b[..rb - 2]).map_err(|why| {
+                Self::misfit(
+                    format!("the operands of `{what}` do not fit: {why}"),
+                    "check the transposes before it",
+                )
+            })?;
+        let dims: Vec<Dim> = batch
+            .into_iter()
+            .chain([a[ra - 2].clone(), b[rb - 1].clone()])
+            .collect();
+        Ok((Shape::Known(dims), vec![(0, ra - 1), (1, rb - 2)]))
+    }
+
+    #[allow(clippy::too_many_arguments, clippy::too_many_lines)]
+    fn known(
+        &mut self,
+        rule: ShapeRule,
+        node: NodeId,
+        inputs: &[NodeId],
+        mut dims: Vec<Dim>,
+        args: &[Arg<'a>],
+        at: At,
+        what: &str,
+    ) -> Ruled {
+        let rank = dims.len();
+        // The first argument after the tensor; for functions the tensor is an argument itself.
+        let arg = |i: usize| args.get(i);
+        let d = |i: usize| {
+            arg(i)
+                .and_then(|a| dim_argument(&a.0))
+                .and_then(|d| resolve(d, rank))
+        };
+        let lost = |what: &str| {
+            Self::reason(
+                format!("cannot follow the dimension in `{what}`"),
+                "give the dimension as a literal or `D::Minus1`",
+            )
+        };
+        let plain = |dims: Vec<Dim>| Ok((Shape::Known(dims), Vec::new()));
+        match rule {
+            ShapeRule::Linear => {
+                let last = rank.checked_sub(1).ok_or_else(|| lost(what))?;
+                dims[last] = Dim::of(self.feature(format!("{what}.out")));
+                Ok((Shape::Known(dims), vec![(0, last)]))
+            }
+            ShapeRule::Embedding => {
+                dims.push(Dim::of(self.feature(format!("{what}.width"))));
+                plain(dims)
+            }
+            ShapeRule::AlongLast => {
+                let last = rank.checked_sub(1).ok_or_else(|| lost(what))?;
+                Ok((Shape::Known(dims), vec![(0, last)]))
+            }
+            ShapeRule::Along => {
+                let along = d(1).ok_or_else(|| lost(what))?;
+                Ok((Shape::Known(dims), vec![(0, along)]))
+            }
+            ShapeRule::Reduce | ShapeRule::ReduceKeep => {
+                let along = d(1).ok_or_else(|| lost(what))?;
+                if rule == ShapeRule::Reduce {
+                    dims.remove(along);
+                } else {
+                    dims[along] = Dim::default();
+                }
+                Ok((Shape::Known(dims), vec![(0, along)]))
+            }
+            ShapeRule::ReduceAll => Ok((
+                Shape::Known(Vec::new()),
+                (0..rank).map(|d| (0, d)).collect(),
+            )),
+            ShapeRule::Transpose => {
+                let (Some(i), Some(j)) = (d(1), d(2)) else {
+                    return Err(lost(what));
+                };
+                dims.swap(i, j);
+                plain(dims)
+            }
+            ShapeRule::T => {
+                if rank < 2 {
+                    return Err(lost(what));
+                }
+                dims.swap(rank - 1, rank - 2);
+                plain(dims)
+            }
+            ShapeRule::Permute => {
+                let order: Option<Vec<usize>> = match arg(1).map(|a| &a.0) {
+                    Some(Value::Tuple(v) | Value::List { elems: Some(v), .. }) => v
+                        .iter()
+                        .map(|v| dim_argument(v).and_then(|d| resolve(d, rank)))
+                        .collect(),
+                    _ => None,
+                };
+                let order = order
+                    .filter(|o| o.len() == rank)
+                    .ok_or_else(|| lost(what))?;
+                plain(order.into_iter().map(|i| dims[i].clone()).collect())
+            }
+            ShapeRule::Unsqueeze => {
+                let at = arg(1)
+                    .and_then(|a| dim_argument(&a.0))
+                    .and_then(|d| resolve(d, rank + 1))
+                    .ok_or_else(|| lost(what))?;
+                dims.insert(at, Dim::default());
+                plain(dims)
+            }
+            ShapeRule::Squeeze => {
+                let at = d(1).ok_or_else(|| lost(what))?;
+                if dims[at].is_one() {
+                    dims.remove(at);
+                }
+                plain(dims)
+            }
+            ShapeRule::Flatten => {
+                let (from, to) = match (
+                    what_name(what, &["flatten_from", "flatten_to", "flatten_all"]),
+                    d(1),
+                    d(2),
+                ) {
+                    (Some("flatten_from"), Some(from), _) => (from, rank - 1),
+                    (Some("flatten_to"), Some(to), _) => (0, to),
+                    (Some("flatten_all"), _, _) => (0, rank.saturating_sub(1)),
+                    (None, Some(from), Some(to)) => (from, to),
+                    _ => return Err(lost(what)),
+                };
+                let merged = Dim(dims[from..=to]
+                    .iter()
+                    .flat_map(|d| d.0.iter().cloned())
+                    .collect());
+                dims.splice(from..=to, [merged]);
+                plain(dims)
+            }
+            ShapeRule::Reshape => self.reshape(node, &dims, args, at, what),
+            ShapeRule::Expand => self.expand(node, &dims, args, at, what),
+            ShapeRule::Narrow => self.narrow(node, dims, args, at, what),
+            ShapeRule::Cat => self.cat(inputs, dims, args, what),
+            ShapeRule::Stack => {
+                let at = arg(1)
+                    .and_then(|a| dim_argument(&a.0))
+                    .and_then(|d| resolve(d, rank + 1))
+                    .ok_or_else(|| lost(what))?;
+                dims.insert(at, Dim::of(Poly::constant(inputs.len() as i64)));
+                plain(dims)
+            }
+            ShapeRule::Rope | ShapeRule::RopeThd => plain(dims),
+            _ => plain(dims),
+        }
+    }
+
+    fn reshape(
+        &mut self,
+        node: NodeId,
+        dims: &[Dim],
+        args: &[Arg<'a>],
+        at: At,
+        what: &str,
+    ) -> Ruled {
+        let Some(given) = args.get(1).and_then(|a| self.sizes(a, at)) else {
+            return Err(Self::reason(
+                format!("cannot follow the sizes in `{what}`"),
+                "give the sizes as a tuple, an array or another tensor's shape",
+            ));
+        };
+        for g in &given {
+            if let Some(size) = &g.size {
+                self.use_size(g.at, size, Role::SizeOf(node));
+            }
+        }
+        let targets: Vec<Target> = given.into_iter().map(|g| g.target).collect();
+        match shape::reshape(&self.atoms, dims, &targets) {
+            Ok(dims) => Ok((Shape::Known(dims), Vec::new())),
+            Err(why) => {
+                let from = shape::show(&self.atoms, dims);
+                let anchored = dims.iter().any(|d| d.anchored(&self.atoms));
+                let message = format!("`{what}` does not keep the order of {from}: {why}");
+                Err(if anchored {
+                    Self::mixing(
+                        message,
+                        "transpose before the reshape, so that every token keeps its own elements",
+                    )
+                } else {
+                    Self::misfit(message, "check the sizes")
+                })
+            }
+        }
+    }
+
+    fn expand(
+        &mut self,
+        node: NodeId,
+        dims: &[Dim],
+        args: &[Arg<'a>],
+        at: At,
+        what: &str,
+    ) -> Ruled {
+        let Some(given) = args.get(1).and_then(|a| self.sizes(a, at)) else {
+            return Ok((Shape::Partial(Vec::new()), Vec::new()));
+        };
+        for g in &given {
+            if let Some(size) = &g.size {
+                self.use_size(g.at, size, Role::SizeOf(node));
+            }
+        }
+        let rank = given.len();
+        let Some(offset) = rank.checked_sub(dims.len()) else {
+            return Err(Self::misfit(
+                format!(
+                    "expected at least {} sizes in `{what}`, found {rank}",
+                    dims.len()
+                ),
+                "check the sizes",
+            ));
+        };
+        let mut out = Vec::with_capacity(rank);
+        for (i, g) in given.iter().enumerate() {
+            let Target::Size(target) = &g.target else {
+                return Err(Self::misfit(format!("`()` in `{what}`"), "give all sizes"));
+            };
+            let own = i
+                .checked_sub(offset)
+                .map(|k| dims[k].clone())
+                .unwrap_or_default();
+            let size = own.size(&self.atoms);
+            if own.is_one() {
+                out.push(Dim::repeated(target.clone()));
+            } else if self.atoms.unify(&size, target) {
+                out.push(own);
+            } else {
+                let (a, b) = (self.atoms.show(&size), self.atoms.show(target));
+                return Err(Self::misfit(
+                    format!("expected size `{a}` in `{what}`, found `{b}`"),
+                    "check the sizes",
+                ));
+            }
+        }
+        Ok((Shape::Known(out), Vec::new()))
+    }
+
+    fn narrow(
+        &mut self,
+        node: NodeId,
+        mut dims: Vec<Dim>,
+        args: &[Arg<'a>],
+        at: At,
+        what: &str,
+    ) -> Ruled {
+        let d = args
+            .get(1)
+            .and_then(|a| dim_argument(&a.0))
+            .and_then(|d| resolve(d, dims.len()));
+        let (Some(d), Some((Value::Size(start), start_expr)), Some((Value::Size(len), len_expr))) =
+            (d, args.get(2), args.get(3))
+        else {
+            return Err(Self::reason(
+                format!("cannot follow the range in `{what}`"),
+                "give the dimension as a literal or `D::Minus1`",
+            ));
+        };
+        let (start, len) = (start.clone(), len.clone());
+        for (size, e, role) in [
+            (&start, start_expr, Role::Valid),
+            (&len, len_expr, Role::SizeOf(node)),
+        ] {
+            if let Some(e) = e {
+                let at = self.at(at.act, e);
+                self.use_size(at, size, role);
+            }
+        }
+        self.starts_at_zero(&start, &len);
+        let len = self.dimension(&len);
+        let whole = self.atoms.equal(&len, &dims[d].size(&self.atoms));
+        let touches = if whole { Vec::new() } else { vec![(0, d)] };
+        if !whole {
+            dims[d] = Dim::of(len);
+        }
+        Ok((Shape::Known(dims), touches))
+    }
+
+    /// A range over positions that begins at an integer parameter begins at an offset into a cache.
+    fn starts_at_zero(&mut self, start: &super::value::Size, len: &super::value::Size) {
+        if self.atoms.anchored(&len.poly) {
+            let _ = self.atoms.without_offsets(&start.poly, &mut self.offsets);
+        }
+    }
+
+    fn cat(
+        &mut self,
+        inputs: &[NodeId],
+        mut dims: Vec<Dim>,
+        args: &[Arg<'a>],
+        what: &str,
+    ) -> Ruled {
+        let d = args
+            .get(1)
+            .and_then(|a| dim_argument(&a.0))
+            .and_then(|d| resolve(d, dims.len()));
+        let Some(d) = d else {
+            return Err(Self::reason(
+                format!("cannot follow the dimension in `{what}`"),
+                "give the dimension as a literal or `D::Minus1`",
+            ));
+        };
+        let mut total = Poly::default();
+        for input in inputs {
+            match &self.nodes[*input].shape {
+                Shape::Known(other) if other.len() == dims.len() => {
+                    total = total.add(&other[d].size(&self.atoms));
+                }
+                _ => total = total.add(&self.feature(format!("({what}).part"))),
+            }
+        }
+        dims[d] = Dim::of(total);
+        Ok((
+            Shape::Known(dims),
+            (0..inputs.len()).map(|i| (i, d)).collect(),
+        ))
+    }
+}
+
+/// Which of the names the source text of a call ends with.
+fn what_name<'n>(what: &str, names: &[&'n str]) -> Option<&'n str> {
+    names
+        .iter()
+        .copied()
+        .find(|n| what.contains(&format!("{n}(")))
+}

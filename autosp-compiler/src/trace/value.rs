@@ -1,0 +1,195 @@
+//! The values of the abstract program.
+
+use std::rc::Rc;
+
+use super::graph::{NodeId, Reason};
+use super::size::{AtomId, Poly};
+use crate::syntax::types::Ty;
+
+/// A symbolic integer with the tensors whose sizes it was read from.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Size {
+    pub(crate) poly: Poly,
+    pub(crate) origins: Rc<[NodeId]>,
+}
+
+impl Size {
+    pub(crate) fn constant(value: i64) -> Self {
+        Self {
+            poly: Poly::constant(value),
+            origins: Rc::from([]),
+        }
+    }
+
+    pub(crate) fn of(poly: Poly) -> Self {
+        Self {
+            poly,
+            origins: Rc::from([]),
+        }
+    }
+
+    pub(crate) fn with(&self, other: &Self, poly: Poly) -> Self {
+        if other.origins.is_empty() {
+            return Self {
+                poly,
+                origins: self.origins.clone(),
+            };
+        }
+        let mut origins = self.origins.to_vec();
+        origins.extend(other.origins.iter().filter(|o| !self.origins.contains(o)));
+        Self {
+            poly,
+            origins: origins.into(),
+        }
+    }
+}
+
+/// How two integers compare.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Cmp {
+    Lt,
+    Le,
+    Gt,
+    Ge,
+    Eq,
+    Ne,
+}
+
+/// A condition.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum Cond {
+    Known(bool),
+    Compare(Poly, Cmp, Poly),
+    And(Box<Cond>, Box<Cond>),
+    Or(Box<Cond>, Box<Cond>),
+    Not(Box<Cond>),
+    Unknown,
+}
+
+/// A host array over index ranges: what `(0..t).flat_map(|i| (0..t).map(move |j| ..)).collect()` makes.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Host {
+    /// One index per range, outermost first.
+    pub(crate) axes: Vec<Axis>,
+    /// The element as a function of the indices.
+    pub(crate) elem: Value,
+    /// The expression of the whole array in its function, if it is one expression.
+    pub(crate) expr: Option<u32>,
+}
+
+/// One index of a [`Host`] array.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Axis {
+    pub(crate) index: AtomId,
+    pub(crate) end: Size,
+    /// Expressions of the range's end and of the closure over the index.
+    pub(crate) end_expr: u32,
+    pub(crate) closure: u32,
+}
+
+/// Whether an `Option` holds something.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Presence {
+    None,
+    Some,
+    Maybe,
+}
+
+/// A closure: its expression number and the variables it was made with.
+#[derive(Debug, Clone)]
+pub(crate) struct Closure {
+    pub(crate) expr: u32,
+    pub(crate) env: Rc<Vec<std::collections::HashMap<String, Binding>>>,
+}
+
+impl PartialEq for Closure {
+    fn eq(&self, other: &Self) -> bool {
+        self.expr == other.expr
+    }
+}
+
+/// A variable.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Binding {
+    pub(crate) value: Value,
+    /// Bound as a reference (a `&T` parameter, the variable of a loop over `.iter()`).
+    pub(crate) by_ref: bool,
+}
+
+/// An abstract value. `Result<T>` is `T`: `?` and `Ok(..)` are transparent.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum Value {
+    Unit,
+    /// Control does not come here.
+    Never,
+    Tensor(NodeId),
+    Size(Size),
+    /// A floating-point number, known or not.
+    Num(Option<f64>),
+    Bool(Cond),
+    /// One of two constants, by a condition over indices.
+    Select(Box<Cond>, Box<Value>, Box<Value>),
+    Tuple(Vec<Value>),
+    /// A list: its elements one by one if they are known, else one that stands for all.
+    List {
+        elems: Option<Vec<Value>>,
+        any: Box<Value>,
+    },
+    /// `(index, element)` pairs and other adapters keep the element only.
+    Option(Presence, Box<Value>),
+    /// An instance of a struct: its type and the path to it.
+    Object {
+        ty: Ty,
+        path: String,
+    },
+    Range(Box<Size>, Box<Size>, u32),
+    Closure(Closure),
+    Host(Rc<Host>),
+    /// `tensor.shape()` or `tensor.dims()`.
+    ShapeOf(NodeId),
+    /// `D::Minus1` is -1, a literal dimension is itself.
+    FromEnd(i64),
+    /// A dictionary or other store that the program writes to between calls: empty while training.
+    EmptyStore,
+    /// Data without tensors that nothing depends on: dtypes, devices, flags, spans, strings.
+    Opaque,
+    Unknown(Rc<Reason>),
+}
+
+impl Value {
+    /// `u8::from(condition)`.
+    pub(crate) fn from_bool(cond: Cond) -> Self {
+        let number = |v| Box::new(Self::Size(Size::constant(v)));
+        Self::Select(Box::new(cond), number(1), number(0))
+    }
+
+    pub(crate) fn size(&self) -> Option<&Size> {
+        if let Self::Size(s) = self {
+            Some(s)
+        } else {
+            None
+        }
+    }
+
+    pub(crate) fn tensor(&self) -> Option<NodeId> {
+        match self {
+            Self::Tensor(n) | Self::ShapeOf(n) => Some(*n),
+            _ => None,
+        }
+    }
+
+    /// All tensors in this value.
+    pub(crate) fn tensors(&self, out: &mut Vec<NodeId>) {
+        match self {
+            Self::Tensor(n) => out.push(*n),
+            Self::Tuple(v) => v.iter().for_each(|v| v.tensors(out)),
+            Self::List { elems, any } => match elems {
+                Some(elems) => elems.iter().for_each(|v| v.tensors(out)),
+                None => any.tensors(out),
+            },
+            Self::Option(Presence::None, _) => {}
+            Self::Option(_, v) => v.tensors(out),
+            _ => {}
+        }
+    }
+}

@@ -1,0 +1,183 @@
+//! Losses that are exact over all ranks.
+//!
+//! The loss of a step is one number: the sum of the token losses of all ranks, divided by the number of valid targets of all ranks.
+//! Every rank holds that value. The gradient on a rank is this rank's part, so that the sum over the ranks is the gradient of the
+//! value, however unequal the number of targets on each.
+
+use std::cell::Cell;
+
+use autosp_plan::codes;
+use candle_core::{D, DType, Device, Result, Shape, Tensor, WithDType};
+use rayon::prelude::*;
+
+use crate::comm::{Tag, all_gather};
+use crate::ops::{Kernel, Real, Rows, Visit, compute, max, owned, per_row, record1, sum, tensor, visit};
+use crate::{Error, scope};
+
+/// The label of a position that has no target.
+pub const IGNORE: i64 = -100;
+
+thread_local! {
+    /// Valid targets, over all ranks, of the losses that this thread has taken since a trainer last asked.
+    static TARGETS: Cell<u64> = const { Cell::new(0) };
+}
+
+/// Mean cross-entropy, in nats, of `logits` `[.., V]` against `labels` `[..]` (whole numbers of any type; [`IGNORE`], -100, has no
+/// loss).
+///
+/// Inside a sharded scope the mean is over the valid targets of all ranks, and every rank gets its value; a rank without a target
+/// contributes nothing. On one rank and outside a scope it is the plain mean. The result is a scalar, `f32` (`f64` for `f64` logits):
+/// losses are computed in that type and added in `f64`. The backward, `(softmax(logits) - onehot(labels)) / N`, writes the gradient
+/// of the logits and nothing else of their size.
+///
+/// # Errors
+/// AS0510 if there is no valid target on any rank; AS0511 if a label is no class; AS0509 if shapes do not fit.
+pub fn cross_entropy(logits: &Tensor, labels: &Tensor) -> Result<Tensor> {
+    let classes = classes(logits, labels)?;
+    let dtype = if logits.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
+    let valid = classes.iter().filter(|class| class.is_some()).count();
+    if !logits.device().is_cpu() {
+        return composed(logits, &classes, valid, dtype);
+    }
+    let Sums { lse, total } = visit(&Forward { classes: &classes }, [logits])?;
+    let (total, count) = over_ranks(total, valid)?;
+    let value = Tensor::new(total / count, &Device::Cpu)?.to_dtype(dtype)?;
+    record1("cross-entropy", logits, owned(&value)?, move |[logits], _, grad| {
+        let scale = grad.to_dtype(DType::F64)?.to_scalar::<f64>()? / count;
+        Ok([Some(tensor(compute(&Backward { classes: &classes, lse: &lse, scale }, [logits])?))])
+    })
+}
+
+/// Valid targets since the last call, over all ranks.
+pub(crate) fn take_targets() -> u64 {
+    TARGETS.take()
+}
+
+/// The class of every position, `None` where it is ignored.
+fn classes(logits: &Tensor, labels: &Tensor) -> crate::Result<Vec<Option<u32>>> {
+    let vocabulary = logits.dim(D::Minus1)?;
+    if logits.dims()[..logits.rank() - 1] != *labels.dims() || !labels.dtype().is_int() {
+        let text = format!(
+            "expected whole labels of shape {:?} for logits {:?}, found {:?} of shape {:?}",
+            &logits.dims()[..logits.rank() - 1],
+            logits.dims(),
+            labels.dtype(),
+            labels.dims()
+        );
+        return Err(Error::new(codes::BATCH_SHAPE, text));
+    }
+    // -100 has no other form in an unsigned type.
+    let ignore = [IGNORE, i64::from(IGNORE as u32)];
+    let labels = labels.to_device(&Device::Cpu)?.flatten_all()?.to_dtype(DType::I64)?.to_vec1::<i64>()?;
+    let class = |(position, label): (usize, i64)| match u32::try_from(label) {
+        _ if ignore.contains(&label) => Ok(None),
+        Ok(class) if (class as usize) < vocabulary => Ok(Some(class)),
+        _ => {
+            let text = format!("expected a label in 0..{vocabulary} or {IGNORE}, found {label} at position {position}");
+            Err(Error::new(codes::LABEL_RANGE, text))
+        }
+    };
+    labels.into_iter().enumerate().map(class).collect()
+}
+
+/// The sum and the number of targets, over all ranks of the scope in progress.
+fn over_ranks(total: f64, valid: usize) -> crate::Result<(f64, f64)> {
+    let (mut sum, mut count) = (total, valid as f64);
+    if let Some(scope) = scope::current().filter(|scope| scope.sp().world_size() > 1) {
+        let tag = Tag::new("loss", "sum").at(scope.step());
+        let own = Tensor::new(&[[total, valid as f64]], &Device::Cpu)?;
+        let all = all_gather(scope.sp().world_group(), tag, &own, 0)?.to_vec2::<f64>()?;
+        (sum, count) = all.iter().fold((0.0, 0.0), |(sum, count), rank| (sum + rank[0], count + rank[1]));
+    }
+    if count == 0.0 {
+        let text = format!("expected at least one target on some rank, found every label to be {IGNORE}");
+        return Err(Error::new(codes::NO_TARGET, text));
+    }
+    TARGETS.set(TARGETS.get() + count as u64);
+    Ok((sum, count))
+}
+
+struct Forward<'a> {
+    classes: &'a [Option<u32>],
+}
+
+struct Sums {
+    /// log(sum(exp(row))) of every row; 0 where there is no target.
+    lse: Vec<f64>,
+    /// Sum of the rows' losses.
+    total: f64,
+}
+
+impl Visit<1> for Forward<'_> {
+    const NAME: &'static str = "cross-entropy";
+    type Output = Sums;
+
+    fn visit<T: WithDType, A: Real>(&self, [logits]: [Rows<'_, T>; 1]) -> Result<Sums> {
+        let width = logits.width();
+        let scratch = || vec![A::ZERO; width];
+        let row = |row: &mut Vec<A>, (i, class): (usize, &Option<u32>)| match *class {
+            None => (0.0, 0.0),
+            Some(class) => {
+                logits.read(i, row);
+                let target = row[class as usize].wide();
+                let top = max(row);
+                for x in row.iter_mut() {
+                    *x = (*x - top).exp();
+                }
+                let lse = top.wide() + sum(row).wide().ln();
+                (lse, lse - target)
+            }
+        };
+        let (lse, losses): (Vec<f64>, Vec<f64>) = self.classes.par_iter().enumerate().map_init(scratch, row).unzip();
+        Ok(Sums { lse, total: losses.iter().sum() })
+    }
+}
+
+struct Backward<'a> {
+    classes: &'a [Option<u32>],
+    lse: &'a [f64],
+    /// What a unit of token loss is worth: the gradient of the mean, divided by the number of targets.
+    scale: f64,
+}
+
+impl Kernel<1> for Backward<'_> {
+    const NAME: &'static str = "cross-entropy backward";
+
+    fn run<T: WithDType, A: Real>(&self, [logits]: [Rows<'_, T>; 1]) -> Result<(Vec<T>, Shape)> {
+        let scale = A::real(self.scale);
+        let out = per_row(logits.count(), logits.width(), logits.width(), |i, out: &mut [T], row: &mut [A]| {
+            let Some(class) = self.classes[i] else { return };
+            logits.read(i, row);
+            let lse = A::real(self.lse[i]);
+            for x in row.iter_mut() {
+                *x = (*x - lse).exp();
+            }
+            row[class as usize] = row[class as usize] - A::real(1.0);
+            for (slot, &x) in out.iter_mut().zip(row.iter()) {
+                *slot = (x * scale).down();
+            }
+        });
+        Ok((out, logits.shape().clone()))
+    }
+}
+
+/// The same by candle's differentiable operations, for devices without a kernel here.
+fn composed(logits: &Tensor, classes: &[Option<u32>], valid: usize, dtype: DType) -> Result<Tensor> {
+    let (device, rows) = (logits.device(), classes.len());
+    let targets: Vec<u32> = classes.iter().map(|class| class.unwrap_or(0)).collect();
+    let weights: Vec<f32> = classes.iter().map(|class| if class.is_some() { 1.0 } else { 0.0 }).collect();
+    let logits = logits.reshape((rows, logits.dim(D::Minus1)?))?.to_dtype(dtype)?;
+    let picked = logits.gather(&Tensor::from_vec(targets, (rows, 1), device)?, 1)?.squeeze(1)?;
+    let weights = Tensor::from_vec(weights, rows, device)?.to_dtype(dtype)?;
+    // A row without a target may hold anything, also infinities, which a weight of zero would not silence.
+    let losses = (logits.log_sum_exp(1)? - picked)?;
+    let losses = weights.ne(0.0)?.where_cond(&losses, &losses.zeros_like()?)?;
+    let own = losses.sum_all()?;
+    let here = own.to_dtype(DType::F64)?.to_scalar::<f64>()?;
+    let (total, count) = over_ranks(here, valid)?;
+    // The value is that of all ranks; the gradient is that of `own` alone.
+    own.affine(1.0 / count, (total - here) / count)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,407 @@
+//! Attention masks that are never S x S in memory.
+//!
+//! In a twin a mask is a [`Mask`]: what the user's builder computes on the host stays a rule ([`mask_rule`]), and candle's methods
+//! (`broadcast_as`, `unsqueeze`, `to_dtype`, ..) change what the mask looks like without making it. It is applied to
+//! [`Scores`](crate::scores::Scores) by `where_cond` (a select mask, of an integer type) or by addition (a float mask), and evaluated
+//! block by block inside the attention kernel. A tensor that the user computed himself can be a mask through [`Mask::dense`].
+
+mod rule;
+mod term;
+
+use std::sync::Arc;
+
+use autosp_plan::codes;
+use candle_core::shape::{Dim, ShapeWithOneHole};
+use candle_core::{DType, Device, Shape, Tensor, WithDType};
+use half::{bf16, f16};
+
+use crate::error::Error;
+pub use rule::{Band, HostMask, mask_rule};
+pub(crate) use rule::{Declared, Rule};
+pub(crate) use term::{Action, Block, Prepared, Term};
+
+/// Elements of a dense mask up to which it may be kept whole on every rank.
+const DENSE_LIMIT: usize = 1 << 24;
+
+/// An elementwise change that the user made to a mask.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Change {
+    Cast(DType),
+    Affine(f64, f64, DType),
+}
+
+impl Change {
+    fn apply(self, x: f64) -> f64 {
+        match self {
+            Self::Cast(dtype) => cast(x, dtype),
+            Self::Affine(mul, add, dtype) => cast(x * mul + add, dtype),
+        }
+    }
+}
+
+/// The value of `x` in a tensor of type `dtype`.
+fn cast(x: f64, dtype: DType) -> f64 {
+    match dtype {
+        DType::U8 => f64::from(x as u8),
+        DType::U32 => f64::from(x as u32),
+        DType::I64 => x as i64 as f64,
+        DType::F32 => f64::from(x as f32),
+        DType::F16 => f16::from_f64(x).to_f64(),
+        DType::BF16 => bf16::from_f64(x).to_f64(),
+        _ => x,
+    }
+}
+
+#[derive(Clone)]
+enum Source {
+    Rule {
+        rule: Arc<dyn Rule>,
+        declared: Option<Declared>,
+        rows: usize,
+        cols: usize,
+    },
+    /// A tensor on the host, viewed as [b, h, queries, keys].
+    Dense(Tensor),
+}
+
+/// A mask over (query, key), a cheap handle with the methods that candle users call on a mask tensor.
+///
+/// Its sizes are global: `[.., S, S]` with S the valid sequence length.
+#[derive(Clone)]
+pub struct Mask {
+    source: Source,
+    changes: Vec<Change>,
+    shape: Shape,
+    dtype: DType,
+    device: Device,
+}
+
+impl std::fmt::Debug for Mask {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let kind = match &self.source {
+            Source::Rule {
+                declared: Some(declared),
+                ..
+            } => format!("{:?}", declared.band),
+            Source::Rule { .. } => "rule".to_owned(),
+            Source::Dense(_) => "dense".to_owned(),
+        };
+        write!(f, "Mask[{:?}; {:?}; {kind}]", self.dtype, self.shape.dims())
+    }
+}
+
+fn refused(message: impl Into<String>) -> Error {
+    Error::new(codes::SITE_MASK, message)
+}
+
+impl Mask {
+    /// As `Tensor::from_slice`, from a rule instead of values; a declared band is compared with the rule here.
+    ///
+    /// # Errors
+    /// `AS0326` if a declared band differs from the rule, `AS0325` if the last two dims are not the rule's queries and keys, and
+    /// candle's error for a shape of another element count.
+    pub fn from_slice<T: WithDType, S: ShapeWithOneHole>(
+        host: &HostMask<T>,
+        shape: S,
+        device: &Device,
+    ) -> candle_core::Result<Self> {
+        let shape = shape.into_shape(host.len())?;
+        let dims = shape.dims();
+        if dims.len() < 2 || dims[dims.len() - 2..] != [host.rows, host.cols] {
+            return Err(refused(format!(
+                "a mask of {} queries by {} keys: expected these as the last two dims, found {dims:?}",
+                host.rows, host.cols
+            ))
+            .into());
+        }
+        host.check()?;
+        Ok(Self {
+            source: Source::Rule {
+                rule: host.rule.clone(),
+                declared: host.declared,
+                rows: host.rows,
+                cols: host.cols,
+            },
+            changes: Vec::new(),
+            shape,
+            dtype: T::DTYPE,
+            device: device.clone(),
+        })
+    }
+
+    /// As `Tensor::from_vec`, from a rule instead of values; see [`from_slice`](Self::from_slice).
+    ///
+    /// # Errors
+    /// As [`from_slice`](Self::from_slice).
+    #[allow(
+        clippy::needless_pass_by_value,
+        reason = "the argument forms of Tensor::from_vec"
+    )]
+    pub fn from_vec<T: WithDType, S: ShapeWithOneHole>(
+        host: HostMask<T>,
+        shape: S,
+        device: &Device,
+    ) -> candle_core::Result<Self> {
+        Self::from_slice(&host, shape, device)
+    }
+
+    /// A mask from a tensor that every rank holds whole: `[S, S]`, or `[b|1, h|1, S|1, S]` with leading dims left out.
+    ///
+    /// The tensor is read once; gradients do not flow into it.
+    ///
+    /// # Errors
+    /// `AS0327` above 2^24 elements, `AS0325` for a tensor that carries a gradient or has more than four dims.
+    pub fn dense(tensor: &Tensor) -> candle_core::Result<Self> {
+        if tensor.track_op() {
+            return Err(
+                refused("a mask that is computed from variables would lose its gradient")
+                    .with_help("`.detach()` the tensor if it is a constant")
+                    .into(),
+            );
+        }
+        if !(2..=4).contains(&tensor.rank()) {
+            return Err(refused(format!(
+                "expected a mask of 2 to 4 dims, found {:?}",
+                tensor.dims()
+            ))
+            .into());
+        }
+        if tensor.elem_count() > DENSE_LIMIT {
+            return Err(Error::new(
+                codes::DENSE_MASK,
+                format!(
+                    "a dense mask of {} elements {:?}, expected at most {DENSE_LIMIT}",
+                    tensor.elem_count(),
+                    tensor.dims()
+                ),
+            )
+            .with_help("build the mask on the host from (query, key), so that it can stay a rule")
+            .into());
+        }
+        Ok(Self {
+            source: Source::Dense(tensor.clone()),
+            changes: Vec::new(),
+            shape: tensor.shape().clone(),
+            dtype: tensor.dtype(),
+            device: tensor.device().clone(),
+        })
+    }
+
+    /// The global shape.
+    pub fn shape(&self) -> &Shape {
+        &self.shape
+    }
+
+    /// The global dims.
+    pub fn dims(&self) -> &[usize] {
+        self.shape.dims()
+    }
+
+    /// The size of one dim.
+    ///
+    /// # Errors
+    /// Candle's error for a dim that is not there.
+    pub fn dim<D: Dim>(&self, dim: D) -> candle_core::Result<usize> {
+        Ok(self.dims()[dim.to_index(&self.shape, "dim")?])
+    }
+
+    /// The two dims of a 2-D mask.
+    ///
+    /// # Errors
+    /// Candle's error for another number of dims.
+    pub fn dims2(&self) -> candle_core::Result<(usize, usize)> {
+        self.shape.dims2()
+    }
+
+    /// The three dims of a 3-D mask.
+    ///
+    /// # Errors
+    /// Candle's error for another number of dims.
+    pub fn dims3(&self) -> candle_core::Result<(usize, usize, usize)> {
+        self.shape.dims3()
+    }
+
+    /// The four dims of a 4-D mask.
+    ///
+    /// # Errors
+    /// Candle's error for another number of dims.
+    pub fn dims4(&self) -> candle_core::Result<(usize, usize, usize, usize)> {
+        self.shape.dims4()
+    }
+
+    /// Number of dims.
+    pub fn rank(&self) -> usize {
+        self.dims().len()
+    }
+
+    /// The element type.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// The device that the mask tensor would be on.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// A mask has no storage whose order could matter.
+    ///
+    /// # Errors
+    /// None; the form is candle's.
+    pub fn contiguous(&self) -> candle_core::Result<Self> {
+        Ok(self.clone())
+    }
+
+    /// The mask as a tensor of `device`.
+    ///
+    /// # Errors
+    /// None; the form is candle's.
+    pub fn to_device(&self, device: &Device) -> candle_core::Result<Self> {
+        Ok(Self {
+            device: device.clone(),
+            ..self.clone()
+        })
+    }
+
+    /// Repeats along leading dims or dims of size 1, without making anything.
+    ///
+    /// # Errors
+    /// Candle's error for a shape that it cannot be broadcast to.
+    pub fn broadcast_as<S: Into<Shape>>(&self, shape: S) -> candle_core::Result<Self> {
+        let shape = shape.into();
+        let lead = shape.rank().checked_sub(self.rank());
+        let fits = lead.is_some_and(|lead| {
+            self.dims()
+                .iter()
+                .zip(&shape.dims()[lead..])
+                .all(|(&from, &to)| from == to || from == 1)
+        });
+        if !fits {
+            return Err(candle_core::Error::BroadcastIncompatibleShapes {
+                src_shape: self.shape.clone(),
+                dst_shape: shape,
+            });
+        }
+        let source = match &self.source {
+            Source::Dense(tensor) => Source::Dense(tensor.broadcast_as(&shape)?),
+            rule @ Source::Rule { .. } => rule.clone(),
+        };
+        Ok(Self {
+            source,
+            shape,
+            ..self.clone()
+        })
+    }
+
+    /// As [`broadcast_as`](Self::broadcast_as).
+    ///
+    /// # Errors
+    /// As [`broadcast_as`](Self::broadcast_as).
+    pub fn expand<S: Into<Shape>>(&self, shape: S) -> candle_core::Result<Self> {
+        self.broadcast_as(shape)
+    }
+
+    /// Inserts a dim of size 1 before the queries.
+    ///
+    /// # Errors
+    /// `AS0325` after the queries, where the last two dims would no longer be queries and keys.
+    pub fn unsqueeze<D: Dim>(&self, dim: D) -> candle_core::Result<Self> {
+        let dim = dim.to_index_plus_one(&self.shape, "unsqueeze")?;
+        if dim + 2 > self.rank() {
+            return Err(refused(format!(
+                "unsqueeze({dim}) on a mask {:?}: its last two dims have to stay queries and keys",
+                self.dims()
+            ))
+            .into());
+        }
+        let mut dims = self.dims().to_vec();
+        dims.insert(dim, 1);
+        let source = match &self.source {
+            Source::Dense(tensor) => Source::Dense(tensor.unsqueeze(dim)?),
+            rule @ Source::Rule { .. } => rule.clone(),
+        };
+        Ok(Self {
+            source,
+            shape: dims.into(),
+            ..self.clone()
+        })
+    }
+
+    /// The mask with its values cast, rounding included.
+    ///
+    /// # Errors
+    /// None; the form is candle's.
+    pub fn to_dtype(&self, dtype: DType) -> candle_core::Result<Self> {
+        Ok(if dtype == self.dtype {
+            self.clone()
+        } else {
+            self.changed(Change::Cast(dtype), dtype)
+        })
+    }
+
+    /// `x * mul + add` on every value.
+    ///
+    /// # Errors
+    /// None; the form is candle's.
+    pub fn affine(&self, mul: f64, add: f64) -> candle_core::Result<Self> {
+        Ok(self.changed(Change::Affine(mul, add, self.dtype), self.dtype))
+    }
+
+    fn changed(&self, change: Change, dtype: DType) -> Self {
+        let mut mask = self.clone();
+        mask.changes.push(change);
+        mask.dtype = dtype;
+        mask
+    }
+
+    /// Whether `where_cond` takes the mask as its condition.
+    pub(crate) fn is_select(&self) -> bool {
+        matches!(self.dtype, DType::U8 | DType::U32 | DType::I64)
+    }
+
+    /// The value after all changes of a value that the source has.
+    fn changed_value(&self, x: f64) -> f64 {
+        self.changes.iter().fold(x, |x, change| change.apply(x))
+    }
+}
+
+macro_rules! arithmetic {
+    ($($trait:ident $method:ident, $mul:expr, $add:expr;)*) => { $(
+        impl std::ops::$trait<f64> for &Mask {
+            type Output = candle_core::Result<Mask>;
+            fn $method(self, x: f64) -> Self::Output {
+                self.affine($mul(x), $add(x))
+            }
+        }
+        impl std::ops::$trait<f64> for Mask {
+            type Output = candle_core::Result<Mask>;
+            fn $method(self, x: f64) -> Self::Output {
+                self.affine($mul(x), $add(x))
+            }
+        }
+    )* };
+}
+
+arithmetic! {
+    Add add, |_| 1.0, |x| x;
+    Sub sub, |_| 1.0, |x: f64| -x;
+    Mul mul, |x| x, |_| 0.0;
+    Div div, |x: f64| 1.0 / x, |_| 0.0;
+}
+
+impl std::ops::Sub<&Mask> for f64 {
+    type Output = candle_core::Result<Mask>;
+    fn sub(self, mask: &Mask) -> Self::Output {
+        mask.affine(-1.0, self)
+    }
+}
+
+impl std::ops::Sub<Mask> for f64 {
+    type Output = candle_core::Result<Mask>;
+    fn sub(self, mask: Mask) -> Self::Output {
+        mask.affine(-1.0, self)
+    }
+}
+
+#[cfg(test)]
+mod tests;

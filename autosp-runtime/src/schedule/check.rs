@@ -1,0 +1,224 @@
+//! What a correct schedule is, one verb at a time.
+
+use autosp_plan::codes;
+
+use crate::error::{Error, Result};
+
+/// Which way through a site.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Direction {
+    Forward,
+    Backward,
+}
+
+/// The five verbs that forward and backward share in kind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Verb {
+    /// Start the exchange to head shards.
+    Send,
+    /// Wait for it.
+    Wait,
+    /// Compute.
+    Attend,
+    /// Start the exchange back.
+    Return,
+    /// Wait for all of those.
+    Finish,
+}
+
+impl Verb {
+    /// Its name in a schedule.
+    pub(crate) fn name(self, direction: Direction) -> &'static str {
+        match (direction, self) {
+            (Direction::Forward, Self::Send) => "send_qkv",
+            (Direction::Forward, Self::Wait) => "wait_qkv",
+            (Direction::Forward, Self::Attend) => "attend",
+            (Direction::Forward, Self::Return) => "send_out",
+            (Direction::Forward, Self::Finish) => "wait_out",
+            (Direction::Backward, Self::Send) => "send_grad_out",
+            (Direction::Backward, Self::Wait) => "wait_grad_out",
+            (Direction::Backward, Self::Attend) => "attend_backward",
+            (Direction::Backward, Self::Return) => "send_grad_qkv",
+            (Direction::Backward, Self::Finish) => "wait_grad_qkv",
+        }
+    }
+}
+
+/// How far a group has come.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Progress {
+    sent: bool,
+    landed: bool,
+    attended: bool,
+    returned: bool,
+}
+
+/// Follows a schedule and refuses the first verb that is out of order.
+#[derive(Debug, Clone)]
+pub(crate) struct Check {
+    site: &'static str,
+    direction: Direction,
+    groups: Vec<Progress>,
+    /// The kv heads that each group attends, counted on this rank.
+    needs: Vec<Vec<usize>>,
+    /// The group that brought each kv head, forward.
+    bearer: Vec<Option<usize>>,
+    finished: bool,
+}
+
+impl Check {
+    /// For a site whose group `g` attends the kv heads `needs[g]`.
+    pub(crate) fn new(site: &'static str, direction: Direction, needs: &[Vec<usize>]) -> Self {
+        let kv_heads = needs.iter().flatten().max().map_or(0, |last| last + 1);
+        Self {
+            site,
+            direction,
+            groups: vec![Progress::default(); needs.len()],
+            needs: needs.to_vec(),
+            bearer: vec![None; kv_heads],
+            finished: false,
+        }
+    }
+
+    fn refused(&self, why: &str) -> Error {
+        Error::new(
+            codes::SCHEDULE,
+            format!("schedule of `{}`: {why}", self.site),
+        )
+    }
+
+    fn call(&self, verb: Verb, g: usize) -> String {
+        format!("{}({g})", verb.name(self.direction))
+    }
+
+    /// Accepts a verb on group `g`, or on none for [`Verb::Finish`].
+    ///
+    /// # Errors
+    /// `AS0328`, naming the verb and the one that is missing before it.
+    pub(crate) fn step(&mut self, verb: Verb, g: usize) -> Result<()> {
+        if verb == Verb::Finish {
+            return self.finish_exchange();
+        }
+        let call = self.call(verb, g);
+        let Some(&progress) = self.groups.get(g) else {
+            return Err(self.refused(&format!(
+                "{call}, but the last group is {}",
+                self.groups.len().saturating_sub(1)
+            )));
+        };
+        let (done, before) = match verb {
+            Verb::Send => (progress.sent, None),
+            Verb::Wait => (progress.landed, (!progress.sent).then_some((Verb::Send, g))),
+            Verb::Attend => (
+                progress.attended,
+                self.missing(g).map(|bearer| (Verb::Wait, bearer)),
+            ),
+            Verb::Return | Verb::Finish => (
+                progress.returned,
+                (!progress.attended).then_some((Verb::Attend, g)),
+            ),
+        };
+        if done {
+            return Err(self.refused(&format!("{call} for a second time")));
+        }
+        if let Some((missing, other)) = before {
+            let why = if other == g {
+                ""
+            } else {
+                ", which brings a kv head that both groups use"
+            };
+            return Err(self.refused(&format!("{call} before {}{why}", self.call(missing, other))));
+        }
+        let progress = &mut self.groups[g];
+        match verb {
+            Verb::Send => {
+                progress.sent = true;
+                for &kv in &self.needs[g] {
+                    self.bearer[kv].get_or_insert(g);
+                }
+            }
+            Verb::Wait => progress.landed = true,
+            Verb::Attend => progress.attended = true,
+            Verb::Return | Verb::Finish => progress.returned = true,
+        }
+        Ok(())
+    }
+
+    /// A group that has to land before `g` can be attended and has not.
+    fn missing(&self, g: usize) -> Option<usize> {
+        if !self.groups[g].landed {
+            return Some(g);
+        }
+        if self.direction == Direction::Backward {
+            return None;
+        }
+        self.needs[g]
+            .iter()
+            .filter_map(|&kv| self.bearer[kv])
+            .find(|&bearer| !self.groups[bearer].landed)
+    }
+
+    fn finish_exchange(&mut self) -> Result<()> {
+        let finish = Verb::Finish.name(self.direction);
+        if self.finished {
+            return Err(self.refused(&format!("{finish} for a second time")));
+        }
+        if let Some(g) = self.groups.iter().position(|group| !group.returned) {
+            return Err(self.refused(&format!("{finish} before {}", self.call(Verb::Return, g))));
+        }
+        self.finished = true;
+        Ok(())
+    }
+
+    /// The end of the schedule.
+    ///
+    /// # Errors
+    /// `AS0328`, naming the first verb that never came.
+    pub(crate) fn end(&self) -> Result<()> {
+        for (g, group) in self.groups.iter().enumerate() {
+            for (done, verb) in [
+                (group.sent, Verb::Send),
+                (group.landed, Verb::Wait),
+                (group.attended, Verb::Attend),
+                (group.returned, Verb::Return),
+            ] {
+                if !done {
+                    return Err(self.refused(&format!("{} is missing", self.call(verb, g))));
+                }
+            }
+        }
+        if !self.finished {
+            return Err(self.refused(&format!("{} is missing", Verb::Finish.name(self.direction))));
+        }
+        Ok(())
+    }
+
+    /// Number of groups.
+    pub(crate) fn groups(&self) -> usize {
+        self.groups.len()
+    }
+
+    /// The kv heads of group `g` that group `g` itself brings (forward, after its send).
+    pub(crate) fn brings(&self, g: usize) -> Vec<usize> {
+        self.needs[g]
+            .iter()
+            .copied()
+            .filter(|&kv| self.bearer[kv] == Some(g))
+            .collect()
+    }
+
+    /// The kv heads of group `g` that no group which is still to be returned uses (backward, after its return).
+    pub(crate) fn completes(&self, g: usize) -> Vec<usize> {
+        let open = |kv: usize| {
+            self.groups
+                .iter()
+                .zip(&self.needs)
+                .any(|(group, needs)| !group.returned && needs.contains(&kv))
+        };
+        self.needs[g]
+            .iter()
+            .copied()
+            .filter(|&kv| !open(kv))
+            .collect()
+    }
+}

@@ -1,0 +1,1 @@
+//! What may be done to scores, and in which order.

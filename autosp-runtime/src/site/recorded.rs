@@ -1,0 +1,161 @@
+//! One recorded operation for each run of a site.
+
+use std::sync::{Mutex, PoisonError};
+
+use autosp_plan::codes;
+use candle_core::{CpuStorage, CustomOp3, InplaceOp1, Shape, Tensor};
+
+use super::backward::RankBackward;
+use super::forward::RankForward;
+use super::{HeadPlan, Kept, Place, SiteRef};
+use crate::attention::Spec;
+use crate::error::{Error, Result};
+use crate::scope::{Scope, Shard};
+
+/// Runs a site on this rank's shards q [b, H, len, d], k [b, G, len, d] and v [b, G, len, dv], and returns the output
+/// [b, H, len, dv], with a gradient if one of the three has one. `spec` is that of the whole model's heads.
+///
+/// # Errors
+/// `AS0321` if heads and ranks do not fit, `AS0323` for shapes, `AS0328` for a wrong schedule, AS04xx if the run fails.
+pub(crate) fn run(
+    site: SiteRef,
+    scope: Scope,
+    shard: Shard,
+    spec: Spec,
+    (q, k, v): (&Tensor, &Tensor, &Tensor),
+) -> Result<Tensor> {
+    let (batch, heads, len, d) = q.dims4()?;
+    let (_, kv_heads, _, dv) = v.dims4()?;
+    let expected = (
+        [batch, kv_heads, shard.len, d],
+        [batch, kv_heads, shard.len, dv],
+    );
+    if len != shard.len || k.dims() != expected.0 || v.dims() != expected.1 {
+        let text = format!(
+            "`{}`: expected q [{batch}, {heads}, {}, {d}], k {:?} and v {:?}, found {:?}, {:?} and {:?}",
+            site.name,
+            shard.len,
+            expected.0,
+            expected.1,
+            q.dims(),
+            k.dims(),
+            v.dims()
+        );
+        return Err(Error::new(codes::SITE_SHAPE, text));
+    }
+    let settings = scope.sp().settings();
+    let plan = HeadPlan::new(
+        site.name,
+        site.heads,
+        heads,
+        kv_heads,
+        shard.size,
+        settings.groups(),
+    )?;
+    (site.check)(&plan.needs())?;
+    let kernel = settings.attention();
+    let place = Place {
+        site,
+        shard,
+        plan,
+        kernel,
+        spec,
+        widths: (d, dv),
+        scope,
+    };
+
+    let mut io = RankForward::new(&place, q.detach(), k.detach(), v.detach());
+    (site.forward)(&mut io)?;
+    let (out, mut kept) = io.finish()?;
+    if ![q, k, v].iter().any(|x| x.track_op()) {
+        return Ok(out);
+    }
+    if place.plan.ranks() == 1 {
+        // The output is the kept one: the graph holds it, and its memory becomes the operation's result.
+        for kept in &mut kept {
+            kept.output.o = Tensor::zeros(0, out.dtype(), out.device())?;
+        }
+    }
+    let shape = out.shape().clone();
+    let finished = Mutex::new(Some((storage_of(out)?, shape)));
+    Ok(q.apply_op3(
+        k,
+        v,
+        Recorded {
+            place,
+            kept,
+            finished,
+        },
+    )?)
+}
+
+/// The operation q, k, v -> O: its forward hands over what the schedule computed, its backward runs the emitted one.
+struct Recorded {
+    place: Place,
+    kept: Vec<Kept>,
+    finished: Mutex<Option<(CpuStorage, Shape)>>,
+}
+
+impl CustomOp3 for Recorded {
+    fn name(&self) -> &'static str {
+        self.place.site.name
+    }
+
+    fn cpu_fwd(
+        &self,
+        _: &CpuStorage,
+        _: &candle_core::Layout,
+        _: &CpuStorage,
+        _: &candle_core::Layout,
+        _: &CpuStorage,
+        _: &candle_core::Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        let finished = self
+            .finished
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        Ok(finished.ok_or_else(|| super::forward::missing(self.place.site.name))?)
+    }
+
+    fn bwd(
+        &self,
+        _: &Tensor,
+        _: &Tensor,
+        _: &Tensor,
+        output: &Tensor,
+        grad: &Tensor,
+    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let output = output.detach();
+        let mut io = RankBackward::new(&self.place, &self.kept, &output, grad.detach());
+        (self.place.site.backward)(&mut io)?;
+        let [dq, dk, dv] = io.finish()?;
+        Ok((Some(dq), Some(dk), Some(dv)))
+    }
+}
+
+/// Moves the memory out of a tensor that nobody else holds.
+fn storage_of(x: Tensor) -> Result<CpuStorage> {
+    struct Take(Mutex<Option<CpuStorage>>);
+
+    impl InplaceOp1 for Take {
+        fn name(&self) -> &'static str {
+            "take"
+        }
+
+        fn cpu_fwd(
+            &self,
+            storage: &mut CpuStorage,
+            _: &candle_core::Layout,
+        ) -> candle_core::Result<()> {
+            let taken = std::mem::replace(storage, CpuStorage::U8(Vec::new()));
+            *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(taken);
+            Ok(())
+        }
+    }
+
+    let take = Take(Mutex::new(None));
+    x.inplace_op1(&take)?;
+    let taken = take.0.into_inner().unwrap_or_else(PoisonError::into_inner);
+    taken.ok_or_else(|| Error::new(codes::KERNEL, "attention: expected tensors on the CPU"))
+}

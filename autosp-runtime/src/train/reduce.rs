@@ -1,0 +1,159 @@
+//! Gradients summed over all ranks.
+
+use autosp_plan::codes;
+use candle_core::backprop::GradStore;
+use candle_core::{DType, Tensor, Var, WithDType};
+use rayon::prelude::*;
+
+use crate::comm::{Tag, all_gather, all_reduce_sum};
+use crate::ops::{Real, Rows, Visit, visit};
+use crate::{Error, Result, Sp, memory, scope};
+
+/// Bytes of gradients that [`Sp::reduce_gradients`] sums at once.
+const BUCKET: usize = 32 << 20;
+
+impl Sp {
+    /// Sums the gradients of `vars` over all ranks, in their order, for a loop of one's own: afterwards every rank holds the same
+    /// gradients, the exact ones of the loss, for candle's own optimizers.
+    ///
+    /// Also collects what checkpointed blocks have found. A gradient that is missing on this rank counts as zero. All ranks call this
+    /// with the same variables in the same order.
+    ///
+    /// ```
+    /// use autosp_runtime::{Settings, loss, run_with};
+    /// use candle_core::{DType, Device, Tensor, Var};
+    ///
+    /// # fn main() -> autosp_runtime::Result<()> {
+    /// run_with(Settings::default().with_sp(2), |sp| {
+    ///     let logits = Var::zeros((1, 3, 5), DType::F32, &Device::Cpu)?;
+    ///     let labels = Tensor::new(&[[0i64, 1, 2]], &Device::Cpu)?;
+    ///     let mut grads = sp.scope(|| loss::cross_entropy(&logits, &labels)?.backward())?;
+    ///     sp.reduce_gradients(&mut grads, &[logits.clone()])
+    /// })?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// AS0512 if a variable has no gradient on any rank; as [`wait`](crate::comm::Engine::wait).
+    pub fn reduce_gradients(&self, grads: &mut GradStore, vars: &[Var]) -> Result<()> {
+        memory::collect(grads)?;
+        let named: Vec<(String, Var)> =
+            vars.iter().enumerate().map(|(i, var)| (format!("variable {i} of shape {:?}", var.dims()), var.clone())).collect();
+        let flags = presence(self, grads, &named, &[])?;
+        flags.require(&named)?;
+        let sums = reduce(self, grads, &named, BUCKET)?;
+        for (var, sum) in vars.iter().zip(sums) {
+            grads.insert(var, sum.to_dtype(var.dtype())?);
+        }
+        Ok(())
+    }
+}
+
+/// What all ranks have said about their gradients.
+pub(super) struct Presence {
+    /// Whether any rank has a gradient of variable i.
+    anywhere: Vec<bool>,
+    /// Whether every rank has said yes to question i.
+    pub(super) unanimous: Vec<bool>,
+}
+
+impl Presence {
+    /// # Errors
+    /// AS0512 naming the first variables without a gradient.
+    pub(super) fn require(&self, named: &[(String, Var)]) -> Result<()> {
+        let missing = named.iter().zip(&self.anywhere).filter(|(_, found)| !**found);
+        let missing: Vec<&str> = missing.map(|((name, _), _)| name.as_str()).collect();
+        let shown = match missing.as_slice() {
+            [] => return Ok(()),
+            [first, .., last] if missing.len() > 3 => format!("`{first}` to `{last}` ({} variables)", missing.len()),
+            few => few.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", "),
+        };
+        let text = format!("expected a gradient for every variable, found none on any rank for {shown}");
+        Err(Error::new(codes::NO_GRADIENT, text).with_help("parameters.freeze(|name| ..)"))
+    }
+}
+
+/// Tells all ranks which gradients are here, and asks them yes-or-no questions.
+pub(super) fn presence(sp: &Sp, grads: &GradStore, named: &[(String, Var)], questions: &[bool]) -> Result<Presence> {
+    let here = named.iter().map(|(_, var)| grads.get(var).is_some());
+    let own: Vec<u8> = here.chain(questions.iter().copied()).map(u8::from).collect();
+    let width = own.len();
+    let own = Tensor::from_vec(own, (1, width), &candle_core::Device::Cpu)?;
+    let all = if sp.world_size() == 1 { own } else { all_gather(sp.world_group(), tag("present"), &own, 0)? };
+    let all = all.to_vec2::<u8>()?;
+    let anywhere = (0..named.len()).map(|i| all.iter().any(|rank| rank[i] == 1)).collect();
+    let unanimous = (named.len()..width).map(|i| all.iter().all(|rank| rank[i] == 1)).collect();
+    Ok(Presence { anywhere, unanimous })
+}
+
+fn tag(direction: &'static str) -> Tag {
+    Tag::new("gradients", direction).at(scope::current().map_or(0, |scope| scope.step()))
+}
+
+/// The type in which gradients of a variable are summed: not less than `f32`.
+fn wide(var: &Var) -> DType {
+    if var.dtype() == DType::F64 { DType::F64 } else { DType::F32 }
+}
+
+/// Takes the gradients out of the store and sums them over all ranks, in flat buckets of consecutive variables.
+///
+/// Every rank gets the same bits. Sums are taken in `f32` (`f64` for `f64` variables), in the order of the ranks.
+pub(super) fn reduce(sp: &Sp, grads: &mut GradStore, named: &[(String, Var)], bucket_bytes: usize) -> Result<Vec<Tensor>> {
+    let mut sums = Vec::with_capacity(named.len());
+    let mut rest = named;
+    while let Some((_, first)) = rest.first() {
+        let dtype = wide(first);
+        let mut bytes = 0;
+        let fits = |(_, var): &&(String, Var)| {
+            bytes += var.elem_count() * dtype.size_in_bytes();
+            wide(var) == dtype && bytes <= bucket_bytes
+        };
+        let count = rest.iter().take_while(fits).count().max(1);
+        let (bucket, later) = rest.split_at(count);
+        rest = later;
+        let mut flat = Vec::with_capacity(count);
+        for (_, var) in bucket {
+            flat.push(match grads.remove(var) {
+                Some(grad) => grad.detach().to_dtype(dtype)?.flatten_all()?,
+                None => Tensor::zeros(var.elem_count(), dtype, var.device())?,
+            });
+        }
+        let joined = if let [one] = flat.as_slice() { one.clone() } else { Tensor::cat(&flat, 0)? };
+        drop(flat);
+        let sum = all_reduce_sum(sp.world_group(), tag("sum"), &joined)?;
+        let mut start = 0;
+        for (_, var) in bucket {
+            sums.push(sum.narrow(0, start, var.elem_count())?.reshape(var.shape())?);
+            start += var.elem_count();
+        }
+    }
+    Ok(sums)
+}
+
+/// The 2-norm of all gradients together, in `f64`, the same bits whatever the number of threads.
+pub(super) fn global_norm(grads: &[Tensor]) -> Result<f64> {
+    let mut sum = 0.0;
+    for grad in grads {
+        let grad = grad.to_device(&candle_core::Device::Cpu)?.flatten_all()?;
+        sum += visit(&SquareSum, [&grad])?;
+    }
+    Ok(sum.sqrt())
+}
+
+struct SquareSum;
+
+impl Visit<1> for SquareSum {
+    const NAME: &'static str = "norm of gradients";
+    type Output = f64;
+
+    fn visit<T: WithDType, A: Real>(&self, [x]: [Rows<'_, T>; 1]) -> candle_core::Result<f64> {
+        let squares = |chunk: &[T]| chunk.iter().map(|x| x.to_f64() * x.to_f64()).sum::<f64>();
+        let mut sum = 0.0;
+        for i in 0..x.count() {
+            let partial: Vec<f64> = x.row(i).par_chunks(4096).map(squares).collect();
+            sum += partial.iter().sum::<f64>();
+        }
+        Ok(sum)
+    }
+}

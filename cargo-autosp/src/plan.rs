@@ -1,0 +1,117 @@
+//! `plan`: what is decided for a file, and everything that is refused.
+
+use std::path::Path;
+
+use autosp_compiler::{Analysis, Refusal};
+use autosp_plan::{codes, plan};
+use autosp_templates::report::plan as report;
+use serde_json::{Value, json};
+
+use crate::{Failure, Format, Outcome, REFUSED, source};
+
+/// Analyses the file and prints the plan.
+pub(crate) fn run(file: &Path, format: Format) -> Result<Outcome, Failure> {
+    let name = file.display().to_string();
+    let text = source::read(file)?;
+    let analysis =
+        autosp_compiler::analyse(&text).map_err(|error| source::unparsable(&name, &error))?;
+    let code = if analysis.refusals.is_empty() {
+        0
+    } else {
+        REFUSED
+    };
+    let text = match format {
+        Format::Json => json(&name, &analysis)?,
+        Format::Text => view(name, &analysis).to_string(),
+    };
+    Ok(Outcome { text, code })
+}
+
+/// The same facts for programs.
+fn json(file: &str, analysis: &Analysis) -> Result<String, Failure> {
+    let Analysis { plan, refusals, .. } = analysis;
+    let refusals: Vec<Value> = refusals
+        .iter()
+        .map(|refusal| {
+            json!({
+                "code": refusal.code.id,
+                "line": refusal.line(),
+                "column": refusal.column(),
+                "message": refusal.message,
+                "notes": refusal.notes,
+                "help": refusal.help,
+            })
+        })
+        .collect();
+    let document = json!({
+        "file": file,
+        "sites": plan.sites,
+        "blocks": plan.blocks,
+        "notes": plan.notes,
+        "refusals": refusals,
+    });
+    let text = serde_json::to_string_pretty(&document).map_err(|error| {
+        Failure::new(
+            &codes::UNREADABLE_FILE,
+            format!("cannot print the plan of `{file}`: {error}"),
+        )
+    })?;
+    Ok(text + "\n")
+}
+
+fn view(file: String, analysis: &Analysis) -> report::Plan {
+    report::Plan {
+        file,
+        sites: analysis.plan.sites.iter().map(site).collect(),
+        blocks: analysis.plan.blocks.iter().map(block).collect(),
+        notes: analysis.plan.notes.clone(),
+        refusals: analysis.refusals.iter().map(refusal).collect(),
+    }
+}
+
+fn site(site: &plan::Site) -> report::Site {
+    let operand = |name, axes: &str, shape: &str| report::Operand {
+        name,
+        axes: axes.to_owned(),
+        shape: shape.to_owned(),
+    };
+    let plan::Site {
+        layout, operands, ..
+    } = site;
+    report::Site {
+        function: site.function.clone(),
+        line: site.line,
+        operands: vec![
+            operand("q", &layout.q, &operands.q),
+            operand("k", &layout.k, &operands.k),
+            operand("v", &layout.v, &operands.v),
+        ],
+        heads: site.heads.to_string(),
+        mask: site.mask.clone(),
+        strategies: site.strategies.clone(),
+        bytes: site.bytes.clone(),
+    }
+}
+
+fn block(block: &plan::Block) -> report::Block {
+    report::Block {
+        function: block.function.clone(),
+        line: block.line,
+        scope: block
+            .scope
+            .clone()
+            .ok_or_else(|| block.why_none.clone().unwrap_or_default()),
+    }
+}
+
+/// A refusal as it is printed.
+pub(crate) fn refusal(refusal: &Refusal) -> report::Refusal {
+    report::Refusal {
+        code: refusal.code.id,
+        line: refusal.line(),
+        column: refusal.column(),
+        message: refusal.message.clone(),
+        notes: refusal.notes.clone(),
+        help: refusal.help.clone(),
+    }
+}

@@ -1,0 +1,33 @@
+//! The file that a command is about.
+
+use std::{fs, io, path::Path};
+
+use autosp_compiler::ParseError;
+use autosp_plan::codes;
+
+use crate::Failure;
+
+/// Reads a Rust file.
+pub(crate) fn read(file: &Path) -> Result<String, Failure> {
+    fs::read_to_string(file).map_err(|error| {
+        let message = format!("cannot read `{}`: {}", file.display(), reason(&error));
+        Failure::new(&codes::UNREADABLE_FILE, message)
+    })
+}
+
+/// Says where a file is not Rust.
+pub(crate) fn unparsable(file: &str, error: &ParseError) -> Failure {
+    Failure::new(
+        &codes::UNPARSABLE_FILE,
+        format!("cannot parse `{file}`: {error}"),
+    )
+}
+
+/// The operating system's words in this project's style: lower case, without the number.
+fn reason(error: &io::Error) -> String {
+    let text = error.to_string();
+    text.split(" (os error")
+        .next()
+        .unwrap_or_default()
+        .to_lowercase()
+}

@@ -1,0 +1,196 @@
+//! `cargo autosp plan` and `expand`, run as a user runs them.
+#![allow(clippy::unwrap_used)]
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, Output, Stdio},
+};
+
+use serde_json::Value;
+
+fn autosp(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_cargo-autosp"))
+        .args(arguments)
+        .output()
+        .unwrap()
+}
+
+fn llama() -> String {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../examples/models/llama.rs")
+        .display()
+        .to_string()
+}
+
+fn scratch(name: &str, text: &str) -> String {
+    let path: PathBuf = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+    fs::write(&path, text).unwrap();
+    path.display().to_string()
+}
+
+/// The 1-based line of the first occurrence in the Llama.
+fn line_of(text: &str) -> usize {
+    fs::read_to_string(llama())
+        .unwrap()
+        .lines()
+        .position(|line| line.contains(text))
+        .unwrap()
+        + 1
+}
+
+#[test]
+fn the_llama_has_one_site_and_one_checkpoint_scope() {
+    let output = autosp(&["autosp", "plan", &llama(), "--format", "json"]);
+    assert_eq!(
+        output.status.code(),
+        Some(0),
+        "{}",
+        String::from_utf8_lossy(&output.stdout)
+    );
+    let plan: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(plan["file"], llama());
+    assert_eq!(plan["refusals"].as_array().unwrap().len(), 0);
+    let sites = plan["sites"].as_array().unwrap();
+    assert_eq!(sites.len(), 1);
+    let site = &sites[0];
+    assert!(
+        site["function"]
+            .as_str()
+            .unwrap()
+            .ends_with("Attention::forward"),
+        "{site}"
+    );
+    assert_eq!(site["line"], line_of("q.matmul("));
+    for (operand, axes) in [("q", "b h s d"), ("k", "b g d s"), ("v", "b g s d")] {
+        let found = site["layout"][operand].as_str().unwrap();
+        assert!(
+            found == axes || operand == "k" && found == "b g s d",
+            "{operand}: {found}"
+        );
+    }
+    assert_eq!(site["strategies"][0], "ulysses");
+    assert_eq!(site["heads"], "blocked");
+    assert!(!site["bytes"].as_str().unwrap().is_empty());
+    let blocks = plan["blocks"].as_array().unwrap();
+    assert_eq!(blocks.len(), 1);
+    assert!(blocks[0]["scope"].is_string(), "{}", blocks[0]);
+}
+
+#[test]
+fn text_says_the_same() {
+    let text = String::from_utf8(autosp(&["plan", &llama()]).stdout).unwrap();
+    assert!(
+        text.starts_with(&format!(
+            "{}: 1 attention site, 1 checkpoint scope, no refusal\n",
+            llama()
+        )),
+        "{text}"
+    );
+    for part in [
+        "Attention::forward, line ",
+        "\n  q  ",
+        "\n  heads  ",
+        "\n  mask  ",
+        "ulysses",
+        "\n  bytes  ",
+    ] {
+        assert!(text.contains(part), "{part:?} is missing in\n{text}");
+    }
+}
+
+#[test]
+fn a_model_that_is_refused_ends_with_two() {
+    let mixed = fs::read_to_string(llama()).unwrap().replace(
+        "let x = self.norm.forward(&x)?;",
+        "let x = self.norm.forward(&x)?;\n        let x = x.broadcast_sub(&x.mean_keepdim(1)?)?;",
+    );
+    let file = scratch("mixed.rs", &mixed);
+    let output = autosp(&["plan", &file, "--format", "json"]);
+    assert_eq!(output.status.code(), Some(2));
+    let plan: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let refusal = &plan["refusals"][0];
+    assert_eq!(
+        refusal["line"],
+        line_of("let x = self.norm.forward(&x)?;") + 1,
+        "{refusal}"
+    );
+    assert!(autosp_plan::codes::find(refusal["code"].as_str().unwrap()).is_some());
+    assert!(
+        refusal["message"]
+            .as_str()
+            .unwrap()
+            .contains("mean_keepdim"),
+        "{refusal}"
+    );
+    assert_eq!(autosp(&["expand", &file]).status.code(), Some(2));
+}
+
+#[test]
+fn no_attention_is_a_refusal() {
+    let file = scratch("empty.rs", "pub fn f(x: u32) -> u32 { x }\n");
+    let output = autosp(&["plan", &file]);
+    assert_eq!(output.status.code(), Some(2));
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(
+        text.contains("no attention site") && text.contains("[AS02"),
+        "{text}"
+    );
+}
+
+#[test]
+fn what_cannot_be_read_or_parsed_ends_with_one() {
+    let broken = scratch("broken.rs", "fn f() {\n    let = 3;\n}\n");
+    for command in ["plan", "expand"] {
+        let output = autosp(&[command, &broken]);
+        assert_eq!(output.status.code(), Some(1));
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert!(
+            text.contains("broken.rs`: 2:9: ") && text.ends_with("[AS0602]\n"),
+            "{text}"
+        );
+        let output = autosp(&[command, "nowhere.rs"]);
+        assert_eq!(output.status.code(), Some(1));
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert!(
+            text.contains("nowhere.rs") && text.ends_with("[AS0601]\n"),
+            "{text}"
+        );
+    }
+}
+
+#[test]
+fn the_expansion_is_rust_and_holds_originals_and_twins() {
+    let output = autosp(&["expand", &llama()]);
+    assert_eq!(output.status.code(), Some(0));
+    let text = String::from_utf8(output.stdout).unwrap();
+    for part in [
+        "forward__sp",
+        "softmax_last_dim",
+        "Schedule",
+        "rt::checkpoint",
+    ] {
+        assert!(text.contains(part), "{part} is missing in\n{text}");
+    }
+    assert!(text.lines().count() > fs::read_to_string(llama()).unwrap().lines().count());
+    // Printing is all that a second pass may add: the expansion parses.
+    let again = scratch("expansion.rs", &text);
+    assert_ne!(autosp(&["plan", &again]).status.code(), Some(1));
+}
+
+#[test]
+fn a_reader_that_leaves_early_is_no_error() {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_cargo-autosp"))
+        .args(["expand", &llama()])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert!(
+        output.status.success() && output.stderr.is_empty(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+}
