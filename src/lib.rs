@@ -27,6 +27,8 @@
 #[doc(inline)]
 pub use autosp_runtime::*;
 
+pub use autosp_macros::sequence_parallel;
+
 /// What most programs need: `use autosp::prelude::*;`.
 pub mod prelude {
     pub use autosp_runtime::{Error, Result, Settings, Shard, Sp, load_trainable, run, run_with};
