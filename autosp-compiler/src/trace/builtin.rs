@@ -87,9 +87,8 @@ impl<'a> Trace<'_, 'a> {
                 };
                 Some(Value::Host(Rc::new(host)))
             }
-            (Value::List { elems, any }, "enumerate") => {
+            (Value::List { any, .. }, "enumerate") => {
                 let round = self.fresh_feature("round");
-                let _ = elems;
                 Some(Value::List {
                     elems: None,
                     any: Box::new(Value::Tuple(vec![
@@ -229,7 +228,6 @@ impl<'a> Trace<'_, 'a> {
     /// Integer methods other than the four operations: the result has no name, so the operands must be valid sizes.
     fn size_method(&mut self, act: ActId, receiver: &Value, m: &'a syn::ExprMethodCall) -> Value {
         let all: Vec<&'a syn::Expr> = std::iter::once(&*m.receiver).chain(m.args.iter()).collect();
-        let mut anchored = false;
         for (i, e) in all.into_iter().enumerate() {
             let value = if i == 0 {
                 receiver.clone()
@@ -241,12 +239,10 @@ impl<'a> Trace<'_, 'a> {
                     .unwrap_or(Value::Opaque)
             };
             if let Value::Size(s) = value {
-                anchored |= self.atoms.anchored(&s.poly);
                 let at = self.at(act, e);
                 self.use_size(at, &s, Role::Valid);
             }
         }
-        let _ = anchored;
         Value::Size(Size::of(self.fresh_feature("size")))
     }
 

@@ -274,8 +274,7 @@ impl<'a> Trace<'_, 'a> {
 
     fn join_tensors(&mut self, a: NodeId, b: NodeId, cond: &Cond, at: At) -> NodeId {
         // `if n == 1 { x } else { repeat(x, n) }` is the second, of which the first is the case n = 1.
-        if let Some((one, repeated)) = self.one_is_repeat(a, b, cond) {
-            let _ = one;
+        if let Some(repeated) = self.one_is_repeat(a, b, cond) {
             return repeated;
         }
         let shape = self.join_shapes(a, b);
@@ -292,7 +291,7 @@ impl<'a> Trace<'_, 'a> {
         self.node(Op::Phi { carried: false }, inputs, shape, at, "if")
     }
 
-    fn one_is_repeat(&self, a: NodeId, b: NodeId, cond: &Cond) -> Option<(NodeId, NodeId)> {
+    fn one_is_repeat(&self, a: NodeId, b: NodeId, cond: &Cond) -> Option<NodeId> {
         let (factor, a, b) = match cond {
             Cond::Compare(l, Cmp::Eq, r) if r.is_one() => (l, a, b),
             Cond::Compare(l, Cmp::Ne | Cmp::Gt, r) if r.is_one() => (l, b, a),
@@ -303,7 +302,7 @@ impl<'a> Trace<'_, 'a> {
         let repeats: Vec<_> = y.iter().flat_map(|d| &d.0).filter(|f| f.repeat).collect();
         let only = repeats.len() == 1 && self.atoms.equal(&repeats[0].size, factor);
         let base: Vec<Dim> = x.iter().map(Dim::unrepeated).collect();
-        (only && base == without && self.moves_only(b, a)).then_some((a, b))
+        (only && base == without && self.moves_only(b, a)).then_some(b)
     }
 
     /// Whether `to` is `from` moved about: reshaped, repeated, transposed.
