@@ -8,8 +8,8 @@ pub mod data;
 pub mod error;
 pub mod layout;
 pub mod ledger;
-pub mod mask;
 pub mod loss;
+pub mod mask;
 pub mod memory;
 pub mod mesh;
 pub mod ops;
@@ -23,7 +23,7 @@ pub mod scores;
 pub mod site;
 pub mod train;
 
-pub use autosp_plan::Settings;
+pub use autosp_plan::{Settings, codes, settings};
 pub use data::{Batch, TextData};
 pub use error::{Error, Result};
 pub use ledger::{Bytes, Ledger};
