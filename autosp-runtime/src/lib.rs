@@ -21,6 +21,7 @@ pub mod schedule;
 pub mod scope;
 pub mod scores;
 pub mod site;
+pub mod testing;
 pub mod train;
 
 pub use autosp_plan::{Settings, codes, settings};
