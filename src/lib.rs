@@ -42,8 +42,6 @@ pub use autosp_macros::sequence_parallel;
 #[doc(inline)]
 pub use autosp_runtime::*;
 
-pub use autosp_macros::sequence_parallel;
-
 /// What most programs need: `use autosp::prelude::*;`.
 pub mod prelude {
     pub use autosp_macros::sequence_parallel;
