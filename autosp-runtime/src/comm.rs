@@ -109,7 +109,10 @@ pub trait Engine: Send + Sync {
     fn world_rank(&self) -> usize;
 
     /// Starts an all-to-all; never blocks. `parts[p]` goes to rank `p` of the group, `None` is nothing for `p`. The own part is handed
-    /// back by [`wait`](Self::wait) as it is. Parts are detached and made contiguous; the caller does not write to them afterwards.
+    /// back by [`wait`](Self::wait) as it is.
+    ///
+    /// Parts are detached and made contiguous. On threads they are handed over without a copy, so that neither side may write to their
+    /// storage afterwards; a variable, which is made to be written to, is copied, but not a view of one.
     ///
     /// # Errors
     /// AS0406 if `parts` has not one entry a rank; AS0404 if the run has already failed.

@@ -50,8 +50,9 @@ pub fn broadcast(engine: &dyn Engine, tag: Tag, x: &Tensor, root: usize) -> Resu
             format!("expected a root below {size}, found {root}"),
         ));
     }
+    let x = &value(engine, x)?;
     let sends = engine.rank() == root;
-    let mut received = all_to_all(engine, tag, vec![sends.then(|| x.detach()); size])?;
+    let mut received = all_to_all(engine, tag, vec![sends.then(|| x.clone()); size])?;
     let root_tensor = received[root]
         .take()
         .ok_or_else(|| absent(engine, tag, root))?;
@@ -64,7 +65,7 @@ pub fn broadcast(engine: &dyn Engine, tag: Tag, x: &Tensor, root: usize) -> Resu
 /// # Errors
 /// AS0406 if another dimension or the type differs; else as [`Engine::wait`].
 pub fn all_gather(engine: &dyn Engine, tag: Tag, x: &Tensor, dim: usize) -> Result<Tensor> {
-    let x = &x.detach();
+    let x = &value(engine, x)?;
     let received = all_to_all(engine, tag, vec![Some(x.clone()); engine.size()])?;
     let mut parts = Vec::with_capacity(received.len());
     for (rank, part) in received.into_iter().enumerate() {
@@ -95,7 +96,7 @@ pub fn all_gather(engine: &dyn Engine, tag: Tag, x: &Tensor, dim: usize) -> Resu
 /// # Errors
 /// AS0406 if shapes or types differ; else as [`Engine::wait`].
 pub fn reduce_scatter(engine: &dyn Engine, tag: Tag, x: &Tensor, dim: usize) -> Result<Tensor> {
-    let x = x.detach();
+    let x = value(engine, x)?;
     let (n, size) = (x.dim(dim)?, engine.size());
     let cut = |rank: usize| {
         let range = chunk(n, size, rank);
@@ -116,17 +117,10 @@ pub fn all_reduce_sum(engine: &dyn Engine, tag: Tag, x: &Tensor) -> Result<Tenso
     if engine.size() == 1 {
         return Ok(x.detach());
     }
-    let flat = x.detach().flatten_all()?;
+    let flat = value(engine, x)?.flatten_all()?;
     let mine = reduce_scatter(engine, tag, &flat, 0)?;
     let whole = all_gather(engine, tag, &mine, 0)?;
-    if whole.elem_count() != x.elem_count() {
-        let text = format!(
-            "expected {} elements on every rank, found {} in the sum",
-            x.elem_count(),
-            whole.elem_count()
-        );
-        return Err(refuse(tag, text));
-    }
+    // Ranks of another length have found chunks that differ.
     Ok(whole.reshape(x.shape())?)
 }
 
@@ -150,6 +144,14 @@ fn sum_in_order(engine: &dyn Engine, tag: Tag, parts: Vec<Option<Tensor>>) -> Re
         });
     }
     Ok(sum.unwrap_or_else(|| own.clone()).to_dtype(own.dtype())?)
+}
+
+/// What a rank gives away of `x`: detached, and a copy if `x` itself is a variable, which its owner may change in place.
+fn value(engine: &dyn Engine, x: &Tensor) -> Result<Tensor> {
+    if engine.size() > 1 && x.is_variable() {
+        return Ok(x.copy()?.detach());
+    }
+    Ok(x.detach())
 }
 
 fn expect_like(

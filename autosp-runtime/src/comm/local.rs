@@ -145,6 +145,11 @@ impl Engine for LocalEngine {
         for (place, rank) in self.peers() {
             let part = match parts[place].take() {
                 Some(part) => {
+                    let part = if part.is_variable() {
+                        part.copy()?
+                    } else {
+                        part
+                    };
                     let part = part.detach().contiguous()?;
                     self.ledger.count(
                         (part.elem_count() * part.dtype().size_in_bytes()) as u64,
@@ -165,44 +170,34 @@ impl Engine for LocalEngine {
         let Pending { tag, sequence, own } = pending;
         let mut arrived: Vec<Option<Tensor>> = vec![None; self.size()];
         arrived[self.rank] = own;
-        let mut missing: Vec<(usize, usize)> = self.peers().collect();
-        let until = Instant::now() + self.world.deadline;
-        let kind = self.group.kind;
-        if !missing.is_empty() {
-            self.world.waits(self.world_rank, kind, sequence);
+        if self.size() == 1 {
+            return Ok(arrived);
         }
-
-        while !missing.is_empty() {
-            let ranks: Vec<usize> = missing.iter().map(|&(_, rank)| rank).collect();
-            let keys: Vec<_> = ranks.iter().map(|&rank| (kind, rank, sequence)).collect();
-            let taken = self
-                .world
-                .take(self.world_rank, &Missing { tag, keys }, until)?;
-            match taken {
-                Taken::Late => return Err(self.fault(self.late(tag, sequence, &ranks))),
-                Taken::Returned(gone) => return Err(self.fault(self.returned(tag, &gone))),
-                Taken::Stuck(error) => return Err(self.fault(error)),
-                Taken::Envelopes(envelopes) => {
-                    for ((_, from, _), envelope) in envelopes {
-                        if envelope.tag != tag {
-                            return Err(self.fault(self.mismatch(
-                                tag,
-                                from,
-                                envelope.tag,
-                                sequence,
-                            )));
-                        }
-                        if let Some(index) = missing.iter().position(|&(_, rank)| rank == from) {
-                            let (place, _) = missing.remove(index);
-                            arrived[place] = envelope.part;
-                        }
-                    }
-                }
+        let kind = self.group.kind;
+        let keys = self
+            .peers()
+            .map(|(_, rank)| (kind, rank, sequence))
+            .collect();
+        self.world.waits(self.world_rank, kind, sequence);
+        let until = Instant::now() + self.world.deadline;
+        let letters = match self
+            .world
+            .take(self.world_rank, &Missing { tag, keys }, until)?
+        {
+            Taken::Envelopes(letters) => letters,
+            Taken::Late(ranks) => return Err(self.fault(self.late(tag, sequence, &ranks))),
+            Taken::Returned(ranks) => return Err(self.fault(self.returned(tag, &ranks))),
+            Taken::Stuck(error) => return Err(self.fault(error)),
+        };
+        if let Some(((_, rank, _), other)) = letters.iter().find(|(_, letter)| letter.tag != tag) {
+            return Err(self.fault(self.mismatch(tag, *rank, other.tag, sequence)));
+        }
+        for ((_, from, _), letter) in letters {
+            if let Some((place, _)) = self.peers().find(|&(_, rank)| rank == from) {
+                arrived[place] = letter.part;
             }
         }
-        if self.size() > 1 {
-            self.world.completed(self.world_rank, kind, sequence);
-        }
+        self.world.completed(self.world_rank, kind, sequence);
         Ok(arrived)
     }
 }

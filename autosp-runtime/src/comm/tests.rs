@@ -147,14 +147,15 @@ proptest! {
 
 #[test]
 fn sums_are_taken_in_the_order_of_the_ranks() {
-    // 1e8 + 1 - 1e8 in f32: 0 from the left, 1 in another order.
-    let terms = [1e8f32, 1.0, -1e8];
-    for _ in 0..20 {
-        let sums = on(3, |sp| {
-            let x = Tensor::new(&[terms[sp.rank()]; 5], &Device::Cpu)?;
-            Ok(all_reduce_sum(sp.world_group(), TAG, &x)?.to_vec1::<f32>()?)
-        });
-        assert_eq!(sums.unwrap(), vec![vec![0f32; 5]; 3]);
+    // In f32 1e8 + 1 is 1e8: each of the six orders of these terms gives 0 or 1.
+    for (terms, sum) in [([1.0, 1e8, -1e8], 0f32), ([1e8, -1e8, 1.0], 1.0)] {
+        for _ in 0..20 {
+            let sums = on(3, |sp| {
+                let x = Tensor::new(&[terms[sp.rank()] as f32; 5], &Device::Cpu)?;
+                Ok(all_reduce_sum(sp.world_group(), TAG, &x)?.to_vec1::<f32>()?)
+            });
+            assert_eq!(sums.unwrap(), vec![vec![sum; 5]; 3]);
+        }
     }
 }
 
@@ -196,6 +197,28 @@ fn a_view_is_sent_as_its_elements_and_detached() {
         )
     };
     assert_eq!(received.unwrap(), [(expected(1), 32), (expected(0), 32)]);
+}
+
+#[test]
+fn a_variable_may_change_after_it_was_sent() {
+    let received = on(2, |sp| {
+        let engine = sp.world_group();
+        let var = candle_core::Var::from_tensor(&values(sp.rank(), &[3], DType::F32)?)?;
+        let results = [
+            broadcast(engine, TAG, &var, 0)?,
+            all_gather(engine, TAG, &var, 0)?.narrow(0, 0, 3)?,
+            all_to_all(engine, TAG, vec![Some(var.as_tensor().clone()); 2])?[0]
+                .clone()
+                .filter(|_| sp.rank() == 1)
+                .map_or_else(|| values(0, &[3], DType::F32), Ok)?,
+        ];
+        sp.barrier()?;
+        var.set(&var.affine(0.0, 100.0)?)?;
+        barrier(engine, TAG)?;
+        Ok(results.iter().map(numbers).collect::<Vec<_>>())
+    });
+    let expected = vec![numbers(&values(0, &[3], DType::F32).unwrap()); 3];
+    assert_eq!(received.unwrap(), vec![expected; 2]);
 }
 
 #[test]
@@ -321,4 +344,20 @@ fn the_number_of_parts_is_the_size_of_the_group() {
         error.message().contains("expected a root below 2, found 2"),
         "{error}"
     );
+}
+
+/// Latency of a collective, for `cargo test -p autosp-runtime --lib latency -- --ignored --nocapture`.
+#[test]
+#[ignore = "a measurement"]
+fn latency() {
+    for size in [2, 4, 8] {
+        let times = on(size, |sp| {
+            let begin = std::time::Instant::now();
+            for _ in 0..5000 {
+                sp.barrier()?;
+            }
+            Ok(begin.elapsed() / 5000)
+        });
+        dbg!(size, times.unwrap()[0]);
+    }
 }

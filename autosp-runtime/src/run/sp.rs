@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use autosp_plan::{Settings, codes};
 use candle_core::{Device, TensorId};
 
-use crate::comm::{Engine, Tag, all_to_all};
+use crate::comm::{Engine, Tag, all_to_all, barrier};
 use crate::scope::{self, Scope, Shard};
 use crate::{Bytes, Error, Ledger, Mesh, Result};
 
@@ -150,6 +150,14 @@ impl Sp {
     /// AS0306 with the values of all ranks if they differ; else as [`Engine::wait`].
     pub fn agree(&self, name: &'static str, what: &'static str, values: &[u64]) -> Result<()> {
         scope::agree(self, name, what, values)
+    }
+
+    /// Waits until every rank is here.
+    ///
+    /// # Errors
+    /// As [`Engine::wait`].
+    pub fn barrier(&self) -> Result<()> {
+        barrier(self.world_group(), Tag::new("sp.barrier", "barrier"))
     }
 
     /// The bytes of all ranks together, each given its own `bytes`.

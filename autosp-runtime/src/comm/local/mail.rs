@@ -33,10 +33,10 @@ pub(super) struct Missing {
 /// How a wait ended.
 #[derive(Debug)]
 pub(super) enum Taken {
-    /// At least one envelope.
+    /// All envelopes, or some and one among them of another collective.
     Envelopes(Vec<(Key, Envelope)>),
-    /// The deadline passed.
-    Late,
+    /// The deadline passed without the letters of these ranks.
+    Late(Vec<usize>),
     /// These ranks have returned without an envelope.
     Returned(Vec<usize>),
     /// All ranks wait, and none can go on.
@@ -59,32 +59,54 @@ pub(super) struct Content {
 }
 
 impl Content {
-    /// Takes the letters among `keys` that are there; `None` if there are none.
-    fn pick(&mut self, keys: &[Key]) -> Option<Vec<(Key, Envelope)>> {
-        let found: Vec<_> = keys
-            .iter()
+    /// Whether there is something to wake up for: all letters, or one of another collective.
+    fn ready(&self, missing: &Missing) -> bool {
+        let letter = |key| self.letters.get(key);
+        let other = |key| letter(key).is_some_and(|envelope| envelope.tag != missing.tag);
+        missing.keys.iter().all(|key| letter(key).is_some()) || missing.keys.iter().any(other)
+    }
+
+    /// Takes the letters among `keys` that are there.
+    fn pick(&mut self, keys: &[Key]) -> Vec<(Key, Envelope)> {
+        keys.iter()
             .filter_map(|key| Some((*key, self.letters.remove(key)?)))
-            .collect();
-        (!found.is_empty()).then_some(found)
+            .collect()
+    }
+
+    /// The world ranks whose letters are not there.
+    fn absent(&self, missing: &Missing) -> Vec<usize> {
+        let absent = missing
+            .keys
+            .iter()
+            .filter(|key| !self.letters.contains_key(key));
+        absent.map(|&(_, from, _)| from).collect()
     }
 }
 
 impl World {
-    /// Puts an envelope into the mailbox of `to`.
+    /// Puts an envelope into the mailbox of `to`, and wakes it if that was the last one it sleeps for.
     pub(super) fn post(&self, to: usize, key: Key, envelope: Envelope) {
         let mailbox = &self.mailboxes[to];
-        lock(&mailbox.content).letters.insert(key, envelope);
-        mailbox.bell.notify_all();
+        let mut content = lock(&mailbox.content);
+        content.letters.insert(key, envelope);
+        let wakes = content
+            .asleep
+            .as_ref()
+            .is_some_and(|missing| content.ready(missing));
+        drop(content);
+        if wakes {
+            mailbox.bell.notify_all();
+        }
     }
 
-    /// Blocks until at least one of the missing envelopes is there, and takes those that are.
+    /// Blocks until all the missing envelopes are there, or one of another collective, and takes those that are there.
     ///
     /// What has arrived is taken even if the run has failed meanwhile, so that an error which all ranks find is found by all.
     pub(super) fn take(&self, rank: usize, missing: &Missing, until: Instant) -> Result<Taken> {
         {
             let mut content = lock(&self.mailboxes[rank].content);
-            if let Some(envelopes) = content.pick(&missing.keys) {
-                return Ok(Taken::Envelopes(envelopes));
+            if content.ready(missing) {
+                return Ok(Taken::Envelopes(content.pick(&missing.keys)));
             }
             content.asleep = Some(missing.clone());
         }
@@ -98,20 +120,21 @@ impl World {
         let mailbox = &self.mailboxes[rank];
         let mut content = lock(&mailbox.content);
         let taken = loop {
-            if let Some(envelopes) = content.pick(&missing.keys) {
-                break Ok(Taken::Envelopes(envelopes));
+            if content.ready(missing) {
+                break Ok(Taken::Envelopes(content.pick(&missing.keys)));
             }
             if let Err(error) = self.check(rank) {
                 break Err(error);
             }
             // A rank posts before it returns, and the mailbox is locked: what is not here now will never come.
-            let gone = self.returned_among(missing);
+            let absent = content.absent(missing);
+            let gone = self.returned_among(&absent);
             if !gone.is_empty() {
                 break Ok(Taken::Returned(gone));
             }
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                break Ok(Taken::Late);
+                break Ok(Taken::Late(absent));
             }
             let woken = mailbox.bell.wait_timeout(content, left);
             content = woken.unwrap_or_else(PoisonError::into_inner).0;
@@ -120,10 +143,11 @@ impl World {
         taken
     }
 
-    fn returned_among(&self, missing: &Missing) -> Vec<usize> {
-        let senders = missing.keys.iter().map(|&(_, from, _)| from);
-        senders
-            .filter(|&from| self.returned[from].load(Ordering::SeqCst))
+    fn returned_among(&self, ranks: &[usize]) -> Vec<usize> {
+        ranks
+            .iter()
+            .copied()
+            .filter(|&rank| self.returned[rank].load(Ordering::SeqCst))
             .collect()
     }
 
@@ -132,39 +156,41 @@ impl World {
     /// All mailboxes are locked together (by index, and nobody else holds two), so that this is one moment of the run. Then nobody is
     /// left to write a letter, and waiting for the deadline would change nothing.
     pub(super) fn all_asleep(&self) -> Option<(usize, Error)> {
-        let all: Vec<MutexGuard<'_, Content>> = self
+        let all: Vec<_> = self
             .mailboxes
             .iter()
             .map(|mailbox| lock(&mailbox.content))
             .collect();
+        let returned = |rank: usize| self.returned[rank].load(Ordering::SeqCst);
+        let stuck = |(rank, content): (usize, &MutexGuard<'_, Content>)| {
+            returned(rank)
+                || content.asleep.as_ref().is_some_and(|missing| {
+                    // A rank that waits for one that has returned finds that out itself, and says it better.
+                    !content.ready(missing)
+                        && self.returned_among(&content.absent(missing)).is_empty()
+                })
+        };
+        if self.has_failed() || !all.iter().enumerate().all(stuck) {
+            return None;
+        }
+        let first = (0..all.len()).find(|&rank| !returned(rank))?;
         let mut text =
             "expected the same collectives on all ranks, found every rank waiting:".to_owned();
-        let mut first = None;
         for (rank, content) in all.iter().enumerate() {
-            if self.returned[rank].load(Ordering::SeqCst) {
-                let _ = write!(text, "\n   rank {rank} has returned");
-                continue;
+            match content.asleep.as_ref().filter(|_| !returned(rank)) {
+                None => _ = write!(text, "\n   rank {rank} has returned"),
+                Some(missing) => {
+                    let kind = missing.keys.first().map_or("", |key| key.0);
+                    let ranks = list(&content.absent(missing));
+                    let _ = write!(
+                        text,
+                        "\n   rank {rank} in {} of the {kind} group, for {ranks}",
+                        missing.tag
+                    );
+                }
             }
-            let missing = content.asleep.as_ref()?;
-            let about_to_wake = missing
-                .keys
-                .iter()
-                .any(|key| content.letters.contains_key(key));
-            // A rank that waits for one that has returned finds that out itself, and says it better.
-            if about_to_wake || !self.returned_among(missing).is_empty() || self.has_failed() {
-                return None;
-            }
-            let ranks: Vec<usize> = missing.keys.iter().map(|&(_, rank, _)| rank).collect();
-            let kind = missing.keys.first().map_or("", |key| key.0);
-            let _ = write!(
-                text,
-                "\n   rank {rank} in {} of the {kind} group, for {}",
-                missing.tag,
-                list(&ranks)
-            );
-            first = first.or(Some(rank));
         }
-        first.map(|rank| (rank, Error::new(codes::MISMATCH, text)))
+        Some((first, Error::new(codes::MISMATCH, text)))
     }
 }
 
