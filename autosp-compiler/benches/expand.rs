@@ -9,10 +9,10 @@ fn expand(c: &mut Criterion) {
     ))
     .expect("the example model");
     c.bench_function("analyse llama", |b| {
-        b.iter(|| autosp_compiler::analyse(&source))
+        b.iter(|| autosp_compiler::analyse(&source));
     });
     c.bench_function("expand llama", |b| {
-        b.iter(|| autosp_compiler::expand(&source))
+        b.iter(|| autosp_compiler::expand(&source));
     });
 }
 

@@ -66,7 +66,7 @@ impl<'a> Trace<'_, 'a> {
                 ty: Ty::Scope(ty), ..
             } => {
                 if let Some(function) = self.scope.method(ty, &name) {
-                    return self.enter(function, at, Some(receiver.clone()), args);
+                    return self.enter(function, at, Some(&receiver), args);
                 }
                 if TRANSPARENT.contains(&name.as_str()) {
                     return receiver;
@@ -80,7 +80,7 @@ impl<'a> Trace<'_, 'a> {
                 let full = format!("{path}::{name}");
                 if let Some(row) = self.table.get(&full) {
                     let object = object.clone();
-                    return self.apply(row, args, at, &text(m), Some(&object));
+                    return self.apply(row, &args, at, &text(m), Some(&object));
                 }
                 if TRANSPARENT.contains(&name.as_str()) {
                     return receiver;
@@ -113,7 +113,7 @@ impl<'a> Trace<'_, 'a> {
                     },
                     _,
                 )) => match self.table.get(&format!("{path}::forward")) {
-                    Some(row) => self.apply(row, vec![subject], at, &text(m), Some(&object)),
+                    Some(row) => self.apply(row, &[subject], at, &text(m), Some(&object)),
                     None => self.unknown_call(&text(m), &[subject], at),
                 },
                 Some((
@@ -126,7 +126,7 @@ impl<'a> Trace<'_, 'a> {
                     Some(function) => self.enter(
                         function,
                         at,
-                        Some(Value::Object {
+                        Some(&Value::Object {
                             ty: Ty::Scope(ty),
                             path,
                         }),
@@ -141,7 +141,7 @@ impl<'a> Trace<'_, 'a> {
         let mut all: Vec<Arg<'a>> = vec![(receiver, Some(&m.receiver))];
         all.extend(args);
         if let Some(row) = self.table.get(&full) {
-            self.apply(row, all, at, &text(m), None)
+            self.apply(row, &all, at, &text(m), None)
         } else {
             self.unknown_call(&text(m), &all, at)
         }
@@ -150,14 +150,13 @@ impl<'a> Trace<'_, 'a> {
     /// Operators on tensors are the methods of the same name.
     pub(super) fn operator(
         &mut self,
-        act: ActId,
         name: &str,
         operands: &[Arg<'a>],
         at: At,
         what: &str,
     ) -> Value {
         match self.table.get(&format!("candle_core::Tensor::{name}")) {
-            Some(row) => self.apply(row, operands.to_vec(), at, what, None),
+            Some(row) => self.apply(row, operands, at, what, None),
             None => self.unknown_call(what, operands, at),
         }
     }
@@ -230,7 +229,7 @@ impl<'a> Trace<'_, 'a> {
                 return args.into_iter().next().map_or(Value::Opaque, |a| a.0);
             }
             if matches!(name.as_str(), "min" | "max") && args.len() == 2 {
-                return self.min_max(args, at);
+                return self.min_max(&args, at);
             }
         }
         let full = self.scope.names.resolve(&p.path);
@@ -238,7 +237,7 @@ impl<'a> Trace<'_, 'a> {
             .strip_prefix("crate::")
             .map_or(full.clone(), String::from);
         if let Some(row) = self.table.get(&full) {
-            return self.apply(row, args, at, &text(c), None);
+            return self.apply(row, &args, at, &text(c), None);
         }
         // `Module::forward(&layer, x)`
         if segments.last().is_some_and(|s| s == "forward")
@@ -251,7 +250,7 @@ impl<'a> Trace<'_, 'a> {
             )) = args.first().cloned()
             && let Some(row) = self.table.get(&format!("{path}::forward"))
         {
-            return self.apply(row, args[1..].to_vec(), at, &text(c), Some(&object));
+            return self.apply(row, &args[1..], at, &text(c), Some(&object));
         }
         self.unknown_call(&text(c), &args, at)
     }
@@ -264,7 +263,7 @@ impl<'a> Trace<'_, 'a> {
         } else {
             None
         };
-        self.enter(function, at, object, args)
+        self.enter(function, at, object.as_ref(), args)
     }
 
     /// Evaluates a function of the scope on the arguments.
@@ -272,7 +271,7 @@ impl<'a> Trace<'_, 'a> {
         &mut self,
         function: usize,
         at: At,
-        receiver: Option<Value>,
+        receiver: Option<&Value>,
         args: Vec<Arg<'a>>,
     ) -> Value {
         let f = &self.scope.functions[function];
@@ -282,7 +281,7 @@ impl<'a> Trace<'_, 'a> {
             match input {
                 syn::FnArg::Receiver(_) => params.push((
                     "self".to_string(),
-                    receiver.clone().unwrap_or(Value::Opaque),
+                    receiver.cloned().unwrap_or(Value::Opaque),
                     true,
                 )),
                 syn::FnArg::Typed(t) => {
@@ -385,8 +384,8 @@ impl<'a> Trace<'_, 'a> {
         Value::Tensor(self.unknown(reason, inputs, at, what))
     }
 
-    fn min_max(&mut self, args: Vec<Arg<'a>>, at: At) -> Value {
-        for (value, e) in &args {
+    fn min_max(&mut self, args: &[Arg<'a>], at: At) -> Value {
+        for (value, e) in args {
             if let (Value::Size(s), Some(e)) = (value, e) {
                 let at = self.at(at.act, e);
                 self.use_size(at, &s.clone(), Role::Valid);

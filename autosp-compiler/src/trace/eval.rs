@@ -149,13 +149,9 @@ impl<'a> Trace<'_, 'a> {
                 poly: s.poly.neg(),
                 origins: s.origins,
             }),
-            (syn::UnOp::Neg(_), Value::Tensor(n)) => self.operator(
-                act,
-                "neg",
-                &[(Value::Tensor(n), Some(&*u.expr))],
-                at,
-                &text(u),
-            ),
+            (syn::UnOp::Neg(_), Value::Tensor(n)) => {
+                self.operator("neg", &[(Value::Tensor(n), Some(&*u.expr))], at, &text(u))
+            }
             _ => Value::Opaque,
         }
     }
@@ -222,7 +218,6 @@ impl<'a> Trace<'_, 'a> {
                 self.use_size(at, s, Role::Valid);
             }
             return self.operator(
-                act,
                 name,
                 &[(left, Some(&b.left)), (right, Some(&b.right))],
                 at,

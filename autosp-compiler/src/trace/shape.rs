@@ -244,11 +244,11 @@ fn features(
 /// `a` broadcast against `b` from the right; `None` where sizes of batch or sequence contradict each other.
 pub(crate) fn broadcast(atoms: &mut Atoms, a: &[Dim], b: &[Dim]) -> Result<Vec<Dim>, String> {
     let rank = a.len().max(b.len());
-    let mut out = vec![Dim::default(); rank];
+    let mut out = Vec::with_capacity(rank);
     for i in 0..rank {
         let left = (i + a.len()).checked_sub(rank).map(|k| &a[k]);
         let right = (i + b.len()).checked_sub(rank).map(|k| &b[k]);
-        out[i] = match (left, right) {
+        out.push(match (left, right) {
             (Some(l), Some(r)) if l == r => l.clone(),
             (Some(l), Some(r)) if r.is_one() => l.clone(),
             (Some(l), Some(r)) if l.is_one() => r.clone(),
@@ -274,7 +274,7 @@ pub(crate) fn broadcast(atoms: &mut Atoms, a: &[Dim], b: &[Dim]) -> Result<Vec<D
             }
             (Some(d), None) | (None, Some(d)) => d.clone(),
             (None, None) => Dim::default(),
-        };
+        });
     }
     Ok(out)
 }
