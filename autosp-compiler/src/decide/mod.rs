@@ -29,8 +29,7 @@ pub(crate) fn decide(
     };
     let mut refusals: Vec<Refusal> = Vec::new();
     let mut fallback: Vec<Refusal> = Vec::new();
-    for root in roots(scope, table) {
-        let trace = Trace::run(scope, table, root);
+    for (root, trace) in roots(scope, table) {
         match place(&trace) {
             Ok(placed) => {
                 if let Err(more) = add(&mut plan, &trace, &placed, root) {
@@ -66,11 +65,12 @@ fn dedupe(refusals: &mut Vec<Refusal>) {
 }
 
 /// Functions that a user calls: they take a tensor, come to an attention or fail to, and no other function of the scope
-/// calls them on the way to one.
-fn roots(scope: &Scope<'_>, table: &'static Table) -> Vec<usize> {
-    let mut candidates = Vec::new();
+/// calls them on the way to one. Each with its trace.
+fn roots<'s, 'a>(scope: &'s Scope<'a>, table: &'static Table) -> Vec<(usize, Trace<'s, 'a>)> {
+    let mut candidates: Vec<(usize, Trace<'s, 'a>)> = Vec::new();
     let mut called = std::collections::HashSet::new();
-    for (id, f) in scope.functions.iter().enumerate() {
+    // What is called stands before its caller in most files; a function that is called needs no trace of its own.
+    for (id, f) in scope.functions.iter().enumerate().rev() {
         let takes_tensor = f.sig.inputs.iter().any(|input| match input {
             syn::FnArg::Typed(t) => scope.ty(&t.ty, f.owner.as_deref()).holds_tensor(),
             syn::FnArg::Receiver(_) => false,
@@ -79,31 +79,24 @@ fn roots(scope: &Scope<'_>, table: &'static Table) -> Vec<usize> {
             syn::ReturnType::Type(_, ty) => scope.ty(ty, f.owner.as_deref()).holds_tensor(),
             syn::ReturnType::Default => false,
         };
-        if !takes_tensor || !gives_tensor {
+        if !takes_tensor || !gives_tensor || called.contains(&id) {
             continue;
         }
         let trace = Trace::run(scope, table, id);
         called.extend(trace.acts.iter().skip(1).map(|a| a.function));
-        let interesting = (0..trace.nodes.len()).any(|n| {
-            trace.nodes[n]
-                .row()
-                .is_some_and(|r| r.name().starts_with("softmax"))
-        });
-        if interesting {
-            candidates.push(id);
+        let softmax = |n: &crate::trace::graph::Node| {
+            n.row().is_some_and(|r| r.name().starts_with("softmax"))
+        };
+        if trace.nodes.iter().any(softmax) {
+            candidates.push((id, trace));
         }
     }
-    let free: Vec<usize> = candidates
-        .iter()
-        .copied()
-        .filter(|id| !called.contains(id))
-        .collect();
-    let public: Vec<usize> = free
-        .iter()
-        .copied()
-        .filter(|id| scope.functions[*id].public)
-        .collect();
-    if public.is_empty() { free } else { public }
+    candidates.retain(|(id, _)| !called.contains(id));
+    if candidates.iter().any(|(id, _)| scope.functions[*id].public) {
+        candidates.retain(|(id, _)| scope.functions[*id].public);
+    }
+    candidates.reverse();
+    candidates
 }
 
 /// The first thing that could not be followed and that a softmax depends on: what stands in the way of an attention.

@@ -174,6 +174,11 @@ fn consume(
                 rest = Poly::one();
             } else if let Some(quotient) = divide(&rest, &size) {
                 rest = quotient;
+            } else if let Some(count) = product_of(atoms, &factors[at..], &rest) {
+                // heads * (hidden / heads) is hidden
+                dim.0.extend(factors[at..at + count].iter().cloned());
+                at += count;
+                break;
             } else if !atoms.anchored(&size) && !atoms.anchored(&rest) {
                 let (run, used, taken) =
                     features(atoms, &factors[at..], &rest, &sizes[j + 1..], last)?;
@@ -209,6 +214,18 @@ fn consume(
     }
     // Features that the last size did not name (a width given under another name) belong to it.
     Ok((dims, at))
+}
+
+/// How many of the first factors multiply to a size, if any number does.
+fn product_of(atoms: &Atoms, factors: &[Factor], size: &Poly) -> Option<usize> {
+    let mut product = Poly::one();
+    for (i, factor) in factors.iter().enumerate() {
+        product = atoms.mul(&product, &atoms.normal(&factor.size));
+        if atoms.equal(&product, size) {
+            return Some(i + 1);
+        }
+    }
+    None
 }
 
 /// Regroups a run of feature factors. Returns the dimensions, how many factors and how many further sizes were used.

@@ -252,6 +252,8 @@ impl<'a> Trace<'_, 'a> {
         match rule {
             ShapeRule::Linear => {
                 let last = rank.checked_sub(1).ok_or_else(|| lost(what))?;
+                let width = dims[last].size(&self.atoms);
+                self.atoms.is_width(&width);
                 dims[last] = Dim::of(self.feature(format!("{what}.out")));
                 Ok((Shape::Known(dims), vec![(0, last)]))
             }
@@ -261,6 +263,13 @@ impl<'a> Trace<'_, 'a> {
             }
             ShapeRule::AlongLast => {
                 let last = rank.checked_sub(1).ok_or_else(|| lost(what))?;
+                let layer = self.nodes[node]
+                    .row()
+                    .is_some_and(|r| r.name() == "forward");
+                if layer {
+                    let width = dims[last].size(&self.atoms);
+                    self.atoms.is_width(&width);
+                }
                 Ok((Shape::Known(dims), vec![(0, last)]))
             }
             ShapeRule::Along => {
