@@ -23,7 +23,7 @@ pub mod scores;
 pub mod site;
 pub mod train;
 
-pub use autosp_plan::Settings;
+pub use autosp_plan::{Settings, codes, settings};
 pub use data::{Batch, TextData};
 pub use error::{Error, Result};
 pub use ledger::{Bytes, Ledger};

@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use autosp::{Error, Result, codes, train::StepReport};
+use autosp::{Error, Result, codes, StepReport};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
