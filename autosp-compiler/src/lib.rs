@@ -247,10 +247,7 @@ fn include_module(
         Ok(emit::items(&file.items, &analysis.plan, &facade).to_string())
     });
     // Cargo builds again when the included file changes.
-    let tracked = included.file.to_string_lossy();
-    let tracking = quote!(
-        const _: &[u8] = include_bytes!(#tracked);
-    );
+    let tracking = quote!(const _: &[u8] = include_bytes!(#lit););
     match outcome {
         Ok(text) => match text.parse::<TokenStream>() {
             Ok(body) => with_body(module, &quote!(#tracking #body)),

@@ -15,6 +15,12 @@
 //! Two kernels: [`Kernel::Reference`] is the plain loop, [`Kernel::Tiled`] the fast one. Both are bitwise repeatable, whatever the
 //! number of threads.
 
+// What a kernel's inner loops call has to be inlined to be compiled for the vectors that the kernel was dispatched to.
+#![allow(
+    clippy::inline_always,
+    reason = "inlining decides which instructions are used"
+)]
+
 pub(crate) mod real;
 mod reference;
 mod simd;

@@ -8,8 +8,8 @@ pub mod data;
 pub mod error;
 pub mod layout;
 pub mod ledger;
-pub mod mask;
 pub mod loss;
+pub mod mask;
 pub mod memory;
 pub mod mesh;
 pub mod ops;
@@ -21,6 +21,7 @@ pub mod schedule;
 pub mod scope;
 pub mod scores;
 pub mod site;
+pub mod testing;
 pub mod train;
 
 pub use autosp_plan::{Settings, codes, settings};

@@ -11,7 +11,9 @@ use candle_core::{D, DType, Device, Result, Shape, Tensor, WithDType};
 use rayon::prelude::*;
 
 use crate::comm::{Tag, all_gather};
-use crate::ops::{Kernel, Real, Rows, Visit, compute, max, owned, per_row, record1, sum, tensor, visit};
+use crate::ops::{
+    Kernel, Real, Rows, Visit, compute, max, owned, per_row, record1, sum, tensor, visit,
+};
 use crate::{Error, scope};
 
 /// The label of a position that has no target.
@@ -34,7 +36,11 @@ thread_local! {
 /// AS0510 if there is no valid target on any rank; AS0511 if a label is no class; AS0509 if shapes do not fit.
 pub fn cross_entropy(logits: &Tensor, labels: &Tensor) -> Result<Tensor> {
     let classes = classes(logits, labels)?;
-    let dtype = if logits.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
+    let dtype = if logits.dtype() == DType::F64 {
+        DType::F64
+    } else {
+        DType::F32
+    };
     let valid = classes.iter().filter(|class| class.is_some()).count();
     if !logits.device().is_cpu() {
         return composed(logits, &classes, valid, dtype);
@@ -42,10 +48,22 @@ pub fn cross_entropy(logits: &Tensor, labels: &Tensor) -> Result<Tensor> {
     let Sums { lse, total } = visit(&Forward { classes: &classes }, [logits])?;
     let (total, count) = over_ranks(total, valid)?;
     let value = Tensor::new(total / count, &Device::Cpu)?.to_dtype(dtype)?;
-    record1("cross-entropy", logits, owned(&value)?, move |[logits], _, grad| {
-        let scale = grad.to_dtype(DType::F64)?.to_scalar::<f64>()? / count;
-        Ok([Some(tensor(compute(&Backward { classes: &classes, lse: &lse, scale }, [logits])?))])
-    })
+    record1(
+        "cross-entropy",
+        logits,
+        owned(&value)?,
+        move |[logits], _, grad| {
+            let scale = grad.to_dtype(DType::F64)?.to_scalar::<f64>()? / count;
+            Ok([Some(tensor(compute(
+                &Backward {
+                    classes: &classes,
+                    lse: &lse,
+                    scale,
+                },
+                [logits],
+            )?))])
+        },
+    )
 }
 
 /// Valid targets since the last call, over all ranks.
@@ -68,12 +86,18 @@ fn classes(logits: &Tensor, labels: &Tensor) -> crate::Result<Vec<Option<u32>>> 
     }
     // -100 has no other form in an unsigned type.
     let ignore = [IGNORE, i64::from(IGNORE as u32)];
-    let labels = labels.to_device(&Device::Cpu)?.flatten_all()?.to_dtype(DType::I64)?.to_vec1::<i64>()?;
+    let labels = labels
+        .to_device(&Device::Cpu)?
+        .flatten_all()?
+        .to_dtype(DType::I64)?
+        .to_vec1::<i64>()?;
     let class = |(position, label): (usize, i64)| match u32::try_from(label) {
         _ if ignore.contains(&label) => Ok(None),
         Ok(class) if (class as usize) < vocabulary => Ok(Some(class)),
         _ => {
-            let text = format!("expected a label in 0..{vocabulary} or {IGNORE}, found {label} at position {position}");
+            let text = format!(
+                "expected a label in 0..{vocabulary} or {IGNORE}, found {label} at position {position}"
+            );
             Err(Error::new(codes::LABEL_RANGE, text))
         }
     };
@@ -87,10 +111,13 @@ fn over_ranks(total: f64, valid: usize) -> crate::Result<(f64, f64)> {
         let tag = Tag::new("loss", "sum").at(scope.step());
         let own = Tensor::new(&[[total, valid as f64]], &Device::Cpu)?;
         let all = all_gather(scope.sp().world_group(), tag, &own, 0)?.to_vec2::<f64>()?;
-        (sum, count) = all.iter().fold((0.0, 0.0), |(sum, count), rank| (sum + rank[0], count + rank[1]));
+        (sum, count) = all.iter().fold((0.0, 0.0), |(sum, count), rank| {
+            (sum + rank[0], count + rank[1])
+        });
     }
     if count == 0.0 {
-        let text = format!("expected at least one target on some rank, found every label to be {IGNORE}");
+        let text =
+            format!("expected at least one target on some rank, found every label to be {IGNORE}");
         return Err(Error::new(codes::NO_TARGET, text));
     }
     TARGETS.set(TARGETS.get() + count as u64);
@@ -128,8 +155,16 @@ impl Visit<1> for Forward<'_> {
                 (lse, lse - target)
             }
         };
-        let (lse, losses): (Vec<f64>, Vec<f64>) = self.classes.par_iter().enumerate().map_init(scratch, row).unzip();
-        Ok(Sums { lse, total: losses.iter().sum() })
+        let (lse, losses): (Vec<f64>, Vec<f64>) = self
+            .classes
+            .par_iter()
+            .enumerate()
+            .map_init(scratch, row)
+            .unzip();
+        Ok(Sums {
+            lse,
+            total: losses.iter().sum(),
+        })
     }
 }
 
@@ -145,33 +180,52 @@ impl Kernel<1> for Backward<'_> {
 
     fn run<T: WithDType, A: Real>(&self, [logits]: [Rows<'_, T>; 1]) -> Result<(Vec<T>, Shape)> {
         let scale = A::real(self.scale);
-        let out = per_row(logits.count(), logits.width(), logits.width(), |i, out: &mut [T], row: &mut [A]| {
-            let Some(class) = self.classes[i] else { return };
-            logits.read(i, row);
-            let lse = A::real(self.lse[i]);
-            for x in row.iter_mut() {
-                *x = (*x - lse).exp();
-            }
-            row[class as usize] = row[class as usize] - A::real(1.0);
-            for (slot, &x) in out.iter_mut().zip(row.iter()) {
-                *slot = (x * scale).down();
-            }
-        });
+        let out = per_row(
+            logits.count(),
+            logits.width(),
+            logits.width(),
+            |i, out: &mut [T], row: &mut [A]| {
+                let Some(class) = self.classes[i] else { return };
+                logits.read(i, row);
+                let lse = A::real(self.lse[i]);
+                for x in row.iter_mut() {
+                    *x = (*x - lse).exp();
+                }
+                row[class as usize] = row[class as usize] - A::real(1.0);
+                for (slot, &x) in out.iter_mut().zip(row.iter()) {
+                    *slot = (x * scale).down();
+                }
+            },
+        );
         Ok((out, logits.shape().clone()))
     }
 }
 
 /// The same by candle's differentiable operations, for devices without a kernel here.
-fn composed(logits: &Tensor, classes: &[Option<u32>], valid: usize, dtype: DType) -> Result<Tensor> {
+fn composed(
+    logits: &Tensor,
+    classes: &[Option<u32>],
+    valid: usize,
+    dtype: DType,
+) -> Result<Tensor> {
     let (device, rows) = (logits.device(), classes.len());
     let targets: Vec<u32> = classes.iter().map(|class| class.unwrap_or(0)).collect();
-    let weights: Vec<f32> = classes.iter().map(|class| if class.is_some() { 1.0 } else { 0.0 }).collect();
-    let logits = logits.reshape((rows, logits.dim(D::Minus1)?))?.to_dtype(dtype)?;
-    let picked = logits.gather(&Tensor::from_vec(targets, (rows, 1), device)?, 1)?.squeeze(1)?;
+    let weights: Vec<f32> = classes
+        .iter()
+        .map(|class| if class.is_some() { 1.0 } else { 0.0 })
+        .collect();
+    let logits = logits
+        .reshape((rows, logits.dim(D::Minus1)?))?
+        .to_dtype(dtype)?;
+    let picked = logits
+        .gather(&Tensor::from_vec(targets, (rows, 1), device)?, 1)?
+        .squeeze(1)?;
     let weights = Tensor::from_vec(weights, rows, device)?.to_dtype(dtype)?;
     // A row without a target may hold anything, also infinities, which a weight of zero would not silence.
     let losses = (logits.log_sum_exp(1)? - picked)?;
-    let losses = weights.ne(0.0)?.where_cond(&losses, &losses.zeros_like()?)?;
+    let losses = weights
+        .ne(0.0)?
+        .where_cond(&losses, &losses.zeros_like()?)?;
     let own = losses.sum_all()?;
     let here = own.to_dtype(DType::F64)?.to_scalar::<f64>()?;
     let (total, count) = over_ranks(here, valid)?;

@@ -28,6 +28,8 @@ const DENSE_LIMIT: usize = 1 << 24;
 enum Change {
     Cast(DType),
     Affine(f64, f64, DType),
+    /// The first number where the mask is non-zero, else the second.
+    Select(f64, f64),
 }
 
 impl Change {
@@ -35,6 +37,13 @@ impl Change {
         match self {
             Self::Cast(dtype) => cast(x, dtype),
             Self::Affine(mul, add, dtype) => cast(x * mul + add, dtype),
+            Self::Select(nonzero, zero) => {
+                if x == 0.0 {
+                    zero
+                } else {
+                    nonzero
+                }
+            }
         }
     }
 }
@@ -201,6 +210,10 @@ impl Mask {
     ///
     /// # Errors
     /// Candle's error for a dim that is not there.
+    #[allow(
+        clippy::needless_pass_by_value,
+        reason = "the argument forms of candle"
+    )]
     pub fn dim<D: Dim>(&self, dim: D) -> candle_core::Result<usize> {
         Ok(self.dims()[dim.to_index(&self.shape, "dim")?])
     }
@@ -305,6 +318,10 @@ impl Mask {
     ///
     /// # Errors
     /// `AS0325` after the queries, where the last two dims would no longer be queries and keys.
+    #[allow(
+        clippy::needless_pass_by_value,
+        reason = "the argument forms of candle"
+    )]
     pub fn unsqueeze<D: Dim>(&self, dim: D) -> candle_core::Result<Self> {
         let dim = dim.to_index_plus_one(&self.shape, "unsqueeze")?;
         if dim + 2 > self.rank() {
@@ -345,6 +362,23 @@ impl Mask {
     /// None; the form is candle's.
     pub fn affine(&self, mul: f64, add: f64) -> candle_core::Result<Self> {
         Ok(self.changed(Change::Affine(mul, add, self.dtype), self.dtype))
+    }
+
+    /// The float mask of two numbers that this integer mask chooses between.
+    pub(crate) fn select(
+        &self,
+        on_true: f64,
+        on_false: f64,
+        dtype: DType,
+    ) -> candle_core::Result<Self> {
+        if !self.is_select() {
+            return Err(refused(format!(
+                "where_cond: expected an integer mask, found {:?}",
+                self.dtype
+            ))
+            .into());
+        }
+        Ok(self.changed(Change::Select(on_true, on_false), dtype))
     }
 
     fn changed(&self, change: Change, dtype: DType) -> Self {

@@ -44,12 +44,22 @@ where
     // The graph of the block dies with this statement, except where nothing in it is tracked.
     let y = f(&x.detach())?.detach();
     // A block whose input is not tracked still has variables: a variable in the input's place makes candle call the backward.
-    let x = if tracked(x) { x.clone() } else { Var::from_tensor(&x.detach())?.into_inner() };
-    record1("checkpoint", &x, owned(&y)?, move |[x], _, grad| scope.run(|| backward(&f, x, grad)))
+    let x = if tracked(x) {
+        x.clone()
+    } else {
+        Var::from_tensor(&x.detach())?.into_inner()
+    };
+    record1("checkpoint", &x, owned(&y)?, move |[x], _, grad| {
+        scope.run(|| backward(&f, x, grad))
+    })
 }
 
 /// Computes the block again and walks it back from `grad`: the gradient of x is returned, those of variables go to the sink.
-fn backward(f: &dyn Fn(&Tensor) -> Result<Tensor>, x: &Tensor, grad: &Tensor) -> Result<[Option<Tensor>; 1]> {
+fn backward(
+    f: &dyn Fn(&Tensor) -> Result<Tensor>,
+    x: &Tensor,
+    grad: &Tensor,
+) -> Result<[Option<Tensor>; 1]> {
     let x = Var::from_tensor(x)?;
     let y = f(x.as_tensor())?;
     if !tracked(&y) {
@@ -57,8 +67,12 @@ fn backward(f: &dyn Fn(&Tensor) -> Result<Tensor>, x: &Tensor, grad: &Tensor) ->
     }
     let seed = y.apply_op1(Seed(grad.clone()))?;
     drop(y);
-    let variables: Vec<Tensor> =
-        seed.sorted_nodes().into_iter().filter(|node| node.is_variable() && node.id() != x.id()).cloned().collect();
+    let variables: Vec<Tensor> = seed
+        .sorted_nodes()
+        .into_iter()
+        .filter(|node| node.is_variable() && node.id() != x.id())
+        .cloned()
+        .collect();
     let mut grads = seed.backward()?;
     SINK.with_borrow_mut(|sink| -> Result<()> {
         for variable in &variables {

@@ -11,9 +11,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use autosp_plan::codes;
 use candle_core::safetensors::MmapedSafetensors;
 use candle_core::{DType, Device, Shape, Tensor, Var};
+use candle_nn::VarBuilder;
 use candle_nn::init::{Init, NormalOrUniform};
 use candle_nn::var_builder::SimpleBackend;
-use candle_nn::VarBuilder;
 use rayon::prelude::*;
 
 use crate::random::Stream;
@@ -62,7 +62,11 @@ struct Files {
 
 impl Files {
     fn names(&self) -> String {
-        self.paths.iter().map(|path| format!("`{}`", path.display())).collect::<Vec<_>>().join(", ")
+        self.paths
+            .iter()
+            .map(|path| format!("`{}`", path.display()))
+            .collect::<Vec<_>>()
+            .join(", ")
     }
 }
 
@@ -74,35 +78,67 @@ impl Files {
 /// # Errors
 /// AS0501 if a file is missing or cannot be read; AS0502 if it is not a safetensors file. The builder reports a tensor that is
 /// missing (AS0503) or has another shape (AS0504).
-pub fn load_trainable<P: AsRef<Path>>(files: &[P], dtype: DType, device: &Device) -> Result<Parameters> {
+pub fn load_trainable<P: AsRef<Path>>(
+    files: &[P],
+    dtype: DType,
+    device: &Device,
+) -> Result<Parameters> {
     let paths: Vec<PathBuf> = files.iter().map(|path| path.as_ref().to_owned()).collect();
     if paths.is_empty() {
-        return Err(Error::new(codes::FILE_UNREADABLE, "expected at least one model file, found none"));
+        return Err(Error::new(
+            codes::FILE_UNREADABLE,
+            "expected at least one model file, found none",
+        ));
     }
     for path in &paths {
         File::open(path)
             .and_then(|file| file.metadata())
-            .and_then(|found| if found.is_dir() { Err(std::io::Error::other("it is a folder")) } else { Ok(()) })
+            .and_then(|found| {
+                if found.is_dir() {
+                    Err(std::io::Error::other("it is a folder"))
+                } else {
+                    Ok(())
+                }
+            })
             .map_err(|error| {
-                Error::new(codes::FILE_UNREADABLE, format!("cannot read the model file `{}`: {error}", path.display()))
+                Error::new(
+                    codes::FILE_UNREADABLE,
+                    format!("cannot read the model file `{}`: {error}", path.display()),
+                )
             })?;
         // SAFETY: the mapping lives no longer than this statement; a writer in between can only make the check fail.
         unsafe { MmapedSafetensors::new(path) }.map_err(|error| {
             let error = Error::from(error);
-            let message = format!("`{}` is not a valid safetensors file: {}", path.display(), error.message());
+            let message = format!(
+                "`{}` is not a valid safetensors file: {}",
+                path.display(),
+                error.message()
+            );
             Error::new(codes::FILE_BROKEN, message)
         })?;
     }
     // SAFETY: the caller keeps other programs from changing the files, as documented; our own `save` replaces a file by a rename,
     // which leaves the mapped one as it is.
     let tensors = unsafe { MmapedSafetensors::multi(&paths) }?;
-    Ok(Parameters::new(Source::Files(Files { tensors, paths }), dtype, device))
+    Ok(Parameters::new(
+        Source::Files(Files { tensors, paths }),
+        dtype,
+        device,
+    ))
 }
 
 impl Parameters {
     fn new(source: Source, dtype: DType, device: &Device) -> Self {
-        let shared = Shared { vars: Mutex::default(), source, frozen: Mutex::default() };
-        Self { shared: Arc::new(shared), dtype, device: device.clone() }
+        let shared = Shared {
+            vars: Mutex::default(),
+            source,
+            frozen: Mutex::default(),
+        };
+        Self {
+            shared: Arc::new(shared),
+            dtype,
+            device: device.clone(),
+        }
     }
 
     /// Parameters that are drawn when the model asks for them, as its `Init` says.
@@ -129,13 +165,21 @@ impl Parameters {
     /// ```
     #[must_use]
     pub fn freeze(self, rule: impl Fn(&str) -> bool + Send + Sync + 'static) -> Self {
-        *self.shared.frozen.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(rule));
+        *self
+            .shared
+            .frozen
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = Some(Box::new(rule));
         self
     }
 
     /// What a model's constructor takes.
     pub fn builder(&self) -> VarBuilder<'static> {
-        VarBuilder::from_backend(Box::new(Backend(Arc::clone(&self.shared))), self.dtype, self.device.clone())
+        VarBuilder::from_backend(
+            Box::new(Backend(Arc::clone(&self.shared))),
+            self.dtype,
+            self.device.clone(),
+        )
     }
 
     /// The trainable variables, in name order.
@@ -146,12 +190,19 @@ impl Parameters {
     /// The trainable variables with their names, in name order.
     pub fn named(&self) -> Vec<(String, Var)> {
         let vars = self.shared.vars();
-        vars.iter().filter(|(name, _)| !self.shared.is_frozen(name)).map(|(name, var)| (name.clone(), var.clone())).collect()
+        vars.iter()
+            .filter(|(name, _)| !self.shared.is_frozen(name))
+            .map(|(name, var)| (name.clone(), var.clone()))
+            .collect()
     }
 
     /// All variables, frozen ones included, in name order.
     pub fn all(&self) -> Vec<(String, Var)> {
-        self.shared.vars().iter().map(|(name, var)| (name.clone(), var.clone())).collect()
+        self.shared
+            .vars()
+            .iter()
+            .map(|(name, var)| (name.clone(), var.clone()))
+            .collect()
     }
 
     /// Number of trainable elements.
@@ -177,18 +228,29 @@ impl Parameters {
     /// AS0505 if it cannot be written.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
         let path = path.as_ref();
-        let tensors: HashMap<String, Tensor> =
-            self.all().into_iter().map(|(name, var)| (name, var.as_detached_tensor())).collect();
+        let tensors: HashMap<String, Tensor> = self
+            .all()
+            .into_iter()
+            .map(|(name, var)| (name, var.as_detached_tensor()))
+            .collect();
         replace_file(path, |temporary| {
-            candle_core::safetensors::save(&tensors, temporary).map_err(|error| Error::from(error).message().to_owned())
+            candle_core::safetensors::save(&tensors, temporary)
+                .map_err(|error| Error::from(error).message().to_owned())
         })
     }
 }
 
 /// Writes a file beside its place, synchronises it to the disk, and renames it.
-pub(crate) fn replace_file(path: &Path, write: impl FnOnce(&Path) -> Result<(), String>) -> Result<()> {
-    let failed =
-        |error: String| Error::new(codes::FILE_UNWRITABLE, format!("cannot write `{}`: {error}", path.display()));
+pub(crate) fn replace_file(
+    path: &Path,
+    write: impl FnOnce(&Path) -> Result<(), String>,
+) -> Result<()> {
+    let failed = |error: String| {
+        Error::new(
+            codes::FILE_UNWRITABLE,
+            format!("cannot write `{}`: {error}", path.display()),
+        )
+    };
     let io = |error: std::io::Error| error.to_string();
     let Some(name) = path.file_name() else {
         return Err(failed("it does not name a file".to_owned()));
@@ -196,10 +258,21 @@ pub(crate) fn replace_file(path: &Path, write: impl FnOnce(&Path) -> Result<(), 
     if path.is_dir() {
         return Err(failed("it is a folder".to_owned()));
     }
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or_else(|| Path::new("."));
-    let temporary = folder.join(format!(".{}.{}.tmp", name.to_string_lossy(), std::process::id()));
+    let folder = path
+        .parent()
+        .filter(|folder| !folder.as_os_str().is_empty())
+        .unwrap_or_else(|| Path::new("."));
+    let temporary = folder.join(format!(
+        ".{}.{}.tmp",
+        name.to_string_lossy(),
+        std::process::id()
+    ));
     let written = write(&temporary)
-        .and_then(|()| File::open(&temporary).and_then(|file| file.sync_all()).map_err(io))
+        .and_then(|()| {
+            File::open(&temporary)
+                .and_then(|file| file.sync_all())
+                .map_err(io)
+        })
         .and_then(|()| fs::rename(&temporary, path).map_err(io));
     if let Err(error) = written {
         // The file may not exist; the first error is the one to report.
@@ -217,17 +290,30 @@ impl Shared {
     }
 
     fn is_frozen(&self, name: &str) -> bool {
-        self.frozen.lock().unwrap_or_else(PoisonError::into_inner).as_ref().is_some_and(|rule| rule(name))
+        self.frozen
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .as_ref()
+            .is_some_and(|rule| rule(name))
     }
 
     /// The tensor of a name, made on the first request; `shape` is `None` where the model takes whatever the file holds.
-    fn get(&self, shape: Option<&Shape>, name: &str, init: Init, dtype: DType, device: &Device) -> Result<Tensor> {
+    fn get(
+        &self,
+        shape: Option<&Shape>,
+        name: &str,
+        init: Init,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Tensor> {
         let mut vars = self.vars();
         let var = if let Some(var) = vars.get(name) {
             var.clone()
         } else {
             let tensor = match (&self.source, shape) {
-                (Source::Seed(seed), Some(shape)) => draw(*seed, name, init, shape)?.to_dtype(dtype)?.to_device(device)?,
+                (Source::Seed(seed), Some(shape)) => draw(*seed, name, init, shape)?
+                    .to_dtype(dtype)?
+                    .to_device(device)?,
                 (Source::Seed(_), None) => {
                     return Err(Error::new(
                         codes::TENSOR_MISSING,
@@ -235,10 +321,16 @@ impl Shared {
                     ));
                 }
                 (Source::Files(files), _) => {
-                    let found = files.tensors.load(name, &candle_core::Device::Cpu).map_err(|_| {
-                        let message = format!("expected a tensor `{name}` in {}, found none", files.names());
-                        Error::new(codes::TENSOR_MISSING, message)
-                    })?;
+                    let found = files
+                        .tensors
+                        .load(name, &candle_core::Device::Cpu)
+                        .map_err(|_| {
+                            let message = format!(
+                                "expected a tensor `{name}` in {}, found none",
+                                files.names()
+                            );
+                            Error::new(codes::TENSOR_MISSING, message)
+                        })?;
                     found.to_dtype(dtype)?.to_device(device)?
                 }
             };
@@ -252,23 +344,47 @@ impl Shared {
         {
             return Err(Error::new(
                 codes::TENSOR_SHAPE,
-                format!("expected `{name}` of shape {:?}, found {:?}", shape.dims(), var.dims()),
+                format!(
+                    "expected `{name}` of shape {:?}, found {:?}",
+                    shape.dims(),
+                    var.dims()
+                ),
             ));
         }
-        let tensor = if self.is_frozen(name) { var.as_detached_tensor() } else { var.as_tensor().clone() };
+        let tensor = if self.is_frozen(name) {
+            var.as_detached_tensor()
+        } else {
+            var.as_tensor().clone()
+        };
         // The same variable, seen in another type; its gradient comes back in its own.
-        Ok(if tensor.dtype() == dtype { tensor } else { tensor.to_dtype(dtype)? })
+        Ok(if tensor.dtype() == dtype {
+            tensor
+        } else {
+            tensor.to_dtype(dtype)?
+        })
     }
 }
 
 struct Backend(Arc<Shared>);
 
 impl SimpleBackend for Backend {
-    fn get(&self, shape: Shape, name: &str, init: Init, dtype: DType, device: &Device) -> candle_core::Result<Tensor> {
+    fn get(
+        &self,
+        shape: Shape,
+        name: &str,
+        init: Init,
+        dtype: DType,
+        device: &Device,
+    ) -> candle_core::Result<Tensor> {
         Ok(self.0.get(Some(&shape), name, init, dtype, device)?)
     }
 
-    fn get_unchecked(&self, name: &str, dtype: DType, device: &Device) -> candle_core::Result<Tensor> {
+    fn get_unchecked(
+        &self,
+        name: &str,
+        dtype: DType,
+        device: &Device,
+    ) -> candle_core::Result<Tensor> {
         Ok(self.0.get(None, name, Init::default(), dtype, device)?)
     }
 
@@ -285,14 +401,21 @@ fn draw(seed: u64, name: &str, init: Init, shape: &Shape) -> Result<Tensor> {
     let stream = Stream::new(seed, name);
     let count = shape.elem_count();
     let numbers = |f: &(dyn Fn(u64) -> f64 + Sync)| -> Result<Tensor> {
-        let data: Vec<f32> = (0..count as u64).into_par_iter().map(|i| f(i) as f32).collect();
+        let data: Vec<f32> = (0..count as u64)
+            .into_par_iter()
+            .map(|i| f(i) as f32)
+            .collect();
         Ok(Tensor::from_vec(data, shape, &Device::Cpu)?)
     };
     match init {
         Init::Const(value) => Ok(Tensor::full(value as f32, shape, &Device::Cpu)?),
         Init::Randn { mean, stdev } => numbers(&|i| mean + stdev * stream.normal(i)),
         Init::Uniform { lo, up } => numbers(&|i| lo + (up - lo) * stream.uniform(i)),
-        Init::Kaiming { dist, fan, non_linearity } => {
+        Init::Kaiming {
+            dist,
+            fan,
+            non_linearity,
+        } => {
             let stdev = non_linearity.gain() / (fan.for_shape(shape) as f64).sqrt();
             let bound = 3_f64.sqrt() * stdev;
             match dist {

@@ -1,14 +1,14 @@
 //! What the code that the attribute emits names, as `autosp::rt`. Not for writing by hand.
 
-pub use candle_core::Result;
+pub use candle_core::{D, Result};
 
 pub use crate::layout::Layout;
 pub use crate::mask::{Band, HostMask, Mask, mask_rule};
-pub use crate::schedule::{Backward, Forward, HeadMap, Schedule, Site, Ulysses};
-pub use crate::scores::{Scores, Weights, scores, softmax};
 pub use crate::memory::checkpoint;
 pub use crate::ops;
 pub use crate::ops::{pick, slice};
+pub use crate::schedule::{Backward, Forward, HeadMap, Schedule, Site, Ulysses};
+pub use crate::scores::{Scores, Weights, scores, softmax};
 
 use autosp_plan::codes;
 use candle_core::Tensor;
@@ -53,4 +53,13 @@ pub fn valid(n: usize) -> usize {
         }
         _ => n,
     }
+}
+
+/// The tensor itself, where the program on one device repeats key and value heads for their query heads: the exchange takes them as they
+/// are, and the attention knows which serves which.
+///
+/// # Errors
+/// None; the type is that of the operation it stands for.
+pub fn same(x: &Tensor) -> Result<Tensor> {
+    Ok(x.clone())
 }

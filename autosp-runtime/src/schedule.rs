@@ -46,13 +46,13 @@ pub trait Forward {
     /// Starts the exchange of the queries of group `g`, and of its kv heads that no earlier group has brought. Never blocks.
     ///
     /// # Errors
-    /// `AS0328` out of order; AS04xx if the run has failed.
+    /// `AS0328` out of order; an error of the collectives if the run has failed.
     fn send_qkv(&mut self, g: usize) -> Result<()>;
 
     /// Blocks until the exchange of group `g` has landed.
     ///
     /// # Errors
-    /// `AS0328` out of order; AS04xx if a rank does not arrive.
+    /// `AS0328` out of order; an error of the collectives if a rank does not arrive.
     fn wait_qkv(&mut self, g: usize) -> Result<()>;
 
     /// Computes the attention of group `g` over the whole sequence.
@@ -64,13 +64,13 @@ pub trait Forward {
     /// Starts the way back of group `g`'s output. Never blocks.
     ///
     /// # Errors
-    /// `AS0328` out of order; AS04xx if the run has failed.
+    /// `AS0328` out of order; an error of the collectives if the run has failed.
     fn send_out(&mut self, g: usize) -> Result<()>;
 
     /// Blocks until the outputs of all groups have landed.
     ///
     /// # Errors
-    /// `AS0328` before a group was sent; AS04xx if a rank does not arrive.
+    /// `AS0328` before a group was sent; an error of the collectives if a rank does not arrive.
     fn wait_out(&mut self) -> Result<()>;
 }
 
@@ -82,13 +82,13 @@ pub trait Backward {
     /// Starts the exchange of the output's gradient for group `g`. Never blocks.
     ///
     /// # Errors
-    /// `AS0328` out of order; AS04xx if the run has failed.
+    /// `AS0328` out of order; an error of the collectives if the run has failed.
     fn send_grad_out(&mut self, g: usize) -> Result<()>;
 
     /// Blocks until the gradient for group `g` has landed.
     ///
     /// # Errors
-    /// `AS0328` out of order; AS04xx if a rank does not arrive.
+    /// `AS0328` out of order; an error of the collectives if a rank does not arrive.
     fn wait_grad_out(&mut self, g: usize) -> Result<()>;
 
     /// Computes the gradients of group `g`.
@@ -100,13 +100,13 @@ pub trait Backward {
     /// Starts the way back of group `g`'s gradients, and of those of kv heads that no later group adds to. Never blocks.
     ///
     /// # Errors
-    /// `AS0328` out of order; AS04xx if the run has failed.
+    /// `AS0328` out of order; an error of the collectives if the run has failed.
     fn send_grad_qkv(&mut self, g: usize) -> Result<()>;
 
     /// Blocks until all gradients have landed.
     ///
     /// # Errors
-    /// `AS0328` before a group was sent; AS04xx if a rank does not arrive.
+    /// `AS0328` before a group was sent; an error of the collectives if a rank does not arrive.
     fn wait_grad_qkv(&mut self) -> Result<()>;
 }
 

@@ -263,7 +263,7 @@ impl Weights {
     /// passes it to `weights.matmul(v)`, with the kv heads not repeated; the output has its axes, with query heads for kv heads.
     ///
     /// # Errors
-    /// AS0321 if heads and ranks do not fit, AS0323 for shapes, AS0328 for a wrong schedule, AS04xx if the run fails.
+    /// AS0321 if heads and ranks do not fit, AS0323 for shapes, AS0328 for a wrong schedule, an error of the collectives if the run fails.
     pub fn matmul(&self, v: &Tensor) -> Result<Tensor> {
         let Scores { origin, recipe, .. } = &self.scores;
         let v = origin.values.normalise("v", v)?;

@@ -55,11 +55,14 @@ impl std::fmt::Debug for SiteRef {
     }
 }
 
+/// Schedules that were checked: of a site, for the kv heads that its groups use.
+type Known = HashSet<(TypeId, Vec<Vec<usize>>)>;
+
 /// Runs a schedule on the recorder, once in a process for each site and division into groups.
 fn check<S: Site>(needs: &[Vec<usize>]) -> Result<()> {
-    static CHECKED: Mutex<Option<HashSet<(TypeId, Vec<Vec<usize>>)>>> = Mutex::new(None);
+    static CHECKED: Mutex<Option<Known>> = Mutex::new(None);
     let key = (TypeId::of::<S>(), needs.to_vec());
-    let known = |set: &mut Option<HashSet<_>>| set.get_or_insert_with(HashSet::new).contains(&key);
+    let known = |set: &mut Option<Known>| set.get_or_insert_with(HashSet::new).contains(&key);
     if known(&mut CHECKED.lock().unwrap_or_else(PoisonError::into_inner)) {
         return Ok(());
     }

@@ -1,7 +1,7 @@
 //! Training steps: loss, backward, reduction over all ranks, clipping, optimizer.
 
 mod optimizer;
-mod reduce;
+pub(crate) mod reduce;
 mod settings;
 
 use std::path::Path;
@@ -94,22 +94,41 @@ impl Trainer {
         let named = parameters.named();
         if named.is_empty() {
             let text = "expected parameters that a model was built from, found no variable";
-            return Err(Error::new(codes::TRAIN_SETTING, text).with_help("Model::load(parameters.builder(), ..)"));
+            return Err(Error::new(codes::TRAIN_SETTING, text)
+                .with_help("Model::load(parameters.builder(), ..)"));
         }
         if sp.world_size() > 1 {
             for (name, var) in parameters.all() {
                 // A copy, since steps change variables in place and a peer may still read.
-                let own = if sp.is_main() { var.as_detached_tensor().copy()? } else { var.as_detached_tensor() };
-                let first = broadcast(sp.world_group(), Tag::new("parameters", "broadcast"), &own, 0)
-                    .map_err(|error| error.context(format_args!("`{name}`")))?;
+                let own = if sp.is_main() {
+                    var.as_detached_tensor().copy()?
+                } else {
+                    var.as_detached_tensor()
+                };
+                let first = broadcast(
+                    sp.world_group(),
+                    Tag::new("parameters", "broadcast"),
+                    &own,
+                    0,
+                )
+                .map_err(|error| error.context(format_args!("`{name}`")))?;
                 if !sp.is_main() {
                     var.set(&first)?;
                 }
             }
         }
-        let updater = optimizer::Updater::new(settings.optimizer, named.iter().map(|(_, var)| var.dtype()));
+        let updater =
+            optimizer::Updater::new(settings.optimizer, named.iter().map(|(_, var)| var.dtype()));
         let mark = sp.ledger().snapshot();
-        Ok(Self { sp: sp.clone(), parameters, named, settings, updater, steps: 0, mark })
+        Ok(Self {
+            sp: sp.clone(),
+            parameters,
+            named,
+            settings,
+            updater,
+            steps: 0,
+            mark,
+        })
     }
 
     /// Takes one step: runs `loss` in a sharded scope, walks back, sums the gradients over all ranks, clips them, and updates the
@@ -141,14 +160,25 @@ impl Trainer {
         let grad_norm = reduce::global_norm(&grads)?;
         let skipped = !(finite && grad_norm.is_finite());
         if skipped && !self.settings.skip_non_finite {
-            let text = format!("step {}: expected a finite loss and gradient, found loss {value} and gradient norm {grad_norm}", self.steps + 1);
-            return Err(Error::new(codes::NOT_FINITE, text).with_help("TrainSettings { skip_non_finite: true, .. }"));
+            let text = format!(
+                "step {}: expected a finite loss and gradient, found loss {value} and gradient norm {grad_norm}",
+                self.steps + 1
+            );
+            return Err(Error::new(codes::NOT_FINITE, text)
+                .with_help("TrainSettings { skip_non_finite: true, .. }"));
         }
         let learning_rate = self.settings.schedule.rate(self.steps);
         if !skipped {
             // The formula of PyTorch's clip_grad_norm_.
-            let scale = self.settings.clip.map_or(1.0, |most| (most / (grad_norm + 1e-6)).min(1.0));
-            self.updater.step(learning_rate, scale, self.named.iter().map(|(_, var)| var).zip(&grads))?;
+            let scale = self
+                .settings
+                .clip
+                .map_or(1.0, |most| (most / (grad_norm + 1e-6)).min(1.0));
+            self.updater.step(
+                learning_rate,
+                scale,
+                self.named.iter().map(|(_, var)| var).zip(&grads),
+            )?;
         }
         self.steps += 1;
         let bytes = self.bytes()?;
@@ -178,7 +208,10 @@ impl Trainer {
         loss::take_targets();
         let value = self.sp.scope(|| -> Result<f64> { scalar(&loss()?) })?;
         self.mark = self.sp.ledger().snapshot();
-        Ok(Evaluation { loss: value, valid_tokens: loss::take_targets() })
+        Ok(Evaluation {
+            loss: value,
+            valid_tokens: loss::take_targets(),
+        })
     }
 
     /// Writes all parameters as a safetensors file, on rank 0; returns on every rank once it is there.
@@ -207,11 +240,17 @@ impl Trainer {
         if now.len() == self.named.len() {
             return Ok(());
         }
-        match now.iter().find(|(name, _)| self.named.iter().all(|(known, _)| known != name)) {
+        match now
+            .iter()
+            .find(|(name, _)| self.named.iter().all(|(known, _)| known != name))
+        {
             None => Ok(()),
             Some((name, _)) => {
-                let text = format!("expected the variables that the trainer was made with, found `{name}` as well");
-                Err(Error::new(codes::TRAIN_SETTING, text).with_help("build the model before `Trainer::new`"))
+                let text = format!(
+                    "expected the variables that the trainer was made with, found `{name}` as well"
+                );
+                Err(Error::new(codes::TRAIN_SETTING, text)
+                    .with_help("build the model before `Trainer::new`"))
             }
         }
     }
@@ -231,10 +270,18 @@ impl Trainer {
 
 fn scalar(loss: &Tensor) -> Result<f64> {
     if loss.elem_count() != 1 {
-        let text = format!("expected the loss to be a scalar, found shape {:?}", loss.dims());
+        let text = format!(
+            "expected the loss to be a scalar, found shape {:?}",
+            loss.dims()
+        );
         return Err(Error::new(codes::BATCH_SHAPE, text));
     }
-    Ok(loss.detach().flatten_all()?.get(0)?.to_dtype(DType::F64)?.to_scalar::<f64>()?)
+    Ok(loss
+        .detach()
+        .flatten_all()?
+        .get(0)?
+        .to_dtype(DType::F64)?
+        .to_scalar::<f64>()?)
 }
 
 #[cfg(test)]

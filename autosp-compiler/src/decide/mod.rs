@@ -40,14 +40,15 @@ pub(crate) fn decide(
             Err(more) => refusals.extend(more),
         }
         // What could not be followed on the way explains why no attention was found.
-        fallback.extend(first_unknown(&trace));
+        fallback.extend(in_the_way(&trace));
     }
     if plan.sites.is_empty() && refusals.is_empty() {
-        let refusal = Refusal::new(codes::NO_ATTENTION, module_span, "no attention found in this module")
-            .note("an attention is a product of queries and keys, a softmax over the keys, and a product with the values")
-            .help("annotate the module that holds the attention, or remove the attribute");
-        refusals.push(refusal);
-        refusals.extend(fallback.into_iter().take(1));
+        let nothing = || {
+            Refusal::new(codes::NO_ATTENTION, module_span, "no attention found in this module")
+                .note("an attention is a product of queries and keys, a softmax over the keys, and a product with the values")
+                .help("annotate the module that holds the attention, or remove the attribute")
+        };
+        refusals.push(fallback.into_iter().next().unwrap_or_else(nothing));
     }
     dedupe(&mut refusals);
     (plan, refusals)
@@ -105,12 +106,26 @@ fn roots(scope: &Scope<'_>, table: &'static Table) -> Vec<usize> {
     if public.is_empty() { free } else { public }
 }
 
-/// The first thing on the way that could not be followed.
-fn first_unknown(trace: &Trace<'_, '_>) -> Option<Refusal> {
-    trace.nodes.iter().find_map(|n| match &n.op {
-        crate::trace::graph::Op::Unknown(r) => {
-            Some(Refusal::new(r.code, n.at.span, r.message.clone()).help(r.help.clone()))
+/// The first thing that could not be followed and that a softmax depends on: what stands in the way of an attention.
+fn in_the_way(trace: &Trace<'_, '_>) -> Option<Refusal> {
+    let softmax = |n: &usize| {
+        trace.nodes[*n]
+            .row()
+            .is_some_and(|r| r.name().starts_with("softmax"))
+    };
+    let mut stack: Vec<usize> = (0..trace.nodes.len()).filter(softmax).collect();
+    let mut seen = std::collections::BTreeSet::new();
+    while let Some(node) = stack.pop() {
+        if seen.insert(node) {
+            stack.extend(trace.nodes[node].inputs.iter().map(|i| i.node));
         }
+    }
+    seen.into_iter().find_map(|n| match &trace.nodes[n].op {
+        crate::trace::graph::Op::Unknown(r) => Some(
+            Refusal::new(r.code, trace.nodes[n].at.span, r.message.clone())
+                .note("no attention was found in this module; this stands in the way of one")
+                .help(r.help.clone()),
+        ),
         _ => None,
     })
 }
@@ -133,7 +148,7 @@ fn add(
             _ => (plan::HeadMap::Blocked, None),
         };
         if bases.is_some() {
-            elided.extend(k.iter().chain(&v).map(|r| (r.act, r.outer, r.inner)));
+            elided.extend(k.iter().chain(&v).flat_map(|r| r.elided.iter().copied()));
         }
         let described = describe(trace, site, heads, bases);
         // Two roots that come to the same attention share its site.

@@ -15,10 +15,8 @@ pub(super) struct Repeat {
     /// The tensor before it.
     pub(super) base: NodeId,
     pub(super) heads: HeadMap,
-    /// The function in which `outer` (an expression with the repeated value) becomes `inner` (one with the base).
-    pub(super) act: ActId,
-    pub(super) outer: u32,
-    pub(super) inner: u32,
+    /// Expressions that become one of their operands: activation, outer, inner.
+    pub(super) elided: Vec<(ActId, u32, u32)>,
 }
 
 /// The repetition behind an operand of the site. None if there is none, or if more than the site depends on it.
@@ -80,16 +78,16 @@ pub(super) fn find(trace: &Trace<'_, '_>, site: &Site, operand: NodeId) -> Optio
         let dims = trace.nodes[*repeated].shape.known()?;
         let plain: Vec<Dim> = dims.iter().map(Dim::unrepeated).collect();
         for candidate in &chain[i + 1..] {
-            if trace.nodes[*candidate].shape.known() == Some(plain.as_slice())
-                && let Some((act, outer, inner)) = expressions(trace, *repeated, *candidate)
-            {
-                return Some(Repeat {
-                    base: *candidate,
-                    heads: head_map(dims)?,
-                    act,
-                    outer,
-                    inner,
-                });
+            if trace.nodes[*candidate].shape.known() == Some(plain.as_slice()) {
+                let whole = expressions(trace, *repeated, *candidate).map(|e| vec![e]);
+                let end = chain.iter().position(|n| n == candidate)?;
+                if let Some(elided) = whole.or_else(|| steps(trace, &chain[i..end])) {
+                    return Some(Repeat {
+                        base: *candidate,
+                        heads: head_map(dims)?,
+                        elided,
+                    });
+                }
             }
         }
     }
@@ -142,4 +140,18 @@ fn expressions(trace: &Trace<'_, '_>, repeated: NodeId, base: NodeId) -> Option<
         }
     }
     None
+}
+
+/// Each operation of the repetition gives its operand, where no single expression holds them all.
+fn steps(trace: &Trace<'_, '_>, chain: &[NodeId]) -> Option<Vec<(ActId, u32, u32)>> {
+    chain
+        .iter()
+        .map(|node| {
+            let n = &trace.nodes[*node];
+            let numbers = &trace.scope.functions[trace.acts[n.at.act].function].numbers;
+            let inner = n.inputs.first()?.expr?;
+            let holds = number::within(numbers, numbers.get(n.at.expr)?).contains(&inner);
+            (holds && !n.sizes_read).then_some((n.at.act, n.at.expr, inner))
+        })
+        .collect()
 }

@@ -293,7 +293,8 @@ impl Builder<'_, '_, '_> {
         let f = &self.trace.scope.functions[a.function];
         let mut edits = std::mem::take(&mut self.edits[act]);
         drop_moved(&mut edits, &f.numbers);
-        edits.sort_by_key(|e| e.expr);
+        // A call is renamed before it is put into a scope.
+        edits.sort_by_key(|e| (e.expr, matches!(e.action, Action::Checkpoint(_))));
         let params = a
             .params
             .iter()

@@ -168,8 +168,12 @@ impl Rewriter<'_> {
             Action::Inner(inner) => {
                 if let Some(saved) = self.saved.get(inner) {
                     let owned = strip(saved);
-                    *e = parse_quote!(#owned.clone());
-                    // `?` and `Ok` were transparent to the analysis but are not to the types.
+                    // An operation gives a `Result`; behind its `?` stands the tensor itself.
+                    *e = if matches!(e, Expr::Try(_)) {
+                        parse_quote!(#owned.clone())
+                    } else {
+                        parse_quote!(#rt::same(&#owned))
+                    };
                 }
             }
             Action::Then => {

@@ -3,7 +3,7 @@
 //! A macro sees `include!` unexpanded, so the file is read here. Its tokens cannot carry spans of another file on stable
 //! Rust; messages name file, line and column instead, and the file is tracked with `include_bytes!`.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use autosp_plan::codes;
 
@@ -14,8 +14,6 @@ use crate::error::Refusal;
 pub(crate) struct Included {
     /// As it is written.
     pub(crate) path: String,
-    /// Where it was found.
-    pub(crate) file: PathBuf,
     /// What it holds.
     pub(crate) text: String,
 }
@@ -43,7 +41,7 @@ pub(crate) fn read(lit: &syn::LitStr, from: Option<&Path>) -> Result<Included, R
     };
     let file = from.parent().unwrap_or_else(|| Path::new(".")).join(&path);
     match std::fs::read_to_string(&file) {
-        Ok(text) => Ok(Included { path, file, text }),
+        Ok(text) => Ok(Included { path, text }),
         Err(e) => Err(Refusal::new(
             codes::INCLUDE,
             lit.span(),

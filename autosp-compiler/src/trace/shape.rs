@@ -110,8 +110,13 @@ pub(crate) fn reshape(
             })
             .collect()
     };
+    let mut assumed = 0;
     let Some(hole) = hole else {
-        let (dims, used) = consume(atoms, &factors, &sizes(targets), true)?;
+        let (dims, used) = consume(atoms, &factors, &sizes(targets), true, &mut assumed)?;
+        // The total is checked when the program runs, which proves one run of widths and no more.
+        if assumed > 1 {
+            return Err("the widths on both sides of a token dimension change".to_string());
+        }
         return if used == factors.len() {
             Ok(dims)
         } else {
@@ -119,10 +124,16 @@ pub(crate) fn reshape(
         };
     };
     // What stands right of the hole is taken from the right.
-    let (left, used_left) = consume(atoms, &factors, &sizes(&targets[..hole]), false)?;
+    let (left, used_left) = consume(
+        atoms,
+        &factors,
+        &sizes(&targets[..hole]),
+        false,
+        &mut assumed,
+    )?;
     let reversed: Vec<Factor> = factors[used_left..].iter().rev().cloned().collect();
     let right_sizes: Vec<Poly> = sizes(&targets[hole + 1..]).into_iter().rev().collect();
-    let (right, used_right) = consume(atoms, &reversed, &right_sizes, false)?;
+    let (right, used_right) = consume(atoms, &reversed, &right_sizes, false, &mut assumed)?;
     let middle = factors[used_left..factors.len() - used_right].to_vec();
     let right = right
         .into_iter()
@@ -143,6 +154,7 @@ fn consume(
     factors: &[Factor],
     sizes: &[Poly],
     last: bool,
+    assumed: &mut usize,
 ) -> Result<(Vec<Dim>, usize), String> {
     let mut at = 0;
     let mut dims: Vec<Dim> = Vec::with_capacity(sizes.len());
@@ -169,6 +181,11 @@ fn consume(
                 dim.0.extend(run.next().unwrap_or_default().0);
                 dims.push(dim);
                 dims.extend(run);
+                let product =
+                    |sizes: &[Poly]| sizes.iter().fold(Poly::one(), |acc, p| atoms.mul(&acc, p));
+                let have = Dim(factors[at..at + used].to_vec()).size(atoms);
+                let want = atoms.mul(&rest, &product(&sizes[j + 1..=j + taken]));
+                *assumed += usize::from(!atoms.equal(&have, &want));
                 at += used;
                 j += 1 + taken;
                 dim = Dim::default();

@@ -334,6 +334,9 @@ impl<'a> Trace<'_, 'a> {
                     (None, Some(from), Some(to)) => (from, to),
                     _ => return Err(lost(what)),
                 };
+                if from > to || to >= rank {
+                    return Err(lost(what));
+                }
                 let merged = Dim(dims[from..=to]
                     .iter()
                     .flat_map(|d| d.0.iter().cloned())

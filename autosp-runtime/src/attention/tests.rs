@@ -1,5 +1,7 @@
 //! Both kernels against candle's slow, differentiable operations and against finite differences.
 
+mod rate;
+
 use candle_core::{D, DType, Device, Tensor, Var};
 use proptest::prelude::*;
 
@@ -50,7 +52,7 @@ impl MaskCase {
                     value
                 }
             }
-            Self::Scattered => f64::from(u8::from(i % 3 == 0 || (i * 7 + j * 5) % 4 == 1)),
+            Self::Scattered => f64::from(u8::from(i.is_multiple_of(3) || (i * 7 + j * 5) % 4 == 1)),
             Self::Slope => -0.03 * (i as f64 - j as f64).abs(),
         }
     }
@@ -588,77 +590,4 @@ fn shapes_and_types_that_do_not_fit_are_refused() {
         ),
         "AS0323"
     );
-}
-
-/// Prints what the tiled kernel reaches on this processor:
-/// `cargo test --release -p autosp-runtime --lib attention_rate -- --ignored --nocapture`.
-#[test]
-#[ignore = "a measurement"]
-#[allow(clippy::print_stdout)]
-fn attention_rate() {
-    for (len, d, causal) in [
-        (1024, 16, true),
-        (1024, 32, true),
-        (1024, 64, true),
-        (2048, 64, false),
-        (2048, 128, true),
-        (4096, 128, false),
-    ] {
-        let mask = if causal {
-            MaskCase::Fill(None, Some(0), f64::NEG_INFINITY, true)
-        } else {
-            MaskCase::None
-        };
-        let case = Case {
-            batch: 1,
-            kv_heads: 4,
-            share: 2,
-            len,
-            valid: len,
-            d,
-            dv: d,
-            cap: None,
-            mask,
-            dtype: DType::F32,
-            kernel: Kernel::Tiled,
-        };
-        let inputs = case.inputs();
-        let [q, k, v, w] = &inputs;
-        let spec = case.spec();
-        let flop = 4.0 * (case.heads() * len * len * d) as f64 * if causal { 0.5 } else { 1.0 };
-        for threads in [1, 2] {
-            let pool = rayon::ThreadPoolBuilder::new()
-                .num_threads(threads)
-                .build()
-                .unwrap();
-            pool.install(|| {
-                let output = forward(Kernel::Tiled, &spec, q, k, v).unwrap();
-                let best = |f: &dyn Fn()| (0..5).map(|_| { let t = std::time::Instant::now(); f(); t.elapsed().as_secs_f64() }).fold(f64::MAX, f64::min);
-                let ahead = best(&|| drop(forward(Kernel::Tiled, &spec, q, k, v).unwrap()));
-                let back = best(&|| drop(backward(Kernel::Tiled, &spec, (q, k, v), &output, w).unwrap()));
-                println!(
-                    "S {len} d {d} causal {causal} threads {threads}: forward {:.1} GFLOP/s, backward {:.1} GFLOP/s ({:.1} + {:.1} ms)",
-                    flop / ahead / 1e9, 2.5 * flop / back / 1e9, ahead * 1e3, back * 1e3
-                );
-            });
-        }
-    }
-    let n = 1024;
-    let (a, b) = (noise(1, &[n, n], DType::F32), noise(2, &[n, n], DType::F32));
-    for threads in [1, 2] {
-        let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(threads)
-            .build()
-            .unwrap();
-        let t = std::time::Instant::now();
-        pool.install(|| {
-            for _ in 0..10 {
-                drop(a.matmul(&b).unwrap());
-            }
-        });
-        println!(
-            "matmul {n}, threads {threads}: {:.1} GFLOP/s",
-            20.0 * (n * n * n) as f64 / t.elapsed().as_secs_f64() / 1e9
-        );
-    }
 }

@@ -70,18 +70,32 @@ impl Sp {
     fn rows(&self, x: &Tensor, tokens: &Tensor, what: &str) -> Result<Vec<Vec<i64>>> {
         let whole = |x: &Tensor| x.rank() == 2 && x.elem_count() > 0 && x.dtype().is_int();
         if !whole(tokens) || !whole(x) || x.dims() != tokens.dims() {
-            let expected = if whole(tokens) { format!("{:?}", tokens.dims()) } else { "[batch, sequence]".to_owned() };
-            let text = format!("expected whole {what} of shape {expected}, found {:?} of shape {:?}", x.dtype(), x.dims());
+            let expected = if whole(tokens) {
+                format!("{:?}", tokens.dims())
+            } else {
+                "[batch, sequence]".to_owned()
+            };
+            let text = format!(
+                "expected whole {what} of shape {expected}, found {:?} of shape {:?}",
+                x.dtype(),
+                x.dims()
+            );
             return Err(Error::new(codes::BATCH_SHAPE, text));
         }
-        Ok(self.replica(x)?.to_dtype(DType::I64)?.to_device(&Device::Cpu)?.to_vec2::<i64>()?)
+        Ok(self
+            .replica(x)?
+            .to_dtype(DType::I64)?
+            .to_device(&Device::Cpu)?
+            .to_vec2::<i64>()?)
     }
 
     fn replica(&self, x: &Tensor) -> Result<Tensor> {
         let (rows, dp) = (x.dim(0)?, self.mesh().dp);
         if rows % dp != 0 {
-            let text = format!("expected a global batch that divides by dp = {dp}, found {rows} rows");
-            return Err(Error::new(codes::BATCH_SPLIT, text).with_help(format!("--batch {}", rows.next_multiple_of(dp))));
+            let text =
+                format!("expected a global batch that divides by dp = {dp}, found {rows} rows");
+            return Err(Error::new(codes::BATCH_SPLIT, text)
+                .with_help(format!("--batch {}", rows.next_multiple_of(dp))));
         }
         Ok(x.narrow(0, self.dp_rank() * (rows / dp), rows / dp)?)
     }
@@ -89,32 +103,59 @@ impl Sp {
     fn cut(&self, tokens: &Tensor, mut labels: Vec<Vec<i64>>) -> Result<Batch> {
         let shard = Shard::new(tokens.dim(1)?, self.sp_rank(), self.mesh().sp);
         let rows = self.replica(tokens)?;
-        let checksum = checksum(&rows.to_dtype(DType::I64)?.to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<i64>()?, &labels);
+        let checksum = checksum(
+            &rows
+                .to_dtype(DType::I64)?
+                .to_device(&Device::Cpu)?
+                .flatten_all()?
+                .to_vec1::<i64>()?,
+            &labels,
+        );
         self.agree("sp.shard", "tokens (their checksum)", &[checksum])?;
         let padding = shard.padded - shard.valid;
-        let tokens = if padding == 0 { rows } else { rows.pad_with_zeros(1, 0, padding)? };
-        let tokens = tokens.narrow(1, shard.start, shard.len)?.contiguous()?.to_device(self.device())?;
+        let tokens = if padding == 0 {
+            rows
+        } else {
+            rows.pad_with_zeros(1, 0, padding)?
+        };
+        let tokens = tokens
+            .narrow(1, shard.start, shard.len)?
+            .contiguous()?
+            .to_device(self.device())?;
         let count = labels.len();
         for row in &mut labels {
             row.resize(shard.padded, IGNORE);
         }
-        let labels: Vec<i64> =
-            labels.iter().flat_map(|row| &row[shard.start..shard.start + shard.len]).copied().collect();
+        let labels: Vec<i64> = labels
+            .iter()
+            .flat_map(|row| &row[shard.start..shard.start + shard.len])
+            .copied()
+            .collect();
         let labels = Tensor::from_vec(labels, (count, shard.len), self.device())?;
         self.register_shard(tokens.id(), shard)?;
-        Ok(Batch { tokens, labels, shard })
+        Ok(Batch {
+            tokens,
+            labels,
+            shard,
+        })
     }
 }
 
 /// Each row moved one to the left; the last place is ignored.
 fn shift(rows: &[Vec<i64>]) -> Vec<Vec<i64>> {
-    rows.iter().map(|row| row[1..].iter().copied().chain([IGNORE]).collect()).collect()
+    rows.iter()
+        .map(|row| row[1..].iter().copied().chain([IGNORE]).collect())
+        .collect()
 }
 
 /// FNV-1a over the numbers.
 fn checksum(tokens: &[i64], labels: &[Vec<i64>]) -> u64 {
     let numbers = tokens.iter().chain(labels.iter().flatten());
-    numbers.fold(0xCBF2_9CE4_8422_2325, |hash: u64, &x| (hash ^ x as u64).wrapping_mul(0x0100_0000_01B3).rotate_left(17))
+    numbers.fold(0xCBF2_9CE4_8422_2325, |hash: u64, &x| {
+        (hash ^ x as u64)
+            .wrapping_mul(0x0100_0000_01B3)
+            .rotate_left(17)
+    })
 }
 
 #[cfg(test)]

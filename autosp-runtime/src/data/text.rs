@@ -45,23 +45,42 @@ impl TextData {
                 }
             } else {
                 let bytes = read(path)?.ok_or_else(|| {
-                    Error::new(codes::NO_TEXT, format!("expected text in `{}`, found binary data", path.display()))
+                    Error::new(
+                        codes::NO_TEXT,
+                        format!("expected text in `{}`, found binary data", path.display()),
+                    )
                 })?;
                 text.extend(bytes);
                 files += 1;
             }
         }
         if text.is_empty() {
-            let names: Vec<String> = paths.iter().map(|path| format!("`{}`", path.as_ref().display())).collect();
-            let place = if names.is_empty() { "no path".to_owned() } else { names.join(", ") };
-            return Err(Error::new(codes::NO_TEXT, format!("expected text in {place}, found none")));
+            let names: Vec<String> = paths
+                .iter()
+                .map(|path| format!("`{}`", path.as_ref().display()))
+                .collect();
+            let place = if names.is_empty() {
+                "no path".to_owned()
+            } else {
+                names.join(", ")
+            };
+            return Err(Error::new(
+                codes::NO_TEXT,
+                format!("expected text in {place}, found none"),
+            ));
         }
-        Ok(Self { bytes: text.into(), files })
+        Ok(Self {
+            bytes: text.into(),
+            files,
+        })
     }
 
     /// A text that is at hand.
     pub fn from_text(text: &str) -> Self {
-        Self { bytes: text.as_bytes().into(), files: 1 }
+        Self {
+            bytes: text.as_bytes().into(),
+            files: 1,
+        }
     }
 
     /// Tokens in the text.
@@ -91,7 +110,10 @@ impl TextData {
 
     /// The text of tokens; what is not UTF-8, or no byte, becomes a replacement character.
     pub fn decode(tokens: &[u32]) -> String {
-        let bytes: Vec<u8> = tokens.iter().map(|&token| u8::try_from(token).unwrap_or(0xFF)).collect();
+        let bytes: Vec<u8> = tokens
+            .iter()
+            .map(|&token| u8::try_from(token).unwrap_or(0xFF))
+            .collect();
         String::from_utf8_lossy(&bytes).into_owned()
     }
 
@@ -103,7 +125,9 @@ impl TextData {
     /// target.
     pub fn batch(&self, seed: u64, step: u64, rows: usize, seq_len: usize) -> Result<Tensor> {
         if rows == 0 || seq_len < 2 {
-            let text = format!("expected a batch of at least 1 row and 2 tokens, found {rows} x {seq_len}");
+            let text = format!(
+                "expected a batch of at least 1 row and 2 tokens, found {rows} x {seq_len}"
+            );
             return Err(Error::new(codes::BATCH_SHAPE, text));
         }
         self.check_length(seq_len)?;
@@ -113,7 +137,11 @@ impl TextData {
         let mut tokens = Vec::with_capacity(rows * seq_len);
         for row in 0..rows as u64 {
             let start = stream.below(draws.wrapping_add(row), places) as usize;
-            tokens.extend(self.bytes[start..start + seq_len].iter().map(|&byte| u32::from(byte)));
+            tokens.extend(
+                self.bytes[start..start + seq_len]
+                    .iter()
+                    .map(|&byte| u32::from(byte)),
+            );
         }
         Ok(Tensor::from_vec(tokens, (rows, seq_len), &Device::Cpu)?)
     }
@@ -122,7 +150,10 @@ impl TextData {
         if self.len() >= seq_len {
             return Ok(());
         }
-        let text = format!("expected a text of at least {seq_len} tokens for one sequence, found {}", self.len());
+        let text = format!(
+            "expected a text of at least {seq_len} tokens for one sequence, found {}",
+            self.len()
+        );
         Err(Error::new(codes::TEXT_SHORT, text).with_help(format!("--seq-len {}", self.len())))
     }
 }
@@ -144,14 +175,20 @@ impl Sp {
         let batches = data.len() / (seq_len.max(1) * dp);
         Ok(Box::new((0..batches).map(move |i| {
             let start = i * dp * seq_len;
-            let tokens = data.bytes[start..start + dp * seq_len].iter().map(|&byte| u32::from(byte)).collect();
+            let tokens = data.bytes[start..start + dp * seq_len]
+                .iter()
+                .map(|&byte| u32::from(byte))
+                .collect();
             sp.shard(&Tensor::from_vec(tokens, (dp, seq_len), &Device::Cpu)?)
         })))
     }
 }
 
 fn unreadable(path: &Path, error: &std::io::Error) -> Error {
-    Error::new(codes::FILE_UNREADABLE, format!("cannot read `{}`: {error}", path.display()))
+    Error::new(
+        codes::FILE_UNREADABLE,
+        format!("cannot read `{}`: {error}", path.display()),
+    )
 }
 
 /// A file's bytes; `None` if it is no text.
@@ -164,7 +201,10 @@ fn read(path: &Path) -> Result<Option<Vec<u8>>> {
 /// All files below a folder, in the order of their names. Links are not followed, since they may lead in circles.
 fn walk(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
     let failed = |error: std::io::Error| unreadable(folder, &error);
-    let mut entries = fs::read_dir(folder).map_err(failed)?.collect::<std::io::Result<Vec<_>>>().map_err(failed)?;
+    let mut entries = fs::read_dir(folder)
+        .map_err(failed)?
+        .collect::<std::io::Result<Vec<_>>>()
+        .map_err(failed)?;
     entries.sort_by_key(std::fs::DirEntry::file_name);
     for entry in entries {
         let name = entry.file_name();

@@ -1,5 +1,11 @@
 //! Masks as the kernels see them: what a block of queries and keys has to be changed by, or whether it can be left out.
 
+// Inlined into the kernels, to be compiled for their vectors.
+#![allow(
+    clippy::inline_always,
+    reason = "inlining decides which instructions are used"
+)]
+
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -343,13 +349,13 @@ impl Prepared {
                     let value = R::from_double(value);
                     part.visit(block, scores, stride, |x, mask| {
                         if action.fills(mask) {
-                            *x = value
+                            *x = value;
                         }
                     });
                 }
-                Action::Add => {
-                    part.visit(block, scores, stride, |x, mask| *x += R::from_double(mask))
-                }
+                Action::Add => part.visit(block, scores, stride, |x, mask| {
+                    *x += R::from_double(mask);
+                }),
             }
         }
     }
@@ -361,7 +367,7 @@ impl Prepared {
             if matches!(action, Action::Fill { .. }) {
                 part.visit(block, gradients, stride, |x, mask| {
                     if action.fills(mask) {
-                        *x = R::ZERO
+                        *x = R::ZERO;
                     }
                 });
             }

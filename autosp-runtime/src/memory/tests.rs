@@ -3,7 +3,6 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use autosp_plan::Settings;
 use candle_core::{DType, Device};
-use candle_nn::Module;
 
 use super::*;
 use crate::{Parameters, run_with};
@@ -48,9 +47,20 @@ fn network(policy: Policy, input_is_tracked: bool) -> Found {
         let vb = parameters.builder();
         let shared = candle_nn::linear(8, 8, vb.pp("shared"))?;
         let count = Arc::new(AtomicUsize::new(0));
-        let input = vb.get_with_hints((3, 8), "input", candle_nn::Init::Randn { mean: 0.0, stdev: 1.0 })?;
+        let input = vb.get_with_hints(
+            (3, 8),
+            "input",
+            candle_nn::Init::Randn {
+                mean: 0.0,
+                stdev: 1.0,
+            },
+        )?;
         sp.scope(|| {
-            let mut x = if input_is_tracked { input.clone() } else { input.detach() };
+            let mut x = if input_is_tracked {
+                input.clone()
+            } else {
+                input.detach()
+            };
             for i in 0..BLOCKS {
                 let own = candle_nn::linear(8, 8, vb.pp(i))?;
                 let (shared, count) = (shared.clone(), Arc::clone(&count));
@@ -97,12 +107,26 @@ fn a_block_may_return_a_view_of_its_input() {
         let x = Var::from_tensor(&Tensor::arange(0f32, 12., &Device::Cpu)?.reshape((3, 4))?)?;
         sp.scope(|| {
             let y = checkpoint(&x, |x| x.narrow(0, 1, 2)?.t())?;
-            assert_eq!(y.to_vec2::<f32>()?, [[4., 8.], [5., 9.], [6., 10.], [7., 11.]]);
-            assert_eq!(checkpoint(&x, |x| Ok(x.clone()))?.to_vec2::<f32>()?, x.to_vec2::<f32>()?);
-            Ok(y.sqr()?.sum_all()?.backward()?.get(&x).unwrap().to_vec2::<f32>()?)
+            assert_eq!(
+                y.to_vec2::<f32>()?,
+                [[4., 8.], [5., 9.], [6., 10.], [7., 11.]]
+            );
+            assert_eq!(
+                checkpoint(&x, |x| Ok(x.clone()))?.to_vec2::<f32>()?,
+                x.to_vec2::<f32>()?
+            );
+            Ok(y.sqr()?
+                .sum_all()?
+                .backward()?
+                .get(&x)
+                .unwrap()
+                .to_vec2::<f32>()?)
         })
     });
-    assert_eq!(grads.unwrap()[0], [[0., 0., 0., 0.], [8., 10., 12., 14.], [16., 18., 20., 22.]]);
+    assert_eq!(
+        grads.unwrap()[0],
+        [[0., 0., 0., 0.], [8., 10., 12., 14.], [16., 18., 20., 22.]]
+    );
 }
 
 #[test]

@@ -103,22 +103,48 @@ impl<'a, T: WithDType> Rows<'a, T> {
     fn new(data: &'a [T], layout: &Layout) -> Self {
         let shape = layout.shape().clone();
         let width = shape.dims().last().copied().unwrap_or(1);
-        let count = if width == 0 { 0 } else { shape.elem_count() / width };
+        let count = shape.elem_count().checked_div(width).unwrap_or(0);
         if let Some((start, _)) = layout.contiguous_offsets() {
-            return Self { data: Cow::Borrowed(data), start, outer: vec![(count, width)], width, count, shape };
+            return Self {
+                data: Cow::Borrowed(data),
+                start,
+                outer: vec![(count, width)],
+                width,
+                count,
+                shape,
+            };
         }
-        let mut outer: Vec<_> = layout.dims().iter().copied().zip(layout.stride().iter().copied()).collect();
+        let mut outer: Vec<_> = layout
+            .dims()
+            .iter()
+            .copied()
+            .zip(layout.stride().iter().copied())
+            .collect();
         let step = outer.pop().map_or(1, |(_, stride)| stride);
         let start = layout.start_offset();
         if step == 1 || width == 1 {
-            return Self { data: Cow::Borrowed(data), start, outer, width, count, shape };
+            return Self {
+                data: Cow::Borrowed(data),
+                start,
+                outer,
+                width,
+                count,
+                shape,
+            };
         }
         let mut gathered = Vec::with_capacity(count * width);
         for i in 0..count {
             let first = start + offset(&outer, i);
             gathered.extend((0..width).map(|j| data[first + j * step]));
         }
-        Self { data: Cow::Owned(gathered), start: 0, outer: vec![(count, width)], width, count, shape }
+        Self {
+            data: Cow::Owned(gathered),
+            start: 0,
+            outer: vec![(count, width)],
+            width,
+            count,
+            shape,
+        }
     }
 
     /// Elements in a row.
@@ -165,7 +191,11 @@ fn views<'a, T: WithDType, const N: usize>(
     let mut rows = Vec::with_capacity(N);
     for (storage, layout) in operands {
         let Ok(data) = T::cpu_storage_as_slice(storage) else {
-            bail!("{name}: expected all operands in {:?}, found {:?}", T::DTYPE, storage.dtype())
+            bail!(
+                "{name}: expected all operands in {:?}, found {:?}",
+                T::DTYPE,
+                storage.dtype()
+            )
         };
         rows.push(Rows::new(data, layout));
     }
@@ -186,7 +216,10 @@ pub(crate) trait Visit<const N: usize> {
 }
 
 /// Runs a computation on CPU tensors.
-pub(crate) fn visit<V: Visit<N>, const N: usize>(visitor: &V, operands: [&Tensor; N]) -> Result<V::Output> {
+pub(crate) fn visit<V: Visit<N>, const N: usize>(
+    visitor: &V,
+    operands: [&Tensor; N],
+) -> Result<V::Output> {
     let guards = operands.map(Tensor::storage_and_layout);
     let mut parts = Vec::with_capacity(N);
     for (storage, layout) in &guards {
@@ -203,7 +236,11 @@ pub(crate) fn visit<V: Visit<N>, const N: usize>(visitor: &V, operands: [&Tensor
         CpuStorage::F64(like) => typed::<V, _, f64, N>(visitor, like, parts),
         CpuStorage::BF16(like) => typed::<V, _, f32, N>(visitor, like, parts),
         CpuStorage::F16(like) => typed::<V, _, f32, N>(visitor, like, parts),
-        other => bail!("{}: expected a floating point tensor, found {:?}", V::NAME, other.dtype()),
+        other => bail!(
+            "{}: expected a floating point tensor, found {:?}",
+            V::NAME,
+            other.dtype()
+        ),
     }
 }
 
@@ -230,7 +267,10 @@ impl<K: Kernel<N>, const N: usize> Visit<N> for Stored<'_, K> {
 }
 
 /// Runs a kernel on CPU tensors. The result is not part of any graph.
-pub(crate) fn compute<K: Kernel<N>, const N: usize>(kernel: &K, operands: [&Tensor; N]) -> Result<(Storage, Shape)> {
+pub(crate) fn compute<K: Kernel<N>, const N: usize>(
+    kernel: &K,
+    operands: [&Tensor; N],
+) -> Result<(Storage, Shape)> {
     visit(&Stored(kernel), operands)
 }
 
@@ -246,12 +286,14 @@ pub(crate) fn per_row<T: WithDType, A: Real>(
         return out;
     }
     let rows = (BLOCK / width).max(1);
-    out.par_chunks_mut(rows * width).enumerate().for_each(|(block, out)| {
-        let mut buffer = vec![A::ZERO; scratch];
-        for (r, row) in out.chunks_exact_mut(width).enumerate() {
-            f(block * rows + r, row, &mut buffer);
-        }
-    });
+    out.par_chunks_mut(rows * width)
+        .enumerate()
+        .for_each(|(block, out)| {
+            let mut buffer = vec![A::ZERO; scratch];
+            for (r, row) in out.chunks_exact_mut(width).enumerate() {
+                f(block * rows + r, row, &mut buffer);
+            }
+        });
     out
 }
 
@@ -286,13 +328,23 @@ pub(crate) fn sum_over_rows<A: Real>(
 
 /// Sum of a row.
 pub(crate) fn sum<A: Real>(row: &[A]) -> A {
-    fold(row.chunks_exact(LANES), |acc: A, &x: &A| acc + x, |a, b| a + b, A::ZERO)
+    fold(
+        row.chunks_exact(LANES),
+        |acc: A, &x: &A| acc + x,
+        |a, b| a + b,
+        A::ZERO,
+    )
 }
 
 /// Largest element of a row; negative infinity for an empty one. A NaN element is passed over here and surfaces in what follows.
 pub(crate) fn max<A: Real>(row: &[A]) -> A {
     let larger = |a: A, b: A| if b > a { b } else { a };
-    fold(row.chunks_exact(LANES), |acc, &x| larger(acc, x), larger, A::NEG_INFINITY)
+    fold(
+        row.chunks_exact(LANES),
+        |acc, &x| larger(acc, x),
+        larger,
+        A::NEG_INFINITY,
+    )
 }
 
 /// Sum of the products of two rows of one length.
@@ -304,7 +356,11 @@ pub(crate) fn dot<A: Real>(a: &[A], b: &[A]) -> A {
             *lane = *lane + x * y;
         }
     }
-    for ((lane, &x), &y) in lanes.iter_mut().zip(left.remainder()).zip(right.remainder()) {
+    for ((lane, &x), &y) in lanes
+        .iter_mut()
+        .zip(left.remainder())
+        .zip(right.remainder())
+    {
         *lane = *lane + x * y;
     }
     lanes.into_iter().fold(A::ZERO, |acc, x| acc + x)

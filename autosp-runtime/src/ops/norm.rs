@@ -1,6 +1,6 @@
-//! RMSNorm and LayerNorm over the last dimension of width n.
+//! `RMSNorm` and `LayerNorm` over the last dimension of width n.
 //!
-//! With `c = x - mean(x)` (LayerNorm) or `c = x` (RMSNorm), `r = 1 / sqrt(mean(c^2) + eps)` and `h = c r`:
+//! With `c = x - mean(x)` (LayerNorm) or `c = x` (`RMSNorm`), `r = 1 / sqrt(mean(c^2) + eps)` and `h = c r`:
 //! `y = alpha h + beta`. Backward, with `g = dy alpha`: `dx = r (g - [mean(g)] - h mean(g h))`, the bracket for LayerNorm alone;
 //! `dalpha = sum over rows of dy h`; `dbeta = sum over rows of dy`.
 //! Sources: Zhang and Sennrich, arXiv:1910.07467; Ba, Kiros and Hinton, arXiv:1607.06450.
@@ -36,19 +36,31 @@ impl Norm {
 }
 
 impl Norm {
-    fn rows<T: WithDType, A: Real>(self, x: &Rows<'_, T>, alpha: &[T], beta: Option<&[T]>) -> (Vec<T>, Shape) {
-        let out = per_row(x.count(), x.width(), x.width(), |i, out: &mut [T], row: &mut [A]| {
-            x.read(i, row);
-            self.normalise(row);
-            for ((slot, &h), &a) in out.iter_mut().zip(row.iter()).zip(alpha) {
-                *slot = (h * A::up(a)).down();
-            }
-            if let Some(beta) = beta {
-                for (((slot, &h), &a), &b) in out.iter_mut().zip(row.iter()).zip(alpha).zip(beta) {
-                    *slot = (h * A::up(a) + A::up(b)).down();
+    fn rows<T: WithDType, A: Real>(
+        self,
+        x: &Rows<'_, T>,
+        alpha: &[T],
+        beta: Option<&[T]>,
+    ) -> (Vec<T>, Shape) {
+        let out = per_row(
+            x.count(),
+            x.width(),
+            x.width(),
+            |i, out: &mut [T], row: &mut [A]| {
+                x.read(i, row);
+                self.normalise(row);
+                for ((slot, &h), &a) in out.iter_mut().zip(row.iter()).zip(alpha) {
+                    *slot = (h * A::up(a)).down();
                 }
-            }
-        });
+                if let Some(beta) = beta {
+                    for (((slot, &h), &a), &b) in
+                        out.iter_mut().zip(row.iter()).zip(alpha).zip(beta)
+                    {
+                        *slot = (h * A::up(a) + A::up(b)).down();
+                    }
+                }
+            },
+        );
         (out, x.shape().clone())
     }
 }
@@ -66,7 +78,10 @@ impl Kernel<2> for Forward {
 impl Kernel<3> for Forward {
     const NAME: &'static str = "norm";
 
-    fn run<T: WithDType, A: Real>(&self, [x, alpha, beta]: [Rows<'_, T>; 3]) -> Result<(Vec<T>, Shape)> {
+    fn run<T: WithDType, A: Real>(
+        &self,
+        [x, alpha, beta]: [Rows<'_, T>; 3],
+    ) -> Result<(Vec<T>, Shape)> {
         Ok(self.0.rows::<T, A>(&x, alpha.row(0), Some(beta.row(0))))
     }
 }
@@ -77,24 +92,36 @@ struct GradX(Norm);
 impl Kernel<3> for GradX {
     const NAME: &'static str = "norm backward";
 
-    fn run<T: WithDType, A: Real>(&self, [x, alpha, grad]: [Rows<'_, T>; 3]) -> Result<(Vec<T>, Shape)> {
+    fn run<T: WithDType, A: Real>(
+        &self,
+        [x, alpha, grad]: [Rows<'_, T>; 3],
+    ) -> Result<(Vec<T>, Shape)> {
         let width = x.width();
         let n = A::real(width as f64);
         let alpha = alpha.row(0);
-        let out = per_row(x.count(), width, 2 * width, |i, out: &mut [T], scratch: &mut [A]| {
-            let (h, g) = scratch.split_at_mut(width);
-            x.read(i, h);
-            grad.read(i, g);
-            for (g, &a) in g.iter_mut().zip(alpha) {
-                *g = *g * A::up(a);
-            }
-            let r = self.0.normalise(h);
-            let mean = if self.0.remove_mean { sum(g) / n } else { A::ZERO };
-            let slope = dot(g, h) / n;
-            for ((slot, &g), &h) in out.iter_mut().zip(g.iter()).zip(h.iter()) {
-                *slot = (r * (g - mean - h * slope)).down();
-            }
-        });
+        let out = per_row(
+            x.count(),
+            width,
+            2 * width,
+            |i, out: &mut [T], scratch: &mut [A]| {
+                let (h, g) = scratch.split_at_mut(width);
+                x.read(i, h);
+                grad.read(i, g);
+                for (g, &a) in g.iter_mut().zip(alpha) {
+                    *g = *g * A::up(a);
+                }
+                let r = self.0.normalise(h);
+                let mean = if self.0.remove_mean {
+                    sum(g) / n
+                } else {
+                    A::ZERO
+                };
+                let slope = dot(g, h) / n;
+                for ((slot, &g), &h) in out.iter_mut().zip(g.iter()).zip(h.iter()) {
+                    *slot = (r * (g - mean - h * slope)).down();
+                }
+            },
+        );
         Ok((out, x.shape().clone()))
     }
 }
@@ -114,7 +141,10 @@ impl Kernel<2> for GradAlpha {
                 *t += (h * A::up(g)).wide();
             }
         });
-        Ok((total.into_iter().map(T::from_f64).collect(), Shape::from(width)))
+        Ok((
+            total.into_iter().map(T::from_f64).collect(),
+            Shape::from(width),
+        ))
     }
 }
 
@@ -130,17 +160,29 @@ impl Kernel<1> for GradBeta {
                 *t += g.to_f64();
             }
         });
-        Ok((total.into_iter().map(T::from_f64).collect(), Shape::from(grad.width())))
+        Ok((
+            total.into_iter().map(T::from_f64).collect(),
+            Shape::from(grad.width()),
+        ))
     }
 }
 
-fn norm(name: &'static str, x: &Tensor, alpha: &Tensor, beta: Option<&Tensor>, norm: Norm) -> Result<Tensor> {
+fn norm(
+    name: &'static str,
+    x: &Tensor,
+    alpha: &Tensor,
+    beta: Option<&Tensor>,
+    norm: Norm,
+) -> Result<Tensor> {
     let width = x.dim(D::Minus1)?;
     for (what, weight) in [("alpha", Some(alpha)), ("beta", beta)] {
         if let Some(weight) = weight
             && weight.dims1()? != width
         {
-            bail!("{name}: expected {what} of {width} elements, found {:?}", weight.dims())
+            bail!(
+                "{name}: expected {what} of {width} elements, found {:?}",
+                weight.dims()
+            )
         }
     }
     if !x.device().is_cpu() {
@@ -148,22 +190,43 @@ fn norm(name: &'static str, x: &Tensor, alpha: &Tensor, beta: Option<&Tensor>, n
     }
     let wanted = [tracked(x), tracked(alpha), beta.is_some_and(tracked)];
     let grads = move |x: &Tensor, alpha: &Tensor, grad: &Tensor| -> Result<[Option<Tensor>; 3]> {
-        let dx = if wanted[0] { Some(tensor(compute(&GradX(norm), [x, alpha, grad])?)) } else { None };
-        let dalpha = if wanted[1] { Some(tensor(compute(&GradAlpha(norm), [x, grad])?)) } else { None };
-        let dbeta = if wanted[2] { Some(tensor(compute(&GradBeta, [grad])?)) } else { None };
+        let dx = if wanted[0] {
+            Some(tensor(compute(&GradX(norm), [x, alpha, grad])?))
+        } else {
+            None
+        };
+        let dalpha = if wanted[1] {
+            Some(tensor(compute(&GradAlpha(norm), [x, grad])?))
+        } else {
+            None
+        };
+        let dbeta = if wanted[2] {
+            Some(tensor(compute(&GradBeta, [grad])?))
+        } else {
+            None
+        };
         Ok([dx, dalpha, dbeta])
     };
     let forward = Forward(norm);
     match beta {
-        None => record2(name, x, alpha, compute(&forward, [x, alpha])?, move |[x, alpha], _, grad| {
-            let [dx, dalpha, _] = grads(x, alpha, grad)?;
-            Ok([dx, dalpha])
-        }),
-        Some(beta) => {
-            record3(name, x, alpha, beta, compute(&forward, [x, alpha, beta])?, move |[x, alpha, _], _, grad| {
-                grads(x, alpha, grad)
-            })
-        }
+        None => record2(
+            name,
+            x,
+            alpha,
+            compute(&forward, [x, alpha])?,
+            move |[x, alpha], _, grad| {
+                let [dx, dalpha, _] = grads(x, alpha, grad)?;
+                Ok([dx, dalpha])
+            },
+        ),
+        Some(beta) => record3(
+            name,
+            x,
+            alpha,
+            beta,
+            compute(&forward, [x, alpha, beta])?,
+            move |[x, alpha, _], _, grad| grads(x, alpha, grad),
+        ),
     }
 }
 
@@ -174,9 +237,9 @@ fn composed(x: &Tensor, alpha: &Tensor, beta: Option<&Tensor>, norm: Norm) -> Re
         (true, Some(beta)) => candle_nn::ops::layer_norm_slow(x, alpha, beta, norm.eps as f32),
         (true, None) => candle_nn::LayerNorm::new_no_bias(alpha.clone(), norm.eps).forward(x),
         (false, None) => candle_nn::LayerNorm::rms_norm(alpha.clone(), norm.eps).forward(x),
-        (false, Some(beta)) => {
-            candle_nn::LayerNorm::rms_norm(alpha.clone(), norm.eps).forward(x)?.broadcast_add(beta)
-        }
+        (false, Some(beta)) => candle_nn::LayerNorm::rms_norm(alpha.clone(), norm.eps)
+            .forward(x)?
+            .broadcast_add(beta),
     }
 }
 
@@ -185,7 +248,16 @@ fn composed(x: &Tensor, alpha: &Tensor, beta: Option<&Tensor>, norm: Norm) -> Re
 /// # Errors
 /// When the last dimension of `xs` differs from the weight's, or their types differ.
 pub fn rms_norm(module: &candle_nn::RmsNorm, xs: &Tensor) -> Result<Tensor> {
-    norm("rms-norm", xs, module.weight(), None, Norm { eps: module.eps(), remove_mean: false })
+    norm(
+        "rms-norm",
+        xs,
+        module.weight(),
+        None,
+        Norm {
+            eps: module.eps(),
+            remove_mean: false,
+        },
+    )
 }
 
 /// `candle_nn::ops::rms_norm` with gradients: `xs` is `[.., n]`, `alpha` is `[n]`.
@@ -193,7 +265,16 @@ pub fn rms_norm(module: &candle_nn::RmsNorm, xs: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// When the shapes do not fit or the types differ.
 pub fn rms_norm_op(xs: &Tensor, alpha: &Tensor, eps: f32) -> Result<Tensor> {
-    norm("rms-norm", xs, alpha, None, Norm { eps: f64::from(eps), remove_mean: false })
+    norm(
+        "rms-norm",
+        xs,
+        alpha,
+        None,
+        Norm {
+            eps: f64::from(eps),
+            remove_mean: false,
+        },
+    )
 }
 
 /// What `norm.forward(xs)` computes, with gradients for `xs`, the weight and the bias.
@@ -201,7 +282,10 @@ pub fn rms_norm_op(xs: &Tensor, alpha: &Tensor, eps: f32) -> Result<Tensor> {
 /// # Errors
 /// When the last dimension of `xs` differs from the weight's, or their types differ.
 pub fn layer_norm(module: &candle_nn::LayerNorm, xs: &Tensor) -> Result<Tensor> {
-    let settings = Norm { eps: module.eps(), remove_mean: module.remove_mean() };
+    let settings = Norm {
+        eps: module.eps(),
+        remove_mean: module.remove_mean(),
+    };
     norm("layer-norm", xs, module.weight(), module.bias(), settings)
 }
 
@@ -210,5 +294,14 @@ pub fn layer_norm(module: &candle_nn::LayerNorm, xs: &Tensor) -> Result<Tensor> 
 /// # Errors
 /// When the shapes do not fit or the types differ.
 pub fn layer_norm_op(xs: &Tensor, alpha: &Tensor, beta: &Tensor, eps: f32) -> Result<Tensor> {
-    norm("layer-norm", xs, alpha, Some(beta), Norm { eps: f64::from(eps), remove_mean: true })
+    norm(
+        "layer-norm",
+        xs,
+        alpha,
+        Some(beta),
+        Norm {
+            eps: f64::from(eps),
+            remove_mean: true,
+        },
+    )
 }

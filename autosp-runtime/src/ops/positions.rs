@@ -16,11 +16,16 @@ use crate::{Error, Sp};
 /// # Errors
 /// AS0514 if the table has fewer than S rows; AS0305 if no forward is in progress.
 pub fn slice(table: &Tensor, dim: usize) -> Result<Tensor> {
-    let Some(scope) = scope::current() else { return Ok(table.clone()) };
+    let Some(scope) = scope::current() else {
+        return Ok(table.clone());
+    };
     let shard = scope.shard()?;
     let rows = table.dim(dim)?;
     if rows < shard.valid {
-        let text = format!("expected a table of at least {} positions along dim {dim}, found {rows}", shard.valid);
+        let text = format!(
+            "expected a table of at least {} positions along dim {dim}, found {rows}",
+            shard.valid
+        );
         return Err(Error::new(codes::TABLE_SHORT, text).into());
     }
     let here = shard.valid_here();
@@ -30,7 +35,11 @@ pub fn slice(table: &Tensor, dim: usize) -> Result<Tensor> {
     let mut padding = table.dims().to_vec();
     padding[dim] = shard.len - here;
     let padding = table.narrow(dim, 0, 1)?.broadcast_as(padding)?;
-    if here == 0 { padding.contiguous() } else { Tensor::cat(&[table.narrow(dim, shard.start, here)?, padding], dim) }
+    if here == 0 {
+        padding.contiguous()
+    } else {
+        Tensor::cat(&[table.narrow(dim, shard.start, here)?, padding], dim)
+    }
 }
 
 /// Token `global_index` (of the whole sequence) of a tensor that is sharded along `dim`, on every rank of the sequence; `dim` stays,
@@ -42,14 +51,23 @@ pub fn slice(table: &Tensor, dim: usize) -> Result<Tensor> {
 /// AS0515 if the sequence has no such token; AS0303 if `x` has another length than this rank's shard; as
 /// [`wait`](crate::comm::Engine::wait).
 pub fn pick(x: &Tensor, dim: usize, global_index: usize) -> Result<Tensor> {
-    let Some(scope) = scope::current() else { return x.narrow(dim, global_index, 1) };
+    let Some(scope) = scope::current() else {
+        return x.narrow(dim, global_index, 1);
+    };
     let shard = scope.shard()?;
     if x.dim(dim)? != shard.len {
-        let text = format!("`pick`: expected length {} along dim {dim} (this rank's shard), found {}", shard.len, x.dim(dim)?);
+        let text = format!(
+            "`pick`: expected length {} along dim {dim} (this rank's shard), found {}",
+            shard.len,
+            x.dim(dim)?
+        );
         return Err(Error::new(codes::LOCAL_LENGTH, text).into());
     }
     if global_index >= shard.valid {
-        let text = format!("expected a position below {}, found {global_index}", shard.valid);
+        let text = format!(
+            "expected a position below {}, found {global_index}",
+            shard.valid
+        );
         return Err(Error::new(codes::POSITION, text).into());
     }
     if shard.size == 1 {
@@ -57,14 +75,26 @@ pub fn pick(x: &Tensor, dim: usize, global_index: usize) -> Result<Tensor> {
     }
     let (sp, step) = (scope.sp().clone(), scope.step());
     let owner = global_index / shard.len;
-    let place = Place { dim, owner, local: global_index % shard.len, shard, step };
-    let mine = if shard.rank == owner { x.narrow(dim, place.local, 1)? } else { x.narrow(dim, 0, 1)? };
+    let place = Place {
+        dim,
+        owner,
+        local: global_index % shard.len,
+        shard,
+        step,
+    };
+    let mine = if shard.rank == owner {
+        x.narrow(dim, place.local, 1)?
+    } else {
+        x.narrow(dim, 0, 1)?
+    };
     let tag = Tag::new("pick", "token").at(step);
     let token = broadcast(sp.sp_group(), tag, &mine.detach().contiguous()?, owner)?;
     if !tracked(x) {
         return Ok(token);
     }
-    record1("pick", x, owned(&token)?, move |[x], _, grad| Ok([Some(place.give_back(&sp, x, grad)?)]))
+    record1("pick", x, owned(&token)?, move |[x], _, grad| {
+        Ok([Some(place.give_back(&sp, x, grad)?)])
+    })
 }
 
 /// Where a picked token lies.
@@ -82,7 +112,11 @@ impl Place {
     fn give_back(self, sp: &Sp, x: &Tensor, grad: &Tensor) -> Result<Tensor> {
         let mut parts = vec![None; self.shard.size];
         parts[self.owner] = Some(grad.contiguous()?);
-        let received = all_to_all(sp.sp_group(), Tag::new("pick", "grad_token").at(self.step), parts)?;
+        let received = all_to_all(
+            sp.sp_group(),
+            Tag::new("pick", "grad_token").at(self.step),
+            parts,
+        )?;
         let mut sum: Option<Tensor> = None;
         for part in received.into_iter().flatten() {
             sum = Some(match sum {
@@ -93,7 +127,8 @@ impl Place {
         match sum {
             Some(sum) => {
                 let after = self.shard.len - self.local - 1;
-                sum.pad_with_zeros(self.dim, self.local, after)?.contiguous()
+                sum.pad_with_zeros(self.dim, self.local, after)?
+                    .contiguous()
             }
             None => x.zeros_like(),
         }

@@ -7,8 +7,8 @@
 use std::sync::{Mutex, PoisonError};
 
 use candle_core::{
-    CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, InplaceOp1, Layout, MetalStorage, Result, Shape, Storage, Tensor, bail,
-    op::BackpropOp,
+    CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, InplaceOp1, Layout, MetalStorage,
+    Result, Shape, Storage, Tensor, bail, op::BackpropOp,
 };
 
 /// Whether a gradient has to be given to this tensor.
@@ -24,13 +24,25 @@ struct Node<B> {
 
 impl<B> Node<B> {
     fn new(name: &'static str, result: (Storage, Shape), backward: B) -> Self {
-        Self { name, result: Mutex::new(Some(result)), backward }
+        Self {
+            name,
+            result: Mutex::new(Some(result)),
+            backward,
+        }
     }
 
     fn take(&self) -> Result<(Storage, Shape)> {
-        match self.result.lock().unwrap_or_else(PoisonError::into_inner).take() {
+        match self
+            .result
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take()
+        {
             Some(result) => Ok(result),
-            None => bail!("{}: the result of this operation was taken twice", self.name),
+            None => bail!(
+                "{}: the result of this operation was taken twice",
+                self.name
+            ),
         }
     }
 

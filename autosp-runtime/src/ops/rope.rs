@@ -19,20 +19,31 @@ struct Rope {
 
 impl Rope {
     fn pair(self, i: usize, half: usize) -> (usize, usize) {
-        if self.interleaved { (2 * i, 2 * i + 1) } else { (i, i + half) }
+        if self.interleaved {
+            (2 * i, 2 * i + 1)
+        } else {
+            (i, i + half)
+        }
     }
 
     /// Sizes `(b, h, t, d)`, whatever the order in x.
     fn sizes(self, x: &Shape) -> Result<(usize, usize, usize, usize)> {
         let (b, second, third, d) = x.dims4()?;
-        Ok(if self.sequence_first { (b, third, second, d) } else { (b, second, third, d) })
+        Ok(if self.sequence_first {
+            (b, third, second, d)
+        } else {
+            (b, second, third, d)
+        })
     }
 }
 
 impl Kernel<3> for Rope {
     const NAME: &'static str = "rope";
 
-    fn run<T: WithDType, A: Real>(&self, [x, cos, sin]: [Rows<'_, T>; 3]) -> Result<(Vec<T>, Shape)> {
+    fn run<T: WithDType, A: Real>(
+        &self,
+        [x, cos, sin]: [Rows<'_, T>; 3],
+    ) -> Result<(Vec<T>, Shape)> {
         let (_, h, t, d) = self.sizes(x.shape())?;
         let half = d / 2;
         let batched = |table: &Rows<'_, T>| match *table.shape().dims() {
@@ -43,7 +54,11 @@ impl Kernel<3> for Rope {
         let sign = A::real(if self.inverse { -1.0 } else { 1.0 });
         let out = per_row(x.count(), d, 0, |i, out: &mut [T], _: &mut [A]| {
             let batch = i / (h * t);
-            let position = if self.sequence_first { i / h % t } else { i % t };
+            let position = if self.sequence_first {
+                i / h % t
+            } else {
+                i % t
+            };
             let row = x.row(i);
             let cos = cos.row(batch * cos_batch + position);
             let sin = sin.row(batch * sin_batch + position);
@@ -67,7 +82,10 @@ fn tables(rope: Rope, x: &Tensor, grad: &Tensor, table: &Tensor) -> Result<[Tens
         if rope.interleaved {
             let (b, h, t, _) = x.dims4()?;
             let x = x.contiguous()?.reshape((b, h, t, half, 2))?;
-            Ok([x.narrow(4, 0, 1)?.squeeze(4)?, x.narrow(4, 1, 1)?.squeeze(4)?])
+            Ok([
+                x.narrow(4, 0, 1)?.squeeze(4)?,
+                x.narrow(4, 1, 1)?.squeeze(4)?,
+            ])
         } else {
             Ok([x.narrow(3, 0, half)?, x.narrow(3, half, half)?])
         }
@@ -75,11 +93,18 @@ fn tables(rope: Rope, x: &Tensor, grad: &Tensor, table: &Tensor) -> Result<[Tens
     let ([a, b], [ga, gb]) = (split(x)?, split(grad)?);
     let reduce = |product: Tensor| -> Result<Tensor> {
         let per_batch = product.sum(if rope.sequence_first { 2 } else { 1 })?;
-        let (sum, dim) = if table.rank() == 3 { (per_batch, 1) } else { (per_batch.sum(0)?, 0) };
+        let (sum, dim) = if table.rank() == 3 {
+            (per_batch, 1)
+        } else {
+            (per_batch.sum(0)?, 0)
+        };
         let missing = table.dim(dim)? - sum.dim(dim)?;
         sum.pad_with_zeros(dim, 0, missing)?.contiguous()
     };
-    Ok([reduce(((&ga * &a)? + (&gb * &b)?)?)?, reduce(((&gb * &a)? - (&ga * &b)?)?)?])
+    Ok([
+        reduce(((&ga * &a)? + (&gb * &b)?)?)?,
+        reduce(((&gb * &a)? - (&ga * &b)?)?)?,
+    ])
 }
 
 fn apply(rope: Rope, x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
@@ -104,28 +129,59 @@ fn apply(rope: Rope, x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
         return composed(rope, x, cos, sin);
     }
     let wanted = [tracked(x), tracked(cos), tracked(sin)];
-    record3(rope.name, x, cos, sin, compute(&rope, [x, cos, sin])?, move |[x, cos, sin], _, grad| {
-        let back = Rope { inverse: true, ..rope };
-        let dx = if wanted[0] { Some(tensor(compute(&back, [grad, cos, sin])?)) } else { None };
-        let dcos = if wanted[1] { Some(tables(rope, x, grad, cos)?[0].clone()) } else { None };
-        let dsin = if wanted[2] { Some(tables(rope, x, grad, sin)?[1].clone()) } else { None };
-        Ok([dx, dcos, dsin])
-    })
+    record3(
+        rope.name,
+        x,
+        cos,
+        sin,
+        compute(&rope, [x, cos, sin])?,
+        move |[x, cos, sin], _, grad| {
+            let back = Rope {
+                inverse: true,
+                ..rope
+            };
+            let dx = if wanted[0] {
+                Some(tensor(compute(&back, [grad, cos, sin])?))
+            } else {
+                None
+            };
+            let dcos = if wanted[1] {
+                Some(tables(rope, x, grad, cos)?[0].clone())
+            } else {
+                None
+            };
+            let dsin = if wanted[2] {
+                Some(tables(rope, x, grad, sin)?[1].clone())
+            } else {
+                None
+            };
+            Ok([dx, dcos, dsin])
+        },
+    )
 }
 
 /// The same by candle's differentiable operations, for devices without a kernel here.
 fn composed(rope: Rope, x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
     let (b, h, t, d) = rope.sizes(x.shape())?;
     let table = |table: &Tensor| -> Result<Tensor> {
-        let table = if table.rank() == 3 { table.clone() } else { table.unsqueeze(0)? };
-        table.narrow(1, 0, t)?.unsqueeze(if rope.sequence_first { 2 } else { 1 })
+        let table = if table.rank() == 3 {
+            table.clone()
+        } else {
+            table.unsqueeze(0)?
+        };
+        table
+            .narrow(1, 0, t)?
+            .unsqueeze(if rope.sequence_first { 2 } else { 1 })
     };
     let (cos, sin) = (table(cos)?, table(sin)?);
     let x = x.contiguous()?;
     let (dims, half) = (x.dims().to_vec(), d / 2);
     let [u, v] = if rope.interleaved {
         let x = x.reshape((b, h, t, half, 2))?;
-        [x.narrow(4, 0, 1)?.squeeze(4)?, x.narrow(4, 1, 1)?.squeeze(4)?]
+        [
+            x.narrow(4, 0, 1)?.squeeze(4)?,
+            x.narrow(4, 1, 1)?.squeeze(4)?,
+        ]
     } else {
         [x.narrow(3, 0, half)?, x.narrow(3, half, half)?]
     };
@@ -143,7 +199,17 @@ fn composed(rope: Rope, x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor
 /// # Errors
 /// When the shapes do not fit or the types differ.
 pub fn rope(xs: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
-    apply(Rope { name: "rope", interleaved: false, sequence_first: false, inverse: false }, xs, cos, sin)
+    apply(
+        Rope {
+            name: "rope",
+            interleaved: false,
+            sequence_first: false,
+            inverse: false,
+        },
+        xs,
+        cos,
+        sin,
+    )
 }
 
 /// `candle_nn::rotary_emb::rope_i` with gradients: as [`rope`], with neighbouring elements as pairs.
@@ -151,7 +217,17 @@ pub fn rope(xs: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// When the shapes do not fit or the types differ.
 pub fn rope_i(xs: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
-    apply(Rope { name: "rope-i", interleaved: true, sequence_first: false, inverse: false }, xs, cos, sin)
+    apply(
+        Rope {
+            name: "rope-i",
+            interleaved: true,
+            sequence_first: false,
+            inverse: false,
+        },
+        xs,
+        cos,
+        sin,
+    )
 }
 
 /// `candle_nn::rotary_emb::rope_thd` with gradients: as [`rope`], with `xs` of shape `[b, t, h, d]`.
@@ -159,5 +235,15 @@ pub fn rope_i(xs: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// When the shapes do not fit or the types differ.
 pub fn rope_thd(xs: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
-    apply(Rope { name: "rope-thd", interleaved: false, sequence_first: true, inverse: false }, xs, cos, sin)
+    apply(
+        Rope {
+            name: "rope-thd",
+            interleaved: false,
+            sequence_first: true,
+            inverse: false,
+        },
+        xs,
+        cos,
+        sin,
+    )
 }

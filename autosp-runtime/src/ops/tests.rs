@@ -26,10 +26,21 @@ fn distance(a: &Tensor, b: &Tensor) -> f64 {
     assert_eq!(a.dims(), b.dims());
     let wide = |x: &Tensor| x.to_dtype(DType::F64).unwrap().flatten_all().unwrap();
     let (a, b) = (wide(a), wide(b));
-    let norm = |x: &Tensor| x.sqr().unwrap().sum_all().unwrap().to_scalar::<f64>().unwrap().sqrt();
+    let norm = |x: &Tensor| {
+        x.sqr()
+            .unwrap()
+            .sum_all()
+            .unwrap()
+            .to_scalar::<f64>()
+            .unwrap()
+            .sqrt()
+    };
     // The floor is for gradients that cancel to nothing, such as those of a norm over two elements.
     norm(&(&a - &b).unwrap()) / (norm(&b) + 0.1)
 }
+
+/// The same in `f32` and `f64`.
+const EPS: f64 = 1.0 / 512.0;
 
 type Function<'a> = dyn Fn(&[Tensor]) -> Result<Tensor> + 'a;
 
@@ -39,25 +50,50 @@ fn weighed(y: &Tensor) -> Result<Tensor> {
 }
 
 fn gradients(f: &Function<'_>, inputs: &[Tensor]) -> Vec<Tensor> {
-    let vars: Vec<Var> = inputs.iter().map(|x| Var::from_tensor(x).unwrap()).collect();
+    let vars: Vec<Var> = inputs
+        .iter()
+        .map(|x| Var::from_tensor(x).unwrap())
+        .collect();
     let operands: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
     let grads = weighed(&f(&operands).unwrap()).unwrap().backward().unwrap();
-    vars.iter().map(|v| grads.get(v).expect("every operand has a gradient").clone()).collect()
+    vars.iter()
+        .map(|v| grads.get(v).expect("every operand has a gradient").clone())
+        .collect()
 }
 
 /// Checks the gradients of `fast` against autograd over `slow` in `dtype`, and against central differences in `f64`.
-fn check(fast: &Function<'_>, slow: &Function<'_>, inputs: &[Tensor], dtype: DType, tolerance: f64) {
+fn check(
+    fast: &Function<'_>,
+    slow: &Function<'_>,
+    inputs: &[Tensor],
+    dtype: DType,
+    tolerance: f64,
+) {
     let cast: Vec<Tensor> = inputs.iter().map(|x| x.to_dtype(dtype).unwrap()).collect();
     let (found, expected) = (fast(&cast).unwrap(), slow(&cast).unwrap());
-    assert!(distance(&found, &expected) <= tolerance, "forward differs by {}", distance(&found, &expected));
-    for (i, (found, expected)) in gradients(fast, &cast).iter().zip(gradients(slow, &cast)).enumerate() {
+    assert!(
+        distance(&found, &expected) <= tolerance,
+        "forward differs by {}",
+        distance(&found, &expected)
+    );
+    for (i, (found, expected)) in gradients(fast, &cast)
+        .iter()
+        .zip(gradients(slow, &cast))
+        .enumerate()
+    {
         assert_eq!(found.dtype(), dtype);
         let error = distance(found, &expected);
-        assert!(error <= 10.0 * tolerance, "gradient {i} differs from autograd by {error}");
+        assert!(
+            error <= 10.0 * tolerance,
+            "gradient {i} differs from autograd by {error}"
+        );
     }
     for (i, found) in gradients(fast, inputs).iter().enumerate() {
         let error = distance(found, &differences(fast, inputs, i));
-        assert!(error <= 1e-6, "gradient {i} differs from finite differences by {error}");
+        assert!(
+            error <= 1e-6,
+            "gradient {i} differs from finite differences by {error}"
+        );
     }
 }
 
@@ -69,9 +105,14 @@ fn differences(f: &Function<'_>, inputs: &[Tensor], which: usize) -> Tensor {
         data[i] += delta;
         let mut inputs = inputs.to_vec();
         inputs[which] = Tensor::from_vec(data, inputs[which].dims(), &Device::Cpu).unwrap();
-        weighed(&f(&inputs).unwrap()).unwrap().to_scalar::<f64>().unwrap()
+        weighed(&f(&inputs).unwrap())
+            .unwrap()
+            .to_scalar::<f64>()
+            .unwrap()
     };
-    let data: Vec<f64> = (0..base.len()).map(|i| (at(i, step) - at(i, -step)) / (2.0 * step)).collect();
+    let data: Vec<f64> = (0..base.len())
+        .map(|i| (at(i, step) - at(i, -step)) / (2.0 * step))
+        .collect();
     Tensor::from_vec(data, inputs[which].dims(), &Device::Cpu).unwrap()
 }
 
@@ -110,19 +151,19 @@ proptest! {
     fn modules_have_candles_values_and_gradients(seed in 1u64..1 << 40, a in 1usize..4, n in 3usize..40) {
         let inputs = [numbers(seed, &[a, 3, n]), numbers(seed + 1, &[n]), numbers(seed + 2, &[n])];
         with_types(
-            &|x| rms_norm(&RmsNorm::new(x[1].clone(), 0.001953125), &x[0]),
-            &|x| RmsNorm::new(x[1].clone(), 0.001953125).forward_diff(&x[0]),
+            &|x| rms_norm(&RmsNorm::new(x[1].clone(), EPS), &x[0]),
+            &|x| RmsNorm::new(x[1].clone(), EPS).forward_diff(&x[0]),
             &inputs[..2],
         );
         for make in [LayerNorm::new_no_bias, LayerNorm::rms_norm] {
             with_types(
-                &|x| layer_norm(&make(x[1].clone(), 0.001953125), &x[0]),
-                &|x| make(x[1].clone(), 0.001953125).forward(&x[0]),
+                &|x| layer_norm(&make(x[1].clone(), EPS), &x[0]),
+                &|x| make(x[1].clone(), EPS).forward(&x[0]),
                 &inputs[..2],
             );
         }
-        let fast: &Function<'_> = &|x| layer_norm(&LayerNorm::new(x[1].clone(), x[2].clone(), 0.001953125), &x[0]);
-        with_types(fast, &|x| candle_nn::ops::layer_norm_slow(&x[0], &x[1], &x[2], 0.001953125), &inputs);
+        let fast: &Function<'_> = &|x| layer_norm(&LayerNorm::new(x[1].clone(), x[2].clone(), EPS), &x[0]);
+        with_types(fast, &|x| candle_nn::ops::layer_norm_slow(&x[0], &x[1], &x[2], EPS as f32), &inputs);
     }
 
     #[test]
@@ -164,32 +205,67 @@ fn forward_equals_the_fast_operations() {
         let [cos, sin] = tables(6, &[6, 4]).map(|t| t.to_dtype(dtype).unwrap());
         let pairs = [
             (softmax_last_dim(&x), candle_nn::ops::softmax_last_dim(&x)),
-            (rms_norm_op(&x, &alpha, 1e-5), candle_nn::ops::rms_norm(&x, &alpha, 1e-5)),
-            (layer_norm_op(&x, &alpha, &beta, 1e-5), candle_nn::ops::layer_norm(&x, &alpha, &beta, 1e-5)),
-            (rope(&x, &cos, &sin), candle_nn::rotary_emb::rope(&x, &cos, &sin)),
-            (rope_i(&x, &cos, &sin), candle_nn::rotary_emb::rope_i(&x, &cos, &sin)),
+            (
+                rms_norm_op(&x, &alpha, 1e-5),
+                candle_nn::ops::rms_norm(&x, &alpha, 1e-5),
+            ),
+            (
+                layer_norm_op(&x, &alpha, &beta, 1e-5),
+                candle_nn::ops::layer_norm(&x, &alpha, &beta, 1e-5),
+            ),
+            (
+                rope(&x, &cos, &sin),
+                candle_nn::rotary_emb::rope(&x, &cos, &sin),
+            ),
+            (
+                rope_i(&x, &cos, &sin),
+                candle_nn::rotary_emb::rope_i(&x, &cos, &sin),
+            ),
         ];
         for (i, (found, expected)) in pairs.into_iter().enumerate() {
             let error = distance(&found.unwrap(), &expected.unwrap());
-            assert!(error <= tolerance, "operation {i} in {dtype:?} differs by {error}");
+            assert!(
+                error <= tolerance,
+                "operation {i} in {dtype:?} differs by {error}"
+            );
         }
         let [cos, sin] = tables(6, &[2, 6, 4]).map(|t| t.to_dtype(dtype).unwrap());
-        let error = distance(&rope(&x, &cos, &sin).unwrap(), &candle_nn::rotary_emb::rope(&x, &cos, &sin).unwrap());
+        let error = distance(
+            &rope(&x, &cos, &sin).unwrap(),
+            &candle_nn::rotary_emb::rope(&x, &cos, &sin).unwrap(),
+        );
         assert!(error <= tolerance, "batched tables differ by {error}");
         let x = x.transpose(1, 2).unwrap().contiguous().unwrap();
-        let error = distance(&rope_thd(&x, &cos, &sin).unwrap(), &candle_nn::rotary_emb::rope_thd(&x, &cos, &sin).unwrap());
+        let error = distance(
+            &rope_thd(&x, &cos, &sin).unwrap(),
+            &candle_nn::rotary_emb::rope_thd(&x, &cos, &sin).unwrap(),
+        );
         assert!(error <= tolerance, "rope_thd differs by {error}");
     }
 }
 
 #[test]
 fn results_do_not_depend_on_the_number_of_threads() {
-    let inputs = [numbers(1, &[4, 1000, 48]), numbers(2, &[48]), numbers(3, &[48])].map(|x| x.to_dtype(DType::F32).unwrap());
+    let inputs = [
+        numbers(1, &[4, 1000, 48]),
+        numbers(2, &[48]),
+        numbers(3, &[48]),
+    ]
+    .map(|x| x.to_dtype(DType::F32).unwrap());
     let run = |threads| {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .build()
+            .unwrap();
         pool.install(|| {
-            let grads = gradients(&|x| softmax_last_dim(&layer_norm_op(&x[0], &x[1], &x[2], 1e-5)?), &inputs);
-            grads.iter().map(|g| g.flatten_all().unwrap().to_vec1::<f32>().unwrap()).collect::<Vec<_>>()
+            let grads = gradients(
+                &|x| softmax_last_dim(&layer_norm_op(&x[0], &x[1], &x[2], 1e-5)?),
+                &inputs,
+            );
+            grads
+                .iter()
+                .map(|g| g.flatten_all().unwrap().to_vec1::<f32>().unwrap())
+                .collect::<Vec<_>>()
         })
     };
     let one = run(1);
@@ -205,7 +281,11 @@ fn frozen_operands_get_no_gradient_and_frozen_graphs_record_nothing() {
     let grads = y.sum_all().unwrap().backward().unwrap();
     assert!(grads.get(&x).is_some());
     assert!(grads.get(&alpha).is_none());
-    assert!(!rms_norm_op(&alpha.unsqueeze(0).unwrap(), &alpha, 1e-5).unwrap().track_op());
+    assert!(
+        !rms_norm_op(&alpha.unsqueeze(0).unwrap(), &alpha, 1e-5)
+            .unwrap()
+            .track_op()
+    );
 }
 
 #[test]
@@ -215,7 +295,9 @@ fn wrong_shapes_and_types_are_refused() {
     let message = rope(&x, &short, &short).unwrap_err().to_string();
     assert!(message.contains("at least 3 positions"), "{message}");
     assert!(rms_norm_op(&x, &numbers(1, &[4]), 1e-5).is_err());
-    let message = rms_norm_op(&x, &numbers(1, &[8]).to_dtype(DType::F32).unwrap(), 1e-5).unwrap_err().to_string();
+    let message = rms_norm_op(&x, &numbers(1, &[8]).to_dtype(DType::F32).unwrap(), 1e-5)
+        .unwrap_err()
+        .to_string();
     assert!(message.contains("F32"), "{message}");
     assert!(softmax_last_dim(&Tensor::new(1u32, &Device::Cpu).unwrap()).is_err());
 }

@@ -44,13 +44,25 @@ impl Verb {
     }
 }
 
-/// How far a group has come.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-struct Progress {
-    sent: bool,
-    landed: bool,
-    attended: bool,
-    returned: bool,
+/// How far a group has come: the last verb that was run on it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+enum Stage {
+    #[default]
+    Idle,
+    Sent,
+    Landed,
+    Attended,
+    Returned,
+}
+
+impl Stage {
+    /// The verbs on one group in their order, with the stage that each leads to.
+    const ORDER: [(Verb, Self); 4] = [
+        (Verb::Send, Self::Sent),
+        (Verb::Wait, Self::Landed),
+        (Verb::Attend, Self::Attended),
+        (Verb::Return, Self::Returned),
+    ];
 }
 
 /// Follows a schedule and refuses the first verb that is out of order.
@@ -58,7 +70,7 @@ struct Progress {
 pub(crate) struct Check {
     site: &'static str,
     direction: Direction,
-    groups: Vec<Progress>,
+    groups: Vec<Stage>,
     /// The kv heads that each group attends, counted on this rank.
     needs: Vec<Vec<usize>>,
     /// The group that brought each kv head, forward.
@@ -73,7 +85,7 @@ impl Check {
         Self {
             site,
             direction,
-            groups: vec![Progress::default(); needs.len()],
+            groups: vec![Stage::Idle; needs.len()],
             needs: needs.to_vec(),
             bearer: vec![None; kv_heads],
             finished: false,
@@ -96,66 +108,46 @@ impl Check {
     /// # Errors
     /// `AS0328`, naming the verb and the one that is missing before it.
     pub(crate) fn step(&mut self, verb: Verb, g: usize) -> Result<()> {
-        if verb == Verb::Finish {
+        let Some(place) = Stage::ORDER.iter().position(|(known, _)| *known == verb) else {
             return self.finish_exchange();
-        }
+        };
         let call = self.call(verb, g);
-        let Some(&progress) = self.groups.get(g) else {
-            return Err(self.refused(&format!(
-                "{call}, but the last group is {}",
-                self.groups.len().saturating_sub(1)
-            )));
+        let Some(&stage) = self.groups.get(g) else {
+            let last = self.groups.len().saturating_sub(1);
+            return Err(self.refused(&format!("{call}, but the last group is {last}")));
         };
-        let (done, before) = match verb {
-            Verb::Send => (progress.sent, None),
-            Verb::Wait => (progress.landed, (!progress.sent).then_some((Verb::Send, g))),
-            Verb::Attend => (
-                progress.attended,
-                self.missing(g).map(|bearer| (Verb::Wait, bearer)),
-            ),
-            Verb::Return | Verb::Finish => (
-                progress.returned,
-                (!progress.attended).then_some((Verb::Attend, g)),
-            ),
-        };
-        if done {
+        if stage >= Stage::ORDER[place].1 {
             return Err(self.refused(&format!("{call} for a second time")));
         }
-        if let Some((missing, other)) = before {
-            let why = if other == g {
-                ""
-            } else {
-                ", which brings a kv head that both groups use"
-            };
-            return Err(self.refused(&format!("{call} before {}{why}", self.call(missing, other))));
+        if place > 0 && stage < Stage::ORDER[place - 1].1 {
+            let before = self.call(Stage::ORDER[place - 1].0, g);
+            return Err(self.refused(&format!("{call} before {before}")));
         }
-        let progress = &mut self.groups[g];
         match verb {
             Verb::Send => {
-                progress.sent = true;
                 for &kv in &self.needs[g] {
                     self.bearer[kv].get_or_insert(g);
                 }
             }
-            Verb::Wait => progress.landed = true,
-            Verb::Attend => progress.attended = true,
-            Verb::Return | Verb::Finish => progress.returned = true,
+            Verb::Attend if self.direction == Direction::Forward => {
+                if let Some(bearer) = self.on_its_way(g) {
+                    let before = self.call(Verb::Wait, bearer);
+                    let why = "which brings a kv head that both groups use";
+                    return Err(self.refused(&format!("{call} before {before}, {why}")));
+                }
+            }
+            _ => {}
         }
+        self.groups[g] = Stage::ORDER[place].1;
         Ok(())
     }
 
-    /// A group that has to land before `g` can be attended and has not.
-    fn missing(&self, g: usize) -> Option<usize> {
-        if !self.groups[g].landed {
-            return Some(g);
-        }
-        if self.direction == Direction::Backward {
-            return None;
-        }
-        self.needs[g]
-            .iter()
-            .filter_map(|&kv| self.bearer[kv])
-            .find(|&bearer| !self.groups[bearer].landed)
+    /// A group that brings a kv head of group `g` and has not landed.
+    fn on_its_way(&self, g: usize) -> Option<usize> {
+        let bearers = self.needs[g].iter().filter_map(|&kv| self.bearer[kv]);
+        bearers
+            .into_iter()
+            .find(|&bearer| self.groups[bearer] < Stage::Landed)
     }
 
     fn finish_exchange(&mut self) -> Result<()> {
@@ -163,7 +155,11 @@ impl Check {
         if self.finished {
             return Err(self.refused(&format!("{finish} for a second time")));
         }
-        if let Some(g) = self.groups.iter().position(|group| !group.returned) {
+        if let Some(g) = self
+            .groups
+            .iter()
+            .position(|group| *group < Stage::Returned)
+        {
             return Err(self.refused(&format!("{finish} before {}", self.call(Verb::Return, g))));
         }
         self.finished = true;
@@ -175,16 +171,9 @@ impl Check {
     /// # Errors
     /// `AS0328`, naming the first verb that never came.
     pub(crate) fn end(&self) -> Result<()> {
-        for (g, group) in self.groups.iter().enumerate() {
-            for (done, verb) in [
-                (group.sent, Verb::Send),
-                (group.landed, Verb::Wait),
-                (group.attended, Verb::Attend),
-                (group.returned, Verb::Return),
-            ] {
-                if !done {
-                    return Err(self.refused(&format!("{} is missing", self.call(verb, g))));
-                }
+        for (g, stage) in self.groups.iter().enumerate() {
+            if let Some((verb, _)) = Stage::ORDER.iter().find(|(_, reached)| stage < reached) {
+                return Err(self.refused(&format!("{} is missing", self.call(*verb, g))));
             }
         }
         if !self.finished {
@@ -210,10 +199,8 @@ impl Check {
     /// The kv heads of group `g` that no group which is still to be returned uses (backward, after its return).
     pub(crate) fn completes(&self, g: usize) -> Vec<usize> {
         let open = |kv: usize| {
-            self.groups
-                .iter()
-                .zip(&self.needs)
-                .any(|(group, needs)| !group.returned && needs.contains(&kv))
+            let mut others = self.groups.iter().zip(&self.needs);
+            others.any(|(group, needs)| *group < Stage::Returned && needs.contains(&kv))
         };
         self.needs[g]
             .iter()

@@ -30,16 +30,21 @@ impl AsMask for Tensor {
     }
 }
 
-/// The two sides of `mask.where_cond(on_true, on_false)`: scores on one side, the fill on the other.
+/// The two sides of `mask.where_cond(on_true, on_false)`: scores and a fill, or two numbers.
 pub trait Choice<Other: ?Sized> {
-    /// Chooses by `mask`, where it is non-zero `on_true`.
+    /// Scores, or the float mask of two numbers.
+    type Output;
+
+    /// Chooses `on_true` where `mask` is non-zero.
     ///
     /// # Errors
     /// AS0330 for a fill of several values, AS0325 for a float mask or one that does not broadcast to the scores.
-    fn choose(mask: &Mask, on_true: &Self, on_false: &Other) -> Result<Scores>;
+    fn choose(mask: &Mask, on_true: &Self, on_false: &Other) -> Result<Self::Output>;
 }
 
 impl Choice<Scores> for Tensor {
+    type Output = Scores;
+
     fn choose(mask: &Mask, on_true: &Self, on_false: &Scores) -> Result<Scores> {
         on_false.masked(
             mask,
@@ -52,6 +57,8 @@ impl Choice<Scores> for Tensor {
 }
 
 impl Choice<Tensor> for Scores {
+    type Output = Scores;
+
     fn choose(mask: &Mask, on_true: &Self, on_false: &Tensor) -> Result<Scores> {
         on_true.masked(
             mask,
@@ -63,12 +70,25 @@ impl Choice<Tensor> for Scores {
     }
 }
 
+impl Choice<Tensor> for Tensor {
+    type Output = Mask;
+
+    fn choose(mask: &Mask, on_true: &Self, on_false: &Tensor) -> Result<Mask> {
+        mask.select(scalar(on_true)?, scalar(on_false)?, on_true.dtype())
+    }
+}
+
 impl Mask {
-    /// As `Tensor::where_cond`, where one side is scores and the other is one number: a scalar tensor, or one that was broadcast.
+    /// As `Tensor::where_cond`: with scores on one side and one number on the other the scores with a fill, with two numbers a float
+    /// mask. A number is a scalar tensor, or one that was broadcast.
     ///
     /// # Errors
     /// AS0330 for a fill of several values, AS0325 for a float mask or one that does not broadcast to the scores.
-    pub fn where_cond<A: Choice<B>, B: ?Sized>(&self, on_true: &A, on_false: &B) -> Result<Scores> {
+    pub fn where_cond<A: Choice<B>, B: ?Sized>(
+        &self,
+        on_true: &A,
+        on_false: &B,
+    ) -> Result<A::Output> {
         A::choose(self, on_true, on_false)
     }
 }

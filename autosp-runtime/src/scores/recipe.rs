@@ -35,7 +35,7 @@ impl Recipe {
                 "expected a finite factor on the scores, found {mul}"
             ));
         }
-        if !self.terms.is_empty() && !(self.only_minus_infinity && mul > 0.0) {
+        if !self.terms.is_empty() && (!self.only_minus_infinity || mul <= 0.0) {
             return Err(format!(
                 "expected factors before masks, found the factor {mul} after a mask that is not a fill with -inf"
             ));

@@ -158,7 +158,7 @@ impl HeadPlan {
 }
 
 /// Bytes that one rank hands to its peers in one forward of a site, and again in one backward:
-/// (H (d + dv) + max(G, P) (d + dv)) · bytes of an element · b · (S_pad / P) · (P - 1) / P.
+/// (H (d + dv) + max(G, P) (d + dv)) · bytes of an element · b · (`padded` / P) · (P - 1) / P.
 ///
 /// Forward, Q and the output are the first term, K and V the second; backward their gradients, the other way round.
 pub fn exchange_bytes(

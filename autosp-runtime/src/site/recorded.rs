@@ -16,7 +16,7 @@ use crate::scope::{Scope, Shard};
 /// [b, H, len, dv], with a gradient if one of the three has one. `spec` is that of the whole model's heads.
 ///
 /// # Errors
-/// `AS0321` if heads and ranks do not fit, `AS0323` for shapes, `AS0328` for a wrong schedule, AS04xx if the run fails.
+/// `AS0321` if heads and ranks do not fit, `AS0323` for shapes, `AS0328` for a wrong schedule, an error of the collectives if the run fails.
 pub(crate) fn run(
     site: SiteRef,
     scope: Scope,
@@ -77,7 +77,7 @@ pub(crate) fn run(
         }
     }
     let shape = out.shape().clone();
-    let finished = Mutex::new(Some((storage_of(out)?, shape)));
+    let finished = Mutex::new(Some((storage_of(&out)?, shape)));
     Ok(q.apply_op3(
         k,
         v,
@@ -135,7 +135,7 @@ impl CustomOp3 for Recorded {
 }
 
 /// Moves the memory out of a tensor that nobody else holds.
-fn storage_of(x: Tensor) -> Result<CpuStorage> {
+fn storage_of(x: &Tensor) -> Result<CpuStorage> {
     struct Take(Mutex<Option<CpuStorage>>);
 
     impl InplaceOp1 for Take {

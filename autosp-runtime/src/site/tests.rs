@@ -341,8 +341,8 @@ fn ranks_groups_heads_and_padding_change_nothing_but_the_work() {
                 for valid in [64, 61] {
                     Case {
                         sp,
-                        kv_heads,
                         groups,
+                        kv_heads,
                         valid,
                         ..BASE
                     }
@@ -377,8 +377,8 @@ fn interleaved_heads_other_axes_and_a_mask_without_a_band() {
         for sp in [1, 2, 4] {
             let case = Case {
                 sp,
-                kv_heads,
                 groups,
+                kv_heads,
                 heads: HeadMap::Interleaved,
                 window: Some(9),
                 ..BASE

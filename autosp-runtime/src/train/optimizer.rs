@@ -40,7 +40,11 @@ impl Updater {
             DType::F64 => Slot::Double(State::default()),
             _ => Slot::Single(State::default()),
         };
-        Self { rule, slots: vars.map(slot).collect(), steps: 0 }
+        Self {
+            rule,
+            slots: vars.map(slot).collect(),
+            steps: 0,
+        }
     }
 
     /// Takes one step: `grads[i]`, multiplied by `scale`, is the gradient of `vars[i]`.
@@ -51,7 +55,12 @@ impl Updater {
         updates: impl Iterator<Item = (&'a Var, &'a Tensor)>,
     ) -> Result<()> {
         self.steps += 1;
-        let step = Step { rule: self.rule, rate, scale, number: self.steps as f64 };
+        let step = Step {
+            rule: self.rule,
+            rate,
+            scale,
+            number: self.steps as f64,
+        };
         for (slot, (var, grad)) in self.slots.iter_mut().zip(updates) {
             match slot {
                 Slot::Single(state) => state.step(step, var, grad)?,
@@ -72,14 +81,22 @@ struct Step {
 }
 
 fn read<A: WithDType>(x: &Tensor) -> Result<Vec<A>> {
-    Ok(x.detach().flatten_all()?.to_dtype(A::DTYPE)?.to_device(&Device::Cpu)?.to_vec1::<A>()?)
+    Ok(x.detach()
+        .flatten_all()?
+        .to_dtype(A::DTYPE)?
+        .to_device(&Device::Cpu)?
+        .to_vec1::<A>()?)
 }
 
 impl<A: Real + WithDType> State<A> {
     fn step(&mut self, step: Step, var: &Var, grad: &Tensor) -> Result<()> {
         let grad = read::<A>(grad)?;
         let has_master = var.dtype() != A::DTYPE;
-        let mut values = if self.master.is_empty() { read::<A>(var)? } else { std::mem::take(&mut self.master) };
+        let mut values = if self.master.is_empty() {
+            read::<A>(var)?
+        } else {
+            std::mem::take(&mut self.master)
+        };
         match step.rule {
             Optimizer::AdamW { .. } => {
                 self.first.resize(values.len(), A::ZERO);
@@ -102,7 +119,15 @@ impl<A: Real + WithDType> State<A> {
 
     /// `PyTorch`'s order of operations: decay, moments, bias corrections, update.
     fn adamw(&mut self, step: Step, values: &mut [A], grad: &[A]) {
-        let Optimizer::AdamW { beta1, beta2, eps, weight_decay } = step.rule else { return };
+        let Optimizer::AdamW {
+            beta1,
+            beta2,
+            eps,
+            weight_decay,
+        } = step.rule
+        else {
+            return;
+        };
         let one = A::real(1.0);
         let scale = A::real(step.scale);
         let keep = A::real(1.0 - step.rate * weight_decay);
@@ -111,37 +136,57 @@ impl<A: Real + WithDType> State<A> {
         let root2 = A::real((1.0 - beta2.powf(step.number)).sqrt());
         let eps = A::real(eps);
         let blocks = values.par_chunks_mut(BLOCK).zip(grad.par_chunks(BLOCK));
-        let moments = self.first.par_chunks_mut(BLOCK).zip(self.second.par_chunks_mut(BLOCK));
-        blocks.zip(moments).for_each(|((values, grad), (first, second))| {
-            for (((value, &g), m), v) in values.iter_mut().zip(grad).zip(first).zip(second) {
-                let g = if scale == one { g } else { g * scale };
-                *m = *m + (g - *m) * blend1;
-                *v = *v * keep2 + g * g * blend2;
-                let root = Real::sqrt(*v) / root2 + eps;
-                *value = *value * keep - step_size * (*m / root);
-            }
-        });
+        let moments = self
+            .first
+            .par_chunks_mut(BLOCK)
+            .zip(self.second.par_chunks_mut(BLOCK));
+        blocks
+            .zip(moments)
+            .for_each(|((values, grad), (first, second))| {
+                for (((value, &g), m), v) in values.iter_mut().zip(grad).zip(first).zip(second) {
+                    let g = if scale == one { g } else { g * scale };
+                    *m = *m + (g - *m) * blend1;
+                    *v = *v * keep2 + g * g * blend2;
+                    let root = Real::sqrt(*v) / root2 + eps;
+                    *value = *value * keep - step_size * (*m / root);
+                }
+            });
     }
 
     fn sgd(&mut self, step: Step, values: &mut [A], grad: &[A]) {
-        let Optimizer::Sgd { momentum, weight_decay } = step.rule else { return };
-        let (rate, scale, decay) = (A::real(step.rate), A::real(step.scale), A::real(weight_decay));
+        let Optimizer::Sgd {
+            momentum,
+            weight_decay,
+        } = step.rule
+        else {
+            return;
+        };
+        let (rate, scale, decay) = (
+            A::real(step.rate),
+            A::real(step.scale),
+            A::real(weight_decay),
+        );
         let momentum = A::real(momentum);
         if self.first.is_empty() {
-            values.par_chunks_mut(BLOCK).zip(grad.par_chunks(BLOCK)).for_each(|(values, grad)| {
-                for (value, &g) in values.iter_mut().zip(grad) {
-                    *value = *value - rate * (g * scale + decay * *value);
-                }
-            });
+            values
+                .par_chunks_mut(BLOCK)
+                .zip(grad.par_chunks(BLOCK))
+                .for_each(|(values, grad)| {
+                    for (value, &g) in values.iter_mut().zip(grad) {
+                        *value = *value - rate * (g * scale + decay * *value);
+                    }
+                });
             return;
         }
         let blocks = values.par_chunks_mut(BLOCK).zip(grad.par_chunks(BLOCK));
-        blocks.zip(self.first.par_chunks_mut(BLOCK)).for_each(|((values, grad), buffer)| {
-            for ((value, &g), buffer) in values.iter_mut().zip(grad).zip(buffer) {
-                *buffer = *buffer * momentum + (g * scale + decay * *value);
-                *value = *value - rate * *buffer;
-            }
-        });
+        blocks
+            .zip(self.first.par_chunks_mut(BLOCK))
+            .for_each(|((values, grad), buffer)| {
+                for ((value, &g), buffer) in values.iter_mut().zip(grad).zip(buffer) {
+                    *buffer = *buffer * momentum + (g * scale + decay * *value);
+                    *value -= rate * *buffer;
+                }
+            });
     }
 }
 

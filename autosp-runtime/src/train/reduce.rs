@@ -38,8 +38,16 @@ impl Sp {
     /// AS0512 if a variable has no gradient on any rank; as [`wait`](crate::comm::Engine::wait).
     pub fn reduce_gradients(&self, grads: &mut GradStore, vars: &[Var]) -> Result<()> {
         memory::collect(grads)?;
-        let named: Vec<(String, Var)> =
-            vars.iter().enumerate().map(|(i, var)| (format!("variable {i} of shape {:?}", var.dims()), var.clone())).collect();
+        let named: Vec<(String, Var)> = vars
+            .iter()
+            .enumerate()
+            .map(|(i, var)| {
+                (
+                    format!("variable {i} of shape {:?}", var.dims()),
+                    var.clone(),
+                )
+            })
+            .collect();
         let flags = presence(self, grads, &named, &[])?;
         flags.require(&named)?;
         let sums = reduce(self, grads, &named, BUCKET)?;
@@ -51,40 +59,69 @@ impl Sp {
 }
 
 /// What all ranks have said about their gradients.
-pub(super) struct Presence {
+pub(crate) struct Presence {
     /// Whether any rank has a gradient of variable i.
     anywhere: Vec<bool>,
     /// Whether every rank has said yes to question i.
-    pub(super) unanimous: Vec<bool>,
+    pub(crate) unanimous: Vec<bool>,
 }
 
 impl Presence {
     /// # Errors
     /// AS0512 naming the first variables without a gradient.
-    pub(super) fn require(&self, named: &[(String, Var)]) -> Result<()> {
-        let missing = named.iter().zip(&self.anywhere).filter(|(_, found)| !**found);
+    pub(crate) fn require(&self, named: &[(String, Var)]) -> Result<()> {
+        let missing = named
+            .iter()
+            .zip(&self.anywhere)
+            .filter(|(_, found)| !**found);
         let missing: Vec<&str> = missing.map(|((name, _), _)| name.as_str()).collect();
         let shown = match missing.as_slice() {
             [] => return Ok(()),
-            [first, .., last] if missing.len() > 3 => format!("`{first}` to `{last}` ({} variables)", missing.len()),
-            few => few.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", "),
+            [first, .., last] if missing.len() > 3 => {
+                format!("`{first}` to `{last}` ({} variables)", missing.len())
+            }
+            few => few
+                .iter()
+                .map(|name| format!("`{name}`"))
+                .collect::<Vec<_>>()
+                .join(", "),
         };
-        let text = format!("expected a gradient for every variable, found none on any rank for {shown}");
+        let text =
+            format!("expected a gradient for every variable, found none on any rank for {shown}");
         Err(Error::new(codes::NO_GRADIENT, text).with_help("parameters.freeze(|name| ..)"))
     }
 }
 
 /// Tells all ranks which gradients are here, and asks them yes-or-no questions.
-pub(super) fn presence(sp: &Sp, grads: &GradStore, named: &[(String, Var)], questions: &[bool]) -> Result<Presence> {
+pub(crate) fn presence(
+    sp: &Sp,
+    grads: &GradStore,
+    named: &[(String, Var)],
+    questions: &[bool],
+) -> Result<Presence> {
     let here = named.iter().map(|(_, var)| grads.get(var).is_some());
-    let own: Vec<u8> = here.chain(questions.iter().copied()).map(u8::from).collect();
+    let own: Vec<u8> = here
+        .chain(questions.iter().copied())
+        .map(u8::from)
+        .collect();
     let width = own.len();
     let own = Tensor::from_vec(own, (1, width), &candle_core::Device::Cpu)?;
-    let all = if sp.world_size() == 1 { own } else { all_gather(sp.world_group(), tag("present"), &own, 0)? };
+    let all = if sp.world_size() == 1 {
+        own
+    } else {
+        all_gather(sp.world_group(), tag("present"), &own, 0)?
+    };
     let all = all.to_vec2::<u8>()?;
-    let anywhere = (0..named.len()).map(|i| all.iter().any(|rank| rank[i] == 1)).collect();
-    let unanimous = (named.len()..width).map(|i| all.iter().all(|rank| rank[i] == 1)).collect();
-    Ok(Presence { anywhere, unanimous })
+    let anywhere = (0..named.len())
+        .map(|i| all.iter().any(|rank| rank[i] == 1))
+        .collect();
+    let unanimous = (named.len()..width)
+        .map(|i| all.iter().all(|rank| rank[i] == 1))
+        .collect();
+    Ok(Presence {
+        anywhere,
+        unanimous,
+    })
 }
 
 fn tag(direction: &'static str) -> Tag {
@@ -93,13 +130,22 @@ fn tag(direction: &'static str) -> Tag {
 
 /// The type in which gradients of a variable are summed: not less than `f32`.
 fn wide(var: &Var) -> DType {
-    if var.dtype() == DType::F64 { DType::F64 } else { DType::F32 }
+    if var.dtype() == DType::F64 {
+        DType::F64
+    } else {
+        DType::F32
+    }
 }
 
 /// Takes the gradients out of the store and sums them over all ranks, in flat buckets of consecutive variables.
 ///
 /// Every rank gets the same bits. Sums are taken in `f32` (`f64` for `f64` variables), in the order of the ranks.
-pub(super) fn reduce(sp: &Sp, grads: &mut GradStore, named: &[(String, Var)], bucket_bytes: usize) -> Result<Vec<Tensor>> {
+pub(crate) fn reduce(
+    sp: &Sp,
+    grads: &mut GradStore,
+    named: &[(String, Var)],
+    bucket_bytes: usize,
+) -> Result<Vec<Tensor>> {
     let mut sums = Vec::with_capacity(named.len());
     let mut rest = named;
     while let Some((_, first)) = rest.first() {
@@ -119,12 +165,19 @@ pub(super) fn reduce(sp: &Sp, grads: &mut GradStore, named: &[(String, Var)], bu
                 None => Tensor::zeros(var.elem_count(), dtype, var.device())?,
             });
         }
-        let joined = if let [one] = flat.as_slice() { one.clone() } else { Tensor::cat(&flat, 0)? };
+        let joined = if let [one] = flat.as_slice() {
+            one.clone()
+        } else {
+            Tensor::cat(&flat, 0)?
+        };
         drop(flat);
         let sum = all_reduce_sum(sp.world_group(), tag("sum"), &joined)?;
         let mut start = 0;
         for (_, var) in bucket {
-            sums.push(sum.narrow(0, start, var.elem_count())?.reshape(var.shape())?);
+            sums.push(
+                sum.narrow(0, start, var.elem_count())?
+                    .reshape(var.shape())?,
+            );
             start += var.elem_count();
         }
     }
@@ -132,7 +185,7 @@ pub(super) fn reduce(sp: &Sp, grads: &mut GradStore, named: &[(String, Var)], bu
 }
 
 /// The 2-norm of all gradients together, in `f64`, the same bits whatever the number of threads.
-pub(super) fn global_norm(grads: &[Tensor]) -> Result<f64> {
+pub(crate) fn global_norm(grads: &[Tensor]) -> Result<f64> {
     let mut sum = 0.0;
     for grad in grads {
         let grad = grad.to_device(&candle_core::Device::Cpu)?.flatten_all()?;

@@ -16,7 +16,10 @@ use crate::{Error, Result};
 /// assert_eq!(settings.optimizer, Optimizer::adamw());
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq)]
-#[allow(clippy::exhaustive_structs, reason = "users write it with `..Default::default()`")]
+#[allow(
+    clippy::exhaustive_structs,
+    reason = "users write it with `..Default::default()`"
+)]
 pub struct TrainSettings {
     /// The rule of a step; [`Optimizer::adamw`] by default.
     pub optimizer: Optimizer,
@@ -70,12 +73,20 @@ pub enum Optimizer {
 impl Optimizer {
     /// `AdamW` with `PyTorch`'s defaults: betas 0.9 and 0.999, eps 1e-8, weight decay 0.01.
     pub const fn adamw() -> Self {
-        Self::AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01 }
+        Self::AdamW {
+            beta1: 0.9,
+            beta2: 0.999,
+            eps: 1e-8,
+            weight_decay: 0.01,
+        }
     }
 
     /// Plain gradient descent.
     pub const fn sgd() -> Self {
-        Self::Sgd { momentum: 0.0, weight_decay: 0.0 }
+        Self::Sgd {
+            momentum: 0.0,
+            weight_decay: 0.0,
+        }
     }
 }
 
@@ -85,7 +96,10 @@ impl Optimizer {
 /// `floor + (peak - floor) * (1 + cos(pi * (step - warmup) / (total - warmup))) / 2`, and `floor` from `total` on. Without a total
 /// the rate stays at the peak.
 #[derive(Debug, Clone, Copy, PartialEq)]
-#[allow(clippy::exhaustive_structs, reason = "plain numbers, and users write them")]
+#[allow(
+    clippy::exhaustive_structs,
+    reason = "plain numbers, and users write them"
+)]
 pub struct Schedule {
     /// The highest rate.
     pub peak: f64,
@@ -100,12 +114,22 @@ pub struct Schedule {
 impl Schedule {
     /// The same rate at every step.
     pub const fn constant(rate: f64) -> Self {
-        Self { peak: rate, warmup: 0, total: None, floor: rate }
+        Self {
+            peak: rate,
+            warmup: 0,
+            total: None,
+            floor: rate,
+        }
     }
 
     /// `warmup` steps up to `peak`, then a cosine down to a tenth of it at step `total`.
     pub const fn cosine(peak: f64, warmup: u64, total: u64) -> Self {
-        Self { peak, warmup, total: Some(total), floor: 0.1 * peak }
+        Self {
+            peak,
+            warmup,
+            total: Some(total),
+            floor: 0.1 * peak,
+        }
     }
 
     /// The rate of a step, counted from 0.
@@ -113,12 +137,15 @@ impl Schedule {
         if step < self.warmup {
             return self.peak * (step + 1) as f64 / self.warmup as f64;
         }
-        let Some(total) = self.total else { return self.peak };
+        let Some(total) = self.total else {
+            return self.peak;
+        };
         if step >= total {
             return self.floor;
         }
         let progress = (step - self.warmup) as f64 / (total - self.warmup) as f64;
-        self.floor + (self.peak - self.floor) * 0.5 * (1.0 + (std::f64::consts::PI * progress).cos())
+        self.floor
+            + (self.peak - self.floor) * 0.5 * (1.0 + (std::f64::consts::PI * progress).cos())
     }
 }
 
@@ -127,21 +154,49 @@ impl TrainSettings {
     /// AS0516 naming the setting, what it takes and what was found.
     pub(super) fn check(&self) -> Result<()> {
         let schedule = self.schedule;
-        require("schedule.peak", "a finite rate of at least 0", schedule.peak, |x| x >= 0.0)?;
-        require("schedule.floor", "a finite rate of at least 0", schedule.floor, |x| x >= 0.0)?;
+        require(
+            "schedule.peak",
+            "a finite rate of at least 0",
+            schedule.peak,
+            |x| x >= 0.0,
+        )?;
+        require(
+            "schedule.floor",
+            "a finite rate of at least 0",
+            schedule.floor,
+            |x| x >= 0.0,
+        )?;
         if let Some(clip) = self.clip {
             require("clip", "a norm above 0", clip, |x| x > 0.0)?;
         }
         match self.optimizer {
-            Optimizer::AdamW { beta1, beta2, eps, weight_decay } => {
+            Optimizer::AdamW {
+                beta1,
+                beta2,
+                eps,
+                weight_decay,
+            } => {
                 require("beta1", "0 to below 1", beta1, |x| (0.0..1.0).contains(&x))?;
                 require("beta2", "0 to below 1", beta2, |x| (0.0..1.0).contains(&x))?;
                 require("eps", "a number of at least 0", eps, |x| x >= 0.0)?;
-                require("weight_decay", "a number of at least 0", weight_decay, |x| x >= 0.0)
+                require(
+                    "weight_decay",
+                    "a number of at least 0",
+                    weight_decay,
+                    |x| x >= 0.0,
+                )
             }
-            Optimizer::Sgd { momentum, weight_decay } => {
+            Optimizer::Sgd {
+                momentum,
+                weight_decay,
+            } => {
                 require("momentum", "a number of at least 0", momentum, |x| x >= 0.0)?;
-                require("weight_decay", "a number of at least 0", weight_decay, |x| x >= 0.0)
+                require(
+                    "weight_decay",
+                    "a number of at least 0",
+                    weight_decay,
+                    |x| x >= 0.0,
+                )
             }
         }
     }
@@ -151,7 +206,10 @@ fn require(name: &str, expected: &str, found: f64, accepted: impl Fn(f64) -> boo
     if found.is_finite() && accepted(found) {
         return Ok(());
     }
-    Err(Error::new(codes::TRAIN_SETTING, format!("`{name}`: expected {expected}, found {found}")))
+    Err(Error::new(
+        codes::TRAIN_SETTING,
+        format!("`{name}`: expected {expected}, found {found}"),
+    ))
 }
 
 #[cfg(test)]
@@ -160,13 +218,26 @@ mod tests {
 
     #[test]
     fn the_rate_warms_up_and_follows_a_cosine() {
-        let schedule = Schedule { peak: 1.0, warmup: 4, total: Some(12), floor: 0.2 };
+        let schedule = Schedule {
+            peak: 1.0,
+            warmup: 4,
+            total: Some(12),
+            floor: 0.2,
+        };
         let expected = [0.25, 0.5, 0.75, 1.0, 1.0];
         for (step, expected) in expected.into_iter().enumerate() {
-            assert!((schedule.rate(step as u64) - expected).abs() < 1e-12, "{step}");
+            assert!(
+                (schedule.rate(step as u64) - expected).abs() < 1e-12,
+                "{step}"
+            );
         }
-        assert!((schedule.rate(8) - 0.6).abs() < 1e-12, "half-way between peak and floor");
-        assert!((schedule.rate(12) - 0.2).abs() < 1e-12 && (schedule.rate(1000) - 0.2).abs() < 1e-12);
+        assert!(
+            (schedule.rate(8) - 0.6).abs() < 1e-12,
+            "half-way between peak and floor"
+        );
+        assert!(
+            (schedule.rate(12) - 0.2).abs() < 1e-12 && (schedule.rate(1000) - 0.2).abs() < 1e-12
+        );
         assert!((4..12).all(|step| schedule.rate(step + 1) < schedule.rate(step)));
         assert!((Schedule::constant(0.5).rate(1_000_000) - 0.5).abs() < 1e-12);
     }
@@ -176,15 +247,47 @@ mod tests {
         let good = TrainSettings::default();
         good.check().unwrap();
         let wrong = [
-            TrainSettings { clip: Some(0.0), ..good },
-            TrainSettings { schedule: Schedule::constant(f64::NAN), ..good },
-            TrainSettings { schedule: Schedule { floor: -1.0, ..good.schedule }, ..good },
-            TrainSettings { optimizer: Optimizer::AdamW { beta1: 1.0, beta2: 0.9, eps: 0.0, weight_decay: 0.0 }, ..good },
-            TrainSettings { optimizer: Optimizer::Sgd { momentum: -0.1, weight_decay: 0.0 }, ..good },
+            TrainSettings {
+                clip: Some(0.0),
+                ..good
+            },
+            TrainSettings {
+                schedule: Schedule::constant(f64::NAN),
+                ..good
+            },
+            TrainSettings {
+                schedule: Schedule {
+                    floor: -1.0,
+                    ..good.schedule
+                },
+                ..good
+            },
+            TrainSettings {
+                optimizer: Optimizer::AdamW {
+                    beta1: 1.0,
+                    beta2: 0.9,
+                    eps: 0.0,
+                    weight_decay: 0.0,
+                },
+                ..good
+            },
+            TrainSettings {
+                optimizer: Optimizer::Sgd {
+                    momentum: -0.1,
+                    weight_decay: 0.0,
+                },
+                ..good
+            },
         ];
-        for (settings, name) in wrong.iter().zip(["clip", "peak", "floor", "beta1", "momentum"]) {
+        for (settings, name) in wrong
+            .iter()
+            .zip(["clip", "peak", "floor", "beta1", "momentum"])
+        {
             let error = settings.check().unwrap_err();
-            assert!(error.code() == codes::TRAIN_SETTING && error.message().contains(name), "{error}");
+            assert!(
+                error.code() == codes::TRAIN_SETTING && error.message().contains(name),
+                "{error}"
+            );
         }
     }
 }

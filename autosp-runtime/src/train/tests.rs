@@ -9,8 +9,11 @@ use crate::{memory::checkpoint, run_with};
 
 const ROWS: usize = 12;
 
+/// The reports of the steps, and the variables after them.
+type Trained = (Vec<StepReport>, Vec<Vec<f32>>);
+
 /// A model of two layers, on the rows of this rank.
-fn train(settings: Settings, how: TrainSettings, steps: usize) -> Result<Vec<(Vec<StepReport>, Vec<Vec<f32>>)>> {
+fn train(settings: Settings, how: TrainSettings, steps: usize) -> Result<Vec<Trained>> {
     run_with(settings, |sp| {
         let seed = if sp.is_main() { 1 } else { 2 };
         let parameters = Parameters::init(seed, DType::F32, &Device::Cpu);
@@ -22,17 +25,27 @@ fn train(settings: Settings, how: TrainSettings, steps: usize) -> Result<Vec<(Ve
         let mut reports = Vec::new();
         for step in 0..steps {
             let len = ROWS / sp.world_size();
-            let x: Vec<f32> = (0..ROWS * 6).map(|i| stream.normal((step * ROWS * 6 + i) as u64) as f32).collect();
-            let labels: Vec<i64> = (0..ROWS as i64).map(|i| if i % 5 == 1 { -100 } else { i % 5 }).collect();
-            let x = Tensor::from_vec(x, (ROWS, 6), &Device::Cpu)?.narrow(0, sp.rank() * len, len)?;
-            let labels = Tensor::from_vec(labels, ROWS, &Device::Cpu)?.narrow(0, sp.rank() * len, len)?;
+            let x: Vec<f32> = (0..ROWS * 6)
+                .map(|i| stream.normal((step * ROWS * 6 + i) as u64) as f32)
+                .collect();
+            let labels: Vec<i64> = (0..ROWS as i64)
+                .map(|i| if i % 5 == 1 { -100 } else { i % 5 })
+                .collect();
+            let x =
+                Tensor::from_vec(x, (ROWS, 6), &Device::Cpu)?.narrow(0, sp.rank() * len, len)?;
+            let labels =
+                Tensor::from_vec(labels, ROWS, &Device::Cpu)?.narrow(0, sp.rank() * len, len)?;
             let (first, second) = (first.clone(), second.clone());
             reports.push(trainer.step(|| {
                 let x = checkpoint(&x, move |x| first.forward(x)?.silu())?;
                 loss::cross_entropy(&second.forward(&x)?, &labels)
             })?);
         }
-        let values = trainer.parameters().vars().into_iter().map(|var| var.flatten_all()?.to_vec1::<f32>());
+        let values = trainer
+            .parameters()
+            .vars()
+            .into_iter()
+            .map(|var| var.flatten_all()?.to_vec1::<f32>());
         Ok((reports, values.collect::<candle_core::Result<_>>()?))
     })
 }
@@ -47,7 +60,7 @@ proptest! {
     /// Every mesh, policy and bucket size takes the steps of one rank.
     #[test]
     fn every_mesh_takes_the_same_steps(dp in 1usize..4, sp in 1usize..4, input in any::<bool>(), bucket in prop::sample::select(vec![1usize, 200, 1 << 20])) {
-        prop_assume!(ROWS % (dp * sp) == 0);
+        prop_assume!(ROWS.is_multiple_of(dp * sp));
         let how = TrainSettings { optimizer: Optimizer::sgd(), schedule: Schedule::constant(0.5), bucket_bytes: bucket, ..TrainSettings::default() };
         let policy = if input { Policy::Input } else { Policy::All };
         let one = train(Settings::default(), how, 3).unwrap().remove(0);
@@ -74,10 +87,18 @@ proptest! {
 
 #[test]
 fn runs_repeat_bit_by_bit_and_learn() {
-    let how = TrainSettings { schedule: Schedule::cosine(0.05, 2, 40), ..TrainSettings::default() };
+    let how = TrainSettings {
+        schedule: Schedule::cosine(0.05, 2, 40),
+        ..TrainSettings::default()
+    };
     let run = || {
-        let found = train(Settings::default().with_dp(2), how, 40).unwrap().remove(0);
-        (found.0.iter().map(|report| report.loss).collect::<Vec<_>>(), found.1)
+        let found = train(Settings::default().with_dp(2), how, 40)
+            .unwrap()
+            .remove(0);
+        (
+            found.0.iter().map(|report| report.loss).collect::<Vec<_>>(),
+            found.1,
+        )
     };
     let (losses, values) = run();
     assert_eq!((losses.clone(), values), run());
@@ -87,17 +108,31 @@ fn runs_repeat_bit_by_bit_and_learn() {
 #[test]
 fn clipping_bounds_the_step() {
     let values = |clip, rate| {
-        let how = TrainSettings { optimizer: Optimizer::sgd(), schedule: Schedule::constant(rate), clip, ..TrainSettings::default() };
+        let how = TrainSettings {
+            optimizer: Optimizer::sgd(),
+            schedule: Schedule::constant(rate),
+            clip,
+            ..TrainSettings::default()
+        };
         let (reports, values) = train(Settings::default(), how, 1).unwrap().remove(0);
         (reports[0].grad_norm, values.concat())
     };
     let (norm, start) = values(None, 0.0);
     let length = |(found, after): (f64, Vec<f32>)| {
         assert!(near(found, norm, 1e-9), "the norm is that before clipping");
-        after.iter().zip(&start).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>().sqrt()
+        after
+            .iter()
+            .zip(&start)
+            .map(|(a, b)| f64::from(a - b).powi(2))
+            .sum::<f64>()
+            .sqrt()
     };
     assert!(near(length(values(None, 1.0)), norm, 1e-4));
-    assert!(near(length(values(Some(norm / 4.0), 1.0)), norm / 4.0, 1e-4));
+    assert!(near(
+        length(values(Some(norm / 4.0), 1.0)),
+        norm / 4.0,
+        1e-4
+    ));
     assert!(near(length(values(Some(norm * 4.0), 1.0)), norm, 1e-4));
 }
 
@@ -108,8 +143,12 @@ fn two_ranks<T: Send>(
 ) -> Result<Vec<T>> {
     run_with(Settings::default().with_dp(2), |sp| {
         let parameters = Parameters::init(1, DType::F32, &Device::Cpu);
-        let x = parameters.builder().get_with_hints(2, "x", candle_nn::Init::Const(1.0))?;
-        parameters.builder().get_with_hints(2, "y", candle_nn::Init::Const(1.0))?;
+        let x = parameters
+            .builder()
+            .get_with_hints(2, "x", candle_nn::Init::Const(1.0))?;
+        parameters
+            .builder()
+            .get_with_hints(2, "y", candle_nn::Init::Const(1.0))?;
         let mut trainer = Trainer::new(sp, parameters, how)?;
         f(sp, &mut trainer, &x)
     })
@@ -117,16 +156,34 @@ fn two_ranks<T: Send>(
 
 #[test]
 fn a_gradient_missing_on_one_rank_is_zero_and_on_all_is_an_error() {
-    let how = TrainSettings { optimizer: Optimizer::sgd(), clip: None, ..TrainSettings::default() };
+    let how = TrainSettings {
+        optimizer: Optimizer::sgd(),
+        clip: None,
+        ..TrainSettings::default()
+    };
     let error = two_ranks(how, |_, trainer, x| trainer.step(|| x.sqr()?.sum_all())).unwrap_err();
-    assert!(error.code() == codes::NO_GRADIENT && error.message().contains("`y`"), "{error}");
+    assert!(
+        error.code() == codes::NO_GRADIENT && error.message().contains("`y`"),
+        "{error}"
+    );
     assert!(!error.message().contains("`x`"), "{error}");
     let norms = two_ranks(how, |sp, trainer, x| {
         let y = trainer.parameters().vars()[1].clone();
-        let report = trainer.step(|| if sp.is_main() { x.sum_all() } else { (y.sum_all()? * 2.0)?.sum_all() })?;
+        let report = trainer.step(|| {
+            if sp.is_main() {
+                x.sum_all()
+            } else {
+                (y.sum_all()? * 2.0)?.sum_all()
+            }
+        })?;
         Ok(report.grad_norm)
     });
-    assert!(norms.unwrap().iter().all(|&norm| near(norm, 10f64.sqrt(), 1e-6)));
+    assert!(
+        norms
+            .unwrap()
+            .iter()
+            .all(|&norm| near(norm, 10f64.sqrt(), 1e-6))
+    );
 }
 
 #[test]
@@ -139,7 +196,10 @@ fn what_is_not_finite_is_an_error_or_skipped_on_all_ranks() {
     let how = TrainSettings::default();
     let error = two_ranks(how, |sp, trainer, x| wrong(sp, trainer, x, f64::NAN)).unwrap_err();
     assert_eq!(error.code(), codes::NOT_FINITE);
-    let how = TrainSettings { skip_non_finite: true, ..how };
+    let how = TrainSettings {
+        skip_non_finite: true,
+        ..how
+    };
     two_ranks(how, |sp, trainer, x| {
         let report = wrong(sp, trainer, x, f64::INFINITY)?;
         assert!(report.skipped);
@@ -156,14 +216,26 @@ fn what_is_not_finite_is_an_error_or_skipped_on_all_ranks() {
 fn trainers_refuse_what_they_cannot_train() {
     let results = run_with(Settings::default(), |sp| {
         let none = Parameters::init(1, DType::F32, &Device::Cpu);
-        assert_eq!(Trainer::new(sp, none, TrainSettings::default()).err().unwrap().code(), codes::TRAIN_SETTING);
+        assert_eq!(
+            Trainer::new(sp, none, TrainSettings::default())
+                .err()
+                .unwrap()
+                .code(),
+            codes::TRAIN_SETTING
+        );
         let parameters = Parameters::init(1, DType::F32, &Device::Cpu);
         let x = parameters.builder().get(2, "x")?;
         let mut trainer = Trainer::new(sp, parameters.clone(), TrainSettings::default())?;
-        assert_eq!(trainer.step(|| x.sqr()).unwrap_err().code(), codes::BATCH_SHAPE);
+        assert_eq!(
+            trainer.step(|| x.sqr()).unwrap_err().code(),
+            codes::BATCH_SHAPE
+        );
         parameters.builder().get(2, "late")?;
         let error = trainer.step(|| x.sqr()?.sum_all()).unwrap_err();
-        assert!(error.code() == codes::TRAIN_SETTING && error.message().contains("`late`"), "{error}");
+        assert!(
+            error.code() == codes::TRAIN_SETTING && error.message().contains("`late`"),
+            "{error}"
+        );
         Ok(())
     });
     results.unwrap();
@@ -178,15 +250,30 @@ fn own_loops_get_the_exact_gradients() {
             let x = Tensor::new((sp.rank() + 1) as f32, &Device::Cpu)?;
             let inner = w.clone();
             let mut grads = sp.scope(|| {
-                checkpoint(&x, move |x| inner.sqr()?.broadcast_mul(x))?.sum_all()?.backward()
+                checkpoint(&x, move |x| inner.sqr()?.broadcast_mul(x))?
+                    .sum_all()?
+                    .backward()
             })?;
             sp.reduce_gradients(&mut grads, std::slice::from_ref(&w))?;
-            let error = sp.reduce_gradients(&mut grads, &[w.clone(), Var::zeros(2, DType::F32, &Device::Cpu)?]).unwrap_err();
-            assert!(error.code() == codes::NO_GRADIENT && error.message().contains("variable 1"), "{error}");
+            let error = sp
+                .reduce_gradients(
+                    &mut grads,
+                    &[w.clone(), Var::zeros(2, DType::F32, &Device::Cpu)?],
+                )
+                .unwrap_err();
+            assert!(
+                error.code() == codes::NO_GRADIENT && error.message().contains("variable 1"),
+                "{error}"
+            );
             Ok(grads.get(&w).unwrap().to_vec1::<f32>()?)
         });
         // d/dw of (1 + 2) w^2.
-        assert!(results.unwrap().iter().all(|grad| grad == &[6.0, 12.0, 18.0]));
+        assert!(
+            results
+                .unwrap()
+                .iter()
+                .all(|grad| grad == &[6.0, 12.0, 18.0])
+        );
     }
 }
 

@@ -138,9 +138,6 @@ struct QueryTile<R> {
     lse: Vec<R>,
     rest: Vec<R>,
     delta: Vec<R>,
-    norm: f64,
-    /// The smallest LSE, NaN if one is.
-    low: f64,
     /// Sums of dS K.
     dq: Vec<R>,
 }
@@ -157,8 +154,6 @@ impl<R: Real> QueryTile<R> {
             lse: zeros(n),
             rest: zeros(n),
             delta: zeros(n),
-            norm: 0.0,
-            low: 0.0,
             dq: zeros(n * tiles.d),
         }
     }
@@ -167,7 +162,7 @@ impl<R: Real> QueryTile<R> {
 impl<E: Element> KeyBlock<'_, E> {
     /// Loads a tile of queries.
     #[inline(always)]
-    fn load(&self, h: usize, queries: &Range<usize>, bounded: bool, tile: &mut QueryTile<E::Acc>) {
+    fn load(&self, h: usize, queries: &Range<usize>, tile: &mut QueryTile<E::Acc>) {
         let Self {
             p, given, tiles, b, ..
         } = self;
@@ -175,7 +170,7 @@ impl<E: Element> KeyBlock<'_, E> {
         let rows = p.q.rows(*b, h, queries.clone());
         let grads = given.grad.rows(*b, h, queries.clone());
         pack::panels::<E, NR>(rows.clone(), s.d, &mut tile.panels);
-        pack::matrix::<E>(rows.clone(), tiles.d, &mut tile.rows);
+        pack::matrix::<E>(rows, tiles.d, &mut tile.rows);
         pack::panels::<E, NR>(grads.clone(), s.dv, &mut tile.grad_panels);
         pack::matrix::<E>(grads, tiles.dv, &mut tile.grad_rows);
         let at = (b * s.heads + h) * s.queries;
@@ -187,29 +182,17 @@ impl<E: Element> KeyBlock<'_, E> {
         tile.lse[..queries.len()].copy_from_slice(&given.lse[first..end]);
         tile.rest[..queries.len()].copy_from_slice(&given.rest[first..end]);
         tile.delta[..queries.len()].copy_from_slice(&self.delta[first..end]);
-        tile.norm = if bounded {
-            pack::largest_norm(rows)
-        } else {
-            0.0
-        };
-        let low = |low: f64, x: &E::Acc| {
-            if low.is_nan() || x.double() >= low {
-                low
-            } else {
-                x.double()
-            }
-        };
-        tile.low = tile.lse.iter().fold(f64::INFINITY, low);
         tile.dq.fill(E::Acc::ZERO);
     }
 }
 
-/// P and dS from scores and dP, in place, for all keys of a tile; `slope` is d score / d (scale q·k) where scores are capped.
+/// P and dS from scores and dP, in place, for all keys of a tile; `slope` is d score / d (scale q·k) where
+/// scores are capped, else empty.
 #[inline(always)]
 fn weigh<R: Real, const FMA: bool>(
     scores: &mut [R],
     gradients: &mut [R],
-    slope: Option<&[R]>,
+    slope: &[R],
     tile: &QueryTile<R>,
     width: usize,
 ) {
@@ -228,11 +211,145 @@ fn weigh<R: Real, const FMA: bool>(
             }
         }
     }
-    if let Some(slope) = slope {
-        gradients
-            .iter_mut()
-            .zip(slope)
-            .for_each(|(ds, slope)| *ds *= *slope);
+    for (ds, slope) in gradients.iter_mut().zip(slope) {
+        *ds *= *slope;
+    }
+}
+
+/// Keys and values of a task in the orders that its products read, the sums that it makes, and a tile of scores.
+struct Work<R> {
+    /// Panels of [`MR`] keys, and their rows.
+    k_panels: Vec<R>,
+    k_rows: Vec<R>,
+    /// Panels of [`MR`] values.
+    v_panels: Vec<R>,
+    /// The largest 2-norm of a key, if something needs it.
+    norm: f64,
+    dk: Vec<R>,
+    dv: Vec<R>,
+    scores: Vec<R>,
+    grads: Vec<R>,
+    /// d score / d (scale q·k), where scores are capped.
+    slope: Vec<R>,
+}
+
+impl<E: Element> KeyBlock<'_, E> {
+    #[inline(always)]
+    fn work(&self, bounded: bool) -> Work<E::Acc> {
+        let Self {
+            p,
+            tiles,
+            b,
+            g,
+            keys,
+            ..
+        } = self;
+        let s = p.sizes;
+        let padded = keys.len().next_multiple_of(tiles.keys);
+        let (zeros, tile) = (|n: usize| vec![E::Acc::ZERO; n], tiles.keys * tiles.queries);
+        let rows = p.k.rows(*b, *g, keys.clone());
+        let mut work = Work {
+            k_panels: zeros(padded * s.d),
+            k_rows: zeros(padded * tiles.d),
+            v_panels: zeros(padded * s.dv),
+            norm: if bounded {
+                pack::largest_norm(rows.clone())
+            } else {
+                0.0
+            },
+            dk: zeros(padded * tiles.d),
+            dv: zeros(padded * tiles.dv),
+            scores: zeros(tile),
+            grads: zeros(tile),
+            slope: zeros(if p.spec.cap.is_some() { tile } else { 0 }),
+        };
+        pack::panels::<E, MR>(rows.clone(), s.d, &mut work.k_panels);
+        pack::matrix::<E>(rows, tiles.d, &mut work.k_rows);
+        pack::panels::<E, MR>(p.v.rows(*b, *g, keys.clone()), s.dv, &mut work.v_panels);
+        work
+    }
+
+    /// Adds what the queries of `tile` and the keys of `block` have to do with each other; the keys begin at `at` in the task's.
+    #[inline(always)]
+    fn absorb<const FMA: bool>(
+        &self,
+        block: &Block,
+        at: usize,
+        prepared: &Prepared,
+        tile: &mut QueryTile<E::Acc>,
+        work: &mut Work<E::Acc>,
+    ) {
+        let Self { p, tiles, .. } = self;
+        let (spec, s, width) = (p.spec, p.sizes, tiles.queries);
+        let Work {
+            scores,
+            grads,
+            slope,
+            ..
+        } = work;
+        let k = &work.k_panels[at * s.d..(at + tiles.keys) * s.d];
+        scores::product::<_, FMA>(
+            k,
+            &tile.panels,
+            s.d,
+            E::Acc::from_double(spec.scale),
+            width,
+            scores,
+        );
+        if let Some(cap) = spec.cap.map(E::Acc::from_double) {
+            for (x, slope) in scores.iter_mut().zip(slope.iter_mut()) {
+                let t = x.fast_tanh::<FMA>();
+                *slope = cap * (E::Acc::ONE - t * t);
+                *x = cap * t;
+            }
+        }
+        scores::mask(prepared, block, width, scores);
+        let v = &work.v_panels[at * s.dv..(at + tiles.keys) * s.dv];
+        scores::product::<_, FMA>(v, &tile.grad_panels, s.dv, E::Acc::ONE, width, grads);
+        weigh::<_, FMA>(scores, grads, slope, tile, width);
+        let there = block.keys.len() * width;
+        prepared.clear_filled(block, &mut grads[..there], width);
+        scores[there..].fill(E::Acc::ZERO);
+        grads[there..].fill(E::Acc::ZERO);
+
+        let dv = &mut work.dv[at * tiles.dv..];
+        product_rows::<_, FMA>(scores, width, &tile.grad_rows, tiles.dv, tiles.keys, dv);
+        let dk = &mut work.dk[at * tiles.d..];
+        product_rows::<_, FMA>(grads, width, &tile.rows, tiles.d, tiles.keys, dk);
+        let k = &work.k_rows[at * tiles.d..];
+        for c in (0..tiles.d).step_by(NR) {
+            for i in (0..width).step_by(MR) {
+                let acc = micro::columns::<_, FMA>(
+                    &grads[i..],
+                    width,
+                    &k[c..],
+                    tiles.d,
+                    block.keys.len(),
+                );
+                micro::accumulate(&acc, &mut tile.dq[i * tiles.d + c..], tiles.d);
+            }
+        }
+    }
+
+    /// The blocks of keys and where they begin in the task's.
+    fn blocks(&self, head: usize, queries: &Range<usize>) -> impl Iterator<Item = (usize, Block)> {
+        let Self {
+            p, tiles, b, keys, ..
+        } = self;
+        let (batch, head, step, keys) = (*b, p.spec.heads[head], tiles.keys, keys.clone());
+        let queries = queries.clone();
+        (0..keys.len()).step_by(step).map(move |at| {
+            let keys = keys.start + at..(keys.start + at + step).min(keys.end);
+            (
+                at,
+                Block {
+                    batch,
+                    head,
+                    queries: queries.clone(),
+                    keys,
+                },
+            )
+        })
     }
 }
 
@@ -242,137 +359,48 @@ impl<E: Element> Job for KeyBlock<'_, E> {
     #[inline(always)]
     fn run<const FMA: bool>(self) -> Part<E> {
         let Self {
-            p,
-            tiles,
-            b,
-            g,
-            heads,
-            ref keys,
-            ..
+            p, tiles, ref keys, ..
         } = self;
-        let (spec, s, width) = (p.spec, p.sizes, tiles.queries);
-        let (scale, zero) = (E::Acc::from_double(spec.scale), E::Acc::ZERO);
-        let padded = keys.len().next_multiple_of(tiles.keys);
+        let (spec, s) = (p.spec, p.sizes);
+        let scale = E::Acc::from_double(spec.scale);
         let bounded = spec.cap.is_none() && spec.terms.iter().any(crate::mask::Term::adds);
-
-        let k_rows = || p.k.rows(b, g, keys.clone());
-        let mut k_panels = vec![zero; padded * s.d];
-        let mut k_matrix = vec![zero; padded * tiles.d];
-        let mut v_panels = vec![zero; padded * s.dv];
-        pack::panels::<E, MR>(k_rows(), s.d, &mut k_panels);
-        pack::matrix::<E>(k_rows(), tiles.d, &mut k_matrix);
-        pack::panels::<E, MR>(p.v.rows(b, g, keys.clone()), s.dv, &mut v_panels);
-        let norm = if bounded {
-            pack::largest_norm(k_rows())
-        } else {
-            0.0
-        };
-
-        let mut dk = vec![zero; padded * tiles.d];
-        let mut dv = vec![zero; padded * tiles.dv];
-        let mut dq = vec![zero; heads.len() * s.queries * s.d];
-        let mut scores = vec![zero; tiles.keys * width];
-        let mut grads = vec![zero; tiles.keys * width];
-        let mut slope = vec![
-            zero;
-            if spec.cap.is_some() {
-                tiles.keys * width
-            } else {
-                0
-            }
-        ];
+        let mut work = self.work(bounded);
         let mut tile = QueryTile::new(tiles, s.d, s.dv);
+        let mut dq = vec![E::Acc::ZERO; self.heads.len() * s.queries * s.d];
 
-        for (place, &h) in heads.iter().enumerate() {
-            for first in (0..p.queries()).step_by(width) {
-                let queries = first..(first + width).min(p.queries());
-                let mut loaded = false;
-                for at in (0..keys.len()).step_by(tiles.keys) {
-                    let key = keys.start + at;
-                    let block = Block {
-                        batch: b,
-                        head: spec.heads[h],
-                        queries: queries.clone(),
-                        keys: key..(key + tiles.keys).min(keys.end),
-                    };
-                    if !loaded {
-                        // Bands that leave a whole tile out are told by the masks alone, before anything is packed.
-                        let low = lowest(&self, h, &queries);
-                        let upper = Prepared::new(&spec.terms, &block, f64::INFINITY).upper;
-                        if upper - low < E::Acc::EXP_UNDERFLOW {
-                            continue;
-                        }
-                        self.load(h, &queries, bounded, &mut tile);
-                        loaded = true;
+        for (place, &h) in self.heads.iter().enumerate() {
+            for first in (0..p.queries()).step_by(tiles.queries) {
+                let queries = first..(first + tiles.queries).min(p.queries());
+                let low = lowest(&self, h, &queries);
+                let bound = match spec.cap {
+                    Some(cap) => cap.abs(),
+                    None if bounded => {
+                        let norm = pack::largest_norm(p.q.rows(self.b, h, queries.clone()));
+                        spec.scale.abs() * work.norm * norm * 1.001
                     }
-                    let bound = match spec.cap {
-                        Some(cap) => cap.abs(),
-                        None if bounded => spec.scale.abs() * norm * tile.norm * 1.001,
-                        None => f64::INFINITY,
-                    };
+                    None => f64::INFINITY,
+                };
+                let mut loaded = false;
+                for (at, block) in self.blocks(h, &queries) {
                     let prepared = Prepared::new(&spec.terms, &block, bound);
-                    if prepared.upper - tile.low < E::Acc::EXP_UNDERFLOW {
+                    if prepared.upper - low < E::Acc::EXP_UNDERFLOW {
                         continue;
                     }
-                    let k = &k_panels[at * s.d..(at + tiles.keys) * s.d];
-                    scores::product::<_, FMA>(k, &tile.panels, s.d, scale, width, &mut scores);
-                    if let Some(cap) = spec.cap.map(E::Acc::from_double) {
-                        for (x, slope) in scores.iter_mut().zip(&mut slope) {
-                            let t = x.fast_tanh::<FMA>();
-                            *slope = cap * (E::Acc::ONE - t * t);
-                            *x = cap * t;
-                        }
+                    if !loaded {
+                        self.load(h, &queries, &mut tile);
+                        loaded = true;
                     }
-                    scores::mask(&prepared, &block, width, &mut scores);
-                    let v = &v_panels[at * s.dv..(at + tiles.keys) * s.dv];
-                    scores::product::<_, FMA>(
-                        v,
-                        &tile.grad_panels,
-                        s.dv,
-                        E::Acc::ONE,
-                        width,
-                        &mut grads,
-                    );
-                    let slope = spec.cap.map(|_| slope.as_slice());
-                    weigh::<_, FMA>(&mut scores, &mut grads, slope, &tile, width);
-                    let there = block.keys.len() * width;
-                    prepared.clear_filled(&block, &mut grads[..there], width);
-                    scores[there..].fill(zero);
-                    grads[there..].fill(zero);
-
-                    let dv = &mut dv[at * tiles.dv..];
-                    product_rows::<_, FMA>(
-                        &scores,
-                        width,
-                        &tile.grad_rows,
-                        tiles.dv,
-                        tiles.keys,
-                        dv,
-                    );
-                    let dk = &mut dk[at * tiles.d..];
-                    product_rows::<_, FMA>(&grads, width, &tile.rows, tiles.d, tiles.keys, dk);
-                    let k = &k_matrix[at * tiles.d..];
-                    for c in (0..tiles.d).step_by(NR) {
-                        for i in (0..width).step_by(MR) {
-                            let acc = micro::columns::<_, FMA>(
-                                &grads[i..],
-                                width,
-                                &k[c..],
-                                tiles.d,
-                                block.keys.len(),
-                            );
-                            micro::accumulate(&acc, &mut tile.dq[i * tiles.d + c..], tiles.d);
-                        }
-                    }
+                    self.absorb::<FMA>(&block, at, &prepared, &mut tile, &mut work);
                 }
                 if loaded {
                     let out = &mut dq[(place * s.queries + first) * s.d..];
-                    for (out, x) in out
+                    let rows = out
                         .chunks_mut(s.d.max(1))
-                        .zip(tile.dq.chunks(tiles.d.max(1)))
-                        .take(queries.len())
-                    {
-                        out.iter_mut().zip(x).for_each(|(out, x)| *out = *x * scale);
+                        .zip(tile.dq.chunks(tiles.d.max(1)));
+                    for (out, x) in rows.take(queries.len()) {
+                        for (out, x) in out.iter_mut().zip(x) {
+                            *out = *x * scale;
+                        }
                     }
                 }
             }
@@ -384,8 +412,8 @@ impl<E: Element> Job for KeyBlock<'_, E> {
         };
         Part {
             q: dq,
-            k: rows(&dk, tiles.d, s.d, scale),
-            v: rows(&dv, tiles.dv, s.dv, E::Acc::ONE),
+            k: rows(&work.dk, tiles.d, s.d, scale),
+            v: rows(&work.dv, tiles.dv, s.dv, E::Acc::ONE),
         }
     }
 }

@@ -154,6 +154,83 @@ impl<R: Real> Running<R> {
     }
 }
 
+/// The memory that a task works in.
+struct Work<R> {
+    /// The queries, in panels of [`NR`].
+    q: Vec<R>,
+    /// One tile of scores, key by key.
+    scores: Vec<R>,
+    /// Sums of weights times values, query by query.
+    sums: Vec<R>,
+    running: Running<R>,
+}
+
+impl<E: Element> Tile<'_, E> {
+    /// Adds the keys of one block, whose masks are `prepared`, to the running softmax.
+    ///
+    /// This is a method that is inlined, not a closure: a closure would be compiled without the wide vectors.
+    #[inline(always)]
+    fn absorb<const FMA: bool>(&self, block: &Block, prepared: &Prepared, work: &mut Work<E::Acc>) {
+        let Self {
+            p, packed, tiles, ..
+        } = self;
+        let (spec, d, width, at) = (p.spec, p.sizes.d, tiles.queries, block.keys.start);
+        let Work {
+            q,
+            scores,
+            sums,
+            running,
+        } = work;
+        let k = &packed.k[at * d..(at + tiles.keys) * d];
+        scores::product::<_, FMA>(k, q, d, E::Acc::from_double(spec.scale), width, scores);
+        if let Some(cap) = spec.cap {
+            scores::cap::<_, FMA>(scores, E::Acc::from_double(cap));
+        }
+        scores::mask(prepared, block, width, scores);
+        running.absorb::<FMA>(scores, width);
+        for (row, shrink) in sums.chunks_exact_mut(tiles.dv).zip(&running.shrink) {
+            if *shrink != E::Acc::ONE {
+                for x in row {
+                    *x *= *shrink;
+                }
+            }
+        }
+        let v = &packed.v[at * tiles.dv..(at + tiles.keys) * tiles.dv];
+        let there = block.keys.len();
+        for c in (0..tiles.dv).step_by(NR) {
+            for i in (0..width).step_by(MR) {
+                let acc = micro::columns::<_, FMA>(&scores[i..], width, &v[c..], tiles.dv, there);
+                micro::accumulate(&acc, &mut sums[i * tiles.dv + c..], tiles.dv);
+            }
+        }
+    }
+
+    /// Writes O, LSE and its rest.
+    fn write(self, work: &Work<E::Acc>, queries: usize) {
+        let Self {
+            p,
+            tiles,
+            o,
+            lse,
+            rest,
+            ..
+        } = self;
+        for (i, o) in o.chunks_mut(p.sizes.dv).take(queries).enumerate() {
+            let total = work.running.total[i];
+            let empty = total == E::Acc::ZERO;
+            let factor = if empty {
+                E::Acc::NAN
+            } else {
+                E::Acc::ONE / total
+            };
+            for (o, sum) in o.iter_mut().zip(&work.sums[i * tiles.dv..]) {
+                *o = E::down(*sum * factor);
+            }
+            (lse[i], rest[i]) = log_sum(work.running.max[i], total);
+        }
+    }
+}
+
 impl<E: Element> Job for Tile<'_, E> {
     type Out = ();
 
@@ -166,17 +243,22 @@ impl<E: Element> Job for Tile<'_, E> {
             b,
             h,
             first,
-            o,
-            lse,
-            rest,
+            ..
         } = self;
-        let (spec, sizes, width) = (p.spec, p.sizes, tiles.queries);
-        let scale = E::Acc::from_double(spec.scale);
+        let (spec, width) = (p.spec, tiles.queries);
         let queries = first..(first + width).min(p.queries());
         let rows = p.q.rows(b, h, queries.clone());
-
-        let mut q = vec![E::Acc::ZERO; width * sizes.d];
-        pack::panels::<E, NR>(rows.clone(), sizes.d, &mut q);
+        let mut work = Work {
+            q: vec![E::Acc::ZERO; width * p.sizes.d],
+            scores: vec![E::Acc::ZERO; tiles.keys * width],
+            sums: vec![E::Acc::ZERO; width * tiles.dv],
+            running: Running {
+                max: vec![E::Acc::NEG_INFINITY; width],
+                total: vec![E::Acc::ZERO; width],
+                shrink: vec![E::Acc::ZERO; width],
+            },
+        };
+        pack::panels::<E, NR>(rows.clone(), p.sizes.d, &mut work.q);
         let bound = match spec.cap {
             Some(cap) => cap.abs(),
             None if packed.norm > 0.0 => {
@@ -184,84 +266,34 @@ impl<E: Element> Job for Tile<'_, E> {
             }
             None => f64::INFINITY,
         };
-        let mut scores = vec![E::Acc::ZERO; tiles.keys * width];
-        let mut sums = vec![E::Acc::ZERO; width * tiles.dv];
-        let mut running = Running {
-            max: vec![E::Acc::NEG_INFINITY; width],
-            total: vec![E::Acc::ZERO; width],
-            shrink: vec![E::Acc::ZERO; width],
-        };
 
-        let mut absorb = |block: &Block, prepared: &Prepared, running: &mut Running<E::Acc>| {
-            let at = block.keys.start;
-            let k = &packed.k[at * sizes.d..(at + tiles.keys) * sizes.d];
-            scores::product::<_, FMA>(k, &q, sizes.d, scale, width, &mut scores);
-            if let Some(cap) = spec.cap {
-                scores::cap::<_, FMA>(&mut scores, E::Acc::from_double(cap));
-            }
-            scores::mask(prepared, block, width, &mut scores);
-            running.absorb::<FMA>(&mut scores, width);
-            for (row, shrink) in sums.chunks_exact_mut(tiles.dv).zip(&running.shrink) {
-                if *shrink != E::Acc::ONE {
-                    row.iter_mut().for_each(|x| *x *= *shrink);
+        // Blocks under a finite fill come last: they count only for rows whose other scores are as low, mostly fully masked rows.
+        let mut todo: Vec<usize> = (0..p.keys()).step_by(tiles.keys).collect();
+        for last in [false, true] {
+            for key in std::mem::take(&mut todo) {
+                let keys = key..(key + tiles.keys).min(p.keys());
+                let block = Block {
+                    batch: b,
+                    head: spec.heads[h],
+                    queries: queries.clone(),
+                    keys,
+                };
+                let prepared = Prepared::new(&spec.terms, &block, bound);
+                if prepared.upper == f64::NEG_INFINITY {
+                    continue;
                 }
-            }
-            let v = &packed.v[at * tiles.dv..(at + tiles.keys) * tiles.dv];
-            for c in (0..tiles.dv).step_by(NR) {
-                for i in (0..width).step_by(MR) {
-                    let acc = micro::columns::<_, FMA>(
-                        &scores[i..],
-                        width,
-                        &v[c..],
-                        tiles.dv,
-                        block.keys.len(),
-                    );
-                    micro::accumulate(&acc, &mut sums[i * tiles.dv + c..], tiles.dv);
+                if prepared.covered && !last {
+                    todo.push(key);
+                    continue;
                 }
-            }
-        };
-
-        let mut covered = Vec::new();
-        for key in (0..p.keys()).step_by(tiles.keys) {
-            let keys = key..(key + tiles.keys).min(p.keys());
-            let block = Block {
-                batch: b,
-                head: spec.heads[h],
-                queries: queries.clone(),
-                keys,
-            };
-            let prepared = Prepared::new(&spec.terms, &block, bound);
-            if prepared.upper == f64::NEG_INFINITY {
-                continue;
-            }
-            if prepared.covered {
-                covered.push(block);
-            } else {
-                absorb(&block, &prepared, &mut running);
+                let seen = work.running.max[..queries.len()].iter();
+                let low = seen.fold(f64::INFINITY, |low, max| low.min(max.double()));
+                if last && prepared.upper - low < E::Acc::EXP_UNDERFLOW {
+                    continue;
+                }
+                self.absorb::<FMA>(&block, &prepared, &mut work);
             }
         }
-        // Blocks under a finite fill count only for rows whose other scores are as low: mostly fully masked rows.
-        for block in covered {
-            let prepared = Prepared::new(&spec.terms, &block, bound);
-            let low = running.max[..queries.len()]
-                .iter()
-                .fold(f64::INFINITY, |low, max| low.min(max.double()));
-            if !(prepared.upper - low < E::Acc::EXP_UNDERFLOW) {
-                absorb(&block, &prepared, &mut running);
-            }
-        }
-
-        for (i, o) in o.chunks_mut(sizes.dv).take(queries.len()).enumerate() {
-            let total = running.total[i];
-            let factor = if total == E::Acc::ZERO {
-                E::Acc::NAN
-            } else {
-                E::Acc::ONE / total
-            };
-            for (o, sum) in o.iter_mut().zip(&sums[i * tiles.dv..]) {
-                *o = E::down(*sum * factor);
-            }
-            (lse[i], rest[i]) = log_sum(running.max[i], total);
-        }
+        self.write(&work, queries.len());
     }
 }

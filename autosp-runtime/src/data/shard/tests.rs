@@ -5,7 +5,10 @@ use super::*;
 use crate::run_with;
 
 fn tokens(rows: usize, s: usize) -> Tensor {
-    Tensor::arange(1u32, (rows * s) as u32 + 1, &Device::Cpu).unwrap().reshape((rows, s)).unwrap()
+    Tensor::arange(1u32, (rows * s) as u32 + 1, &Device::Cpu)
+        .unwrap()
+        .reshape((rows, s))
+        .unwrap()
 }
 
 type Parts = Vec<(Vec<Vec<u32>>, Vec<Vec<i64>>, Shard)>;
@@ -14,7 +17,11 @@ fn parts(dp: usize, sp: usize, cut: impl Fn(&Sp) -> Result<Batch> + Sync) -> Res
     run_with(Settings::default().with_dp(dp).with_sp(sp), |sp| {
         let batch = cut(sp)?;
         assert_eq!(sp.shard_of(batch.tokens.id()), Some(batch.shard));
-        Ok((batch.tokens.to_vec2()?, batch.labels.to_vec2()?, batch.shard))
+        Ok((
+            batch.tokens.to_vec2()?,
+            batch.labels.to_vec2()?,
+            batch.shard,
+        ))
     })
 }
 
@@ -68,10 +75,17 @@ proptest! {
 
 #[test]
 fn batches_that_do_not_fit_are_refused() {
-    let refused = |dp, sp, tokens: Tensor| parts(dp, sp, |sp| sp.shard(&tokens)).unwrap_err().code();
+    let refused =
+        |dp, sp, tokens: Tensor| parts(dp, sp, |sp| sp.shard(&tokens)).unwrap_err().code();
     assert_eq!(refused(2, 1, tokens(3, 4)), codes::BATCH_SPLIT);
-    assert_eq!(refused(1, 2, tokens(3, 4).to_dtype(DType::F32).unwrap()), codes::BATCH_SHAPE);
-    assert_eq!(refused(1, 2, tokens(3, 4).flatten_all().unwrap()), codes::BATCH_SHAPE);
+    assert_eq!(
+        refused(1, 2, tokens(3, 4).to_dtype(DType::F32).unwrap()),
+        codes::BATCH_SHAPE
+    );
+    assert_eq!(
+        refused(1, 2, tokens(3, 4).flatten_all().unwrap()),
+        codes::BATCH_SHAPE
+    );
     let labels = tokens(2, 3);
     let error = parts(1, 1, |sp| sp.shard_labelled(&tokens(2, 4), &labels)).unwrap_err();
     assert_eq!(error.code(), codes::BATCH_SHAPE);

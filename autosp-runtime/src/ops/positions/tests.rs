@@ -5,7 +5,11 @@ use super::*;
 use crate::{Result, run_with};
 
 /// Runs `f` on `size` ranks that share a sequence of `valid` tokens, in a scope that it has entered.
-fn sharded<T: Send>(size: usize, valid: usize, f: impl Fn(&Sp, Shard) -> Result<T> + Sync) -> Result<Vec<T>> {
+fn sharded<T: Send>(
+    size: usize,
+    valid: usize,
+    f: impl Fn(&Sp, Shard) -> Result<T> + Sync,
+) -> Result<Vec<T>> {
     run_with(Settings::default().with_sp(size), |sp| {
         let shard = Shard::new(valid, sp.sp_rank(), size);
         let tokens = Tensor::zeros((1, shard.len), DType::U32, &Device::Cpu)?;
@@ -18,7 +22,10 @@ fn sharded<T: Send>(size: usize, valid: usize, f: impl Fn(&Sp, Shard) -> Result<
 }
 
 fn table(rows: usize) -> Tensor {
-    Tensor::arange(0f32, (rows * 2) as f32, &Device::Cpu).unwrap().reshape((rows, 2)).unwrap()
+    Tensor::arange(0f32, (rows * 2) as f32, &Device::Cpu)
+        .unwrap()
+        .reshape((rows, 2))
+        .unwrap()
 }
 
 #[test]
@@ -42,12 +49,23 @@ fn a_trained_table_gets_its_gradient() {
     let grads = sharded(4, 6, |_, shard| {
         let table = Var::from_tensor(&table(7))?;
         let rows = slice(&table, 0)?;
-        let weights: Vec<f32> = (0..shard.len).map(|i| if i < shard.valid_here() { 1.0 } else { 0.0 }).collect();
+        let weights: Vec<f32> = (0..shard.len)
+            .map(|i| if i < shard.valid_here() { 1.0 } else { 0.0 })
+            .collect();
         let weights = Tensor::from_vec(weights, (shard.len, 1), &Device::Cpu)?;
         let grads = rows.broadcast_mul(&weights)?.sum_all()?.backward()?;
-        Ok(grads.get(&table).unwrap().narrow(1, 0, 1)?.squeeze(1)?.to_vec1::<f32>()?)
+        Ok(grads
+            .get(&table)
+            .unwrap()
+            .narrow(1, 0, 1)?
+            .squeeze(1)?
+            .to_vec1::<f32>()?)
     });
-    let sum = grads.unwrap().into_iter().reduce(|a, b| a.iter().zip(b).map(|(a, b)| a + b).collect()).unwrap();
+    let sum = grads
+        .unwrap()
+        .into_iter()
+        .reduce(|a, b| a.iter().zip(b).map(|(a, b)| a + b).collect())
+        .unwrap();
     assert_eq!(sum, [1., 1., 1., 1., 1., 1., 0.]);
 }
 
@@ -58,11 +76,23 @@ fn a_picked_token_is_everywhere_and_its_gradient_goes_home() {
             let whole = table(shard.padded);
             let x = Var::from_tensor(&whole.narrow(0, shard.start, shard.len)?)?;
             let token = pick(&x, 0, index)?;
-            assert_eq!(token.to_vec2::<f32>()?, whole.narrow(0, index, 1)?.to_vec2::<f32>()?);
-            assert_eq!(pick(&x.detach(), 0, index)?.to_vec2::<f32>()?, token.to_vec2::<f32>()?);
+            assert_eq!(
+                token.to_vec2::<f32>()?,
+                whole.narrow(0, index, 1)?.to_vec2::<f32>()?
+            );
+            assert_eq!(
+                pick(&x.detach(), 0, index)?.to_vec2::<f32>()?,
+                token.to_vec2::<f32>()?
+            );
             // Each rank weighs the token by 1, 2, ..: the sum comes back.
             let loss = (token * (sp.rank() + 1) as f64)?.sum_all()?;
-            Ok(loss.backward()?.get(&x).unwrap().narrow(1, 1, 1)?.squeeze(1)?.to_vec1::<f32>()?)
+            Ok(loss
+                .backward()?
+                .get(&x)
+                .unwrap()
+                .narrow(1, 1, 1)?
+                .squeeze(1)?
+                .to_vec1::<f32>()?)
         });
         let mut expected = vec![0.0; valid.div_ceil(size) * size];
         expected[index] = (size * (size + 1) / 2) as f32;
@@ -75,8 +105,14 @@ fn tables_too_short_and_tokens_out_of_range_are_refused() {
     let code = |error: candle_core::Error| Error::from(error).code();
     sharded(2, 5, |_, shard| {
         assert_eq!(code(slice(&table(4), 0).unwrap_err()), codes::TABLE_SHORT);
-        assert_eq!(code(pick(&table(shard.len), 0, 5).unwrap_err()), codes::POSITION);
-        assert_eq!(code(pick(&table(shard.len + 1), 0, 1).unwrap_err()), codes::LOCAL_LENGTH);
+        assert_eq!(
+            code(pick(&table(shard.len), 0, 5).unwrap_err()),
+            codes::POSITION
+        );
+        assert_eq!(
+            code(pick(&table(shard.len + 1), 0, 1).unwrap_err()),
+            codes::LOCAL_LENGTH
+        );
         Ok(())
     })
     .unwrap();
@@ -85,5 +121,8 @@ fn tables_too_short_and_tokens_out_of_range_are_refused() {
 #[test]
 fn outside_a_scope_they_are_plain_operations() {
     assert_eq!(slice(&table(4), 0).unwrap().dims(), [4, 2]);
-    assert_eq!(pick(&table(4), 0, 2).unwrap().to_vec2::<f32>().unwrap(), [[4., 5.]]);
+    assert_eq!(
+        pick(&table(4), 0, 2).unwrap().to_vec2::<f32>().unwrap(),
+        [[4., 5.]]
+    );
 }

@@ -3,14 +3,27 @@ use super::*;
 /// Two variables, of shapes [2, 2] and [3].
 fn vars(dtype: DType) -> Vec<Var> {
     let make = |data: &[f64], shape: &[usize]| {
-        Var::from_tensor(&Tensor::from_slice(data, shape, &Device::Cpu).unwrap().to_dtype(dtype).unwrap()).unwrap()
+        Var::from_tensor(
+            &Tensor::from_slice(data, shape, &Device::Cpu)
+                .unwrap()
+                .to_dtype(dtype)
+                .unwrap(),
+        )
+        .unwrap()
     };
-    vec![make(&[0.5, -1.25, 2.0, 0.03125], &[2, 2]), make(&[1.0, -0.75, 0.25], &[3])]
+    vec![
+        make(&[0.5, -1.25, 2.0, 0.03125], &[2, 2]),
+        make(&[1.0, -0.75, 0.25], &[3]),
+    ]
 }
 
 /// The gradient of step `t` at element `i`: no two alike, and one that is always zero.
 fn gradient(t: usize, i: usize) -> f64 {
-    if i == 5 { 0.0 } else { ((t * 7 + i * 3) % 11) as f64 / 8.0 - 0.6 }
+    if i == 5 {
+        0.0
+    } else {
+        ((t * 7 + i * 3) % 11) as f64 / 8.0 - 0.6
+    }
 }
 
 fn run(rule: Optimizer, dtype: DType, steps: usize) -> Vec<f64> {
@@ -18,18 +31,28 @@ fn run(rule: Optimizer, dtype: DType, steps: usize) -> Vec<f64> {
     let mut updater = Updater::new(rule, vars.iter().map(|var| var.dtype()));
     for t in 0..steps {
         let grad = |first: usize, var: &Var| {
-            let data: Vec<f64> = (first..first + var.elem_count()).map(|i| gradient(t, i)).collect();
-            Tensor::from_vec(data, var.shape(), &Device::Cpu).unwrap().to_dtype(DType::F32).unwrap()
+            let data: Vec<f64> = (first..first + var.elem_count())
+                .map(|i| gradient(t, i))
+                .collect();
+            Tensor::from_vec(data, var.shape(), &Device::Cpu)
+                .unwrap()
+                .to_dtype(DType::F32)
+                .unwrap()
         };
         let grads = [grad(0, &vars[0]), grad(4, &vars[1])];
         updater.step(0.02, 0.5, vars.iter().zip(&grads)).unwrap();
     }
-    vars.iter().flat_map(|var| read::<f64>(var).unwrap()).collect()
+    vars.iter()
+        .flat_map(|var| read::<f64>(var).unwrap())
+        .collect()
 }
 
 /// The definition, element by element in f64: first the decay, then the corrected moments.
 fn adamw(steps: usize) -> Vec<f64> {
-    let start: Vec<f64> = vars(DType::F64).iter().flat_map(|var| read::<f64>(var).unwrap()).collect();
+    let start: Vec<f64> = vars(DType::F64)
+        .iter()
+        .flat_map(|var| read::<f64>(var).unwrap())
+        .collect();
     let one = |(i, mut x): (usize, f64)| {
         let (mut m, mut v) = (0.0, 0.0);
         for t in 1..=steps {
@@ -46,7 +69,10 @@ fn adamw(steps: usize) -> Vec<f64> {
 }
 
 fn sgd(steps: usize, momentum: f64, decay: f64) -> Vec<f64> {
-    let start: Vec<f64> = vars(DType::F64).iter().flat_map(|var| read::<f64>(var).unwrap()).collect();
+    let start: Vec<f64> = vars(DType::F64)
+        .iter()
+        .flat_map(|var| read::<f64>(var).unwrap())
+        .collect();
     let one = |(i, mut x): (usize, f64)| {
         let mut buffer = 0.0;
         for t in 0..steps {
@@ -60,11 +86,19 @@ fn sgd(steps: usize, momentum: f64, decay: f64) -> Vec<f64> {
 
 fn assert_close(found: &[f64], expected: &[f64], tolerance: f64) {
     for (found, expected) in found.iter().zip(expected) {
-        assert!((found - expected).abs() <= tolerance * (1.0 + expected.abs()), "{found} {expected}");
+        assert!(
+            (found - expected).abs() <= tolerance * (1.0 + expected.abs()),
+            "{found} {expected}"
+        );
     }
 }
 
-const ADAMW: Optimizer = Optimizer::AdamW { beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.1 };
+const ADAMW: Optimizer = Optimizer::AdamW {
+    beta1: 0.9,
+    beta2: 0.99,
+    eps: 1e-8,
+    weight_decay: 0.1,
+};
 
 #[test]
 fn adamw_is_its_definition() {
@@ -77,7 +111,14 @@ fn adamw_is_its_definition() {
 #[test]
 fn sgd_is_its_definition() {
     for (momentum, weight_decay) in [(0.0, 0.0), (0.0, 0.1), (0.9, 0.0), (0.9, 0.1)] {
-        let found = run(Optimizer::Sgd { momentum, weight_decay }, DType::F32, 10);
+        let found = run(
+            Optimizer::Sgd {
+                momentum,
+                weight_decay,
+            },
+            DType::F32,
+            10,
+        );
         assert_close(&found, &sgd(10, momentum, weight_decay), 1e-6);
     }
 }
@@ -89,7 +130,9 @@ fn half_precision_variables_have_a_master_copy() {
     let grad = Tensor::ones(1, DType::F32, &Device::Cpu).unwrap();
     let mut updater = Updater::new(Optimizer::sgd(), [DType::BF16].into_iter());
     for _ in 0..100 {
-        updater.step(1e-4, 1.0, [(&var, &grad)].into_iter()).unwrap();
+        updater
+            .step(1e-4, 1.0, [(&var, &grad)].into_iter())
+            .unwrap();
     }
     let value = read::<f64>(&var).unwrap()[0];
     assert!((value - 0.99).abs() < 0.005, "{value}");
