@@ -39,7 +39,9 @@ fn config() -> llama::Config {
 /// Runs `steps` steps on `sp` ranks and returns how long they took on the first, the start of the ranks not counted.
 fn train(sp: usize, steps: u64) -> autosp::Result<Duration> {
     let config = config();
-    let tokens: Vec<u32> = (0..(ROWS * LENGTH) as u32).map(|i| i.wrapping_mul(2_654_435_761) >> 24).collect();
+    let tokens: Vec<u32> = (0..(ROWS * LENGTH) as u32)
+        .map(|i| i.wrapping_mul(2_654_435_761) >> 24)
+        .collect();
     let tokens = Tensor::from_vec(tokens, (ROWS, LENGTH), &Device::Cpu)?;
     let times = autosp::run_with(Settings::default().with_sp(sp).with_groups(2), |sp| {
         let parameters = Parameters::init(1, DType::F32, sp.device());
@@ -61,7 +63,9 @@ fn train(sp: usize, steps: u64) -> autosp::Result<Duration> {
 
 fn step(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("step");
-    group.sample_size(10).throughput(Throughput::Elements((ROWS * LENGTH) as u64));
+    group
+        .sample_size(10)
+        .throughput(Throughput::Elements((ROWS * LENGTH) as u64));
     for sp in [1, 2, 4] {
         group.bench_function(BenchmarkId::new("ranks", sp), |bencher| {
             bencher.iter_custom(|steps| train(sp, steps).expect("the model trains"));

@@ -4,6 +4,8 @@
 //! reads text, trains ([`train`]), shows and logs each step ([`report`]), checks the first step against one rank, saves
 //! the model, loads it back, and lets the original functions write some text ([`sample`]).
 
+#![allow(clippy::print_stdout, clippy::print_stderr, unreachable_pub)]
+
 use std::{
     io,
     path::{Path, PathBuf},
@@ -12,8 +14,8 @@ use std::{
 };
 
 use autosp::{
-    Error, Optimizer, Parameters, Result, Schedule, Settings, Sp, StepReport, TextData, TrainSettings, Trainer, codes,
-    settings::Source,
+    Error, Optimizer, Parameters, Result, Schedule, Settings, Sp, StepReport, TextData,
+    TrainSettings, Trainer, codes, settings::Source,
 };
 use candle_core::{DType, Device, Tensor};
 
@@ -27,7 +29,9 @@ mod sample;
 use options::Options;
 use report::Report;
 
+/// The model, as its file has it.
 #[autosp::sequence_parallel]
+#[allow(missing_docs, clippy::pedantic)]
 pub mod llama {
     include!("models/llama.rs");
 }
@@ -82,23 +86,40 @@ fn run(options: &Options) -> Result<()> {
         options.seq_len
     );
     let first = autosp::run_with(settings(options, options.dp, options.sp)?, |sp| {
-        train(sp, options, &config, &text, options.steps, |step| match report.lock() {
-            Ok(mut report) => report.step(step),
-            Err(_) => Ok(()),
-        })
+        train(
+            sp,
+            options,
+            &config,
+            &text,
+            options.steps,
+            |step| match report.lock() {
+                Ok(mut report) => report.step(step),
+                Err(_) => Ok(()),
+            },
+        )
     })?;
     if let Ok(report) = report.lock() {
         report.finish();
     }
-    let alone = autosp::run_with(settings(options, 1, 1)?, |sp| train(sp, options, &config, &text, 1, |_| Ok(())))?;
+    let alone = autosp::run_with(settings(options, 1, 1)?, |sp| {
+        train(sp, options, &config, &text, 1, |_| Ok(()))
+    })?;
     compare(&first[0], &alone[0], ranks)?;
 
     // What was saved is what the original functions run on: no scope, no ranks.
     let loaded = autosp::load_trainable(&[&options.save], DType::F32, &Device::Cpu)?;
     let prompt = &text.bytes()[text.len() / 2..][..PROMPT.min(text.len() / 2)];
     let written = sample::generate(loaded.builder(), &config, prompt, SAMPLE)?;
-    println!("saved and loaded back: {} ({} parameters)", options.save.display(), loaded.element_count());
-    println!("{}\u{2502}{}", String::from_utf8_lossy(prompt), String::from_utf8_lossy(&written));
+    println!(
+        "saved and loaded back: {} ({} parameters)",
+        options.save.display(),
+        loaded.element_count()
+    );
+    println!(
+        "{}\u{2502}{}",
+        String::from_utf8_lossy(prompt),
+        String::from_utf8_lossy(&written)
+    );
     Ok(())
 }
 
@@ -148,7 +169,10 @@ fn train(
 /// Prints how far the first step on all ranks is from the same step on one.
 fn compare(ranks: &StepReport, alone: &StepReport, count: usize) -> Result<()> {
     let apart = |a: f64, b: f64| (a - b).abs() / b.abs();
-    let (loss, norm) = (apart(ranks.loss, alone.loss), apart(ranks.grad_norm, alone.grad_norm));
+    let (loss, norm) = (
+        apart(ranks.loss, alone.loss),
+        apart(ranks.grad_norm, alone.grad_norm),
+    );
     println!(
         "first step on {count} ranks against one: loss {:.6} and {:.6} ({loss:.1e} apart), gradient norm {:.6} and {:.6} ({norm:.1e} apart)",
         ranks.loss, alone.loss, ranks.grad_norm, alone.grad_norm
@@ -156,7 +180,9 @@ fn compare(ranks: &StepReport, alone: &StepReport, count: usize) -> Result<()> {
     if loss.max(norm) <= 1e-5 {
         Ok(())
     } else {
-        Err(failure("expected the first step to equal that of one rank within 1e-5"))
+        Err(failure(
+            "expected the first step to equal that of one rank within 1e-5",
+        ))
     }
 }
 
@@ -189,7 +215,12 @@ fn settings(options: &Options, dp: usize, sp: usize) -> Result<Settings> {
 fn train_settings(options: &Options) -> TrainSettings {
     let steps = options.steps as u64;
     TrainSettings {
-        optimizer: Optimizer::AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 },
+        optimizer: Optimizer::AdamW {
+            beta1: 0.9,
+            beta2: 0.95,
+            eps: 1e-8,
+            weight_decay: 0.1,
+        },
         schedule: Schedule::cosine(options.lr, steps.div_ceil(10), steps),
         ..TrainSettings::default()
     }
@@ -203,6 +234,13 @@ fn failure(message: impl Into<String>) -> Error {
 /// A file that cannot be read or written.
 fn file_failure(code: codes::Code, what: &str, path: &Path, error: &io::Error) -> Error {
     let reason = error.to_string();
-    let reason = reason.split(" (os error").next().unwrap_or_default().to_lowercase();
-    Error::new(code, format!("cannot {what} `{}`: {reason}", path.display()))
+    let reason = reason
+        .split(" (os error")
+        .next()
+        .unwrap_or_default()
+        .to_lowercase();
+    Error::new(
+        code,
+        format!("cannot {what} `{}`: {reason}", path.display()),
+    )
 }

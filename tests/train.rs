@@ -15,25 +15,41 @@ fn program() -> &'static Path {
         let test = env::current_exe().unwrap();
         let profile = test.ancestors().nth(2).unwrap();
         let mut build = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-        build.args(["build", "--quiet", "--workspace", "--example", "train", "--target-dir"]);
-        build.arg(profile.parent().unwrap()).current_dir(env!("CARGO_MANIFEST_DIR"));
+        build.args([
+            "build",
+            "--quiet",
+            "--workspace",
+            "--example",
+            "train",
+            "--target-dir",
+        ]);
+        build
+            .arg(profile.parent().unwrap())
+            .current_dir(env!("CARGO_MANIFEST_DIR"));
         if profile.ends_with("release") {
             build.arg("--release");
         }
         assert!(build.status().unwrap().success());
-        profile.join("examples").join("train").with_extension(env::consts::EXE_EXTENSION)
+        profile
+            .join("examples")
+            .join("train")
+            .with_extension(env::consts::EXE_EXTENSION)
     })
 }
 
 fn train(folder: &Path, arguments: &[&str]) -> Output {
-    Command::new(program()).args(arguments).current_dir(folder).output().unwrap()
+    Command::new(program())
+        .args(arguments)
+        .current_dir(folder)
+        .output()
+        .unwrap()
 }
 
 /// A folder of its own, with a text in it.
 fn folder(name: &str) -> PathBuf {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
     fs::create_dir_all(&folder).unwrap();
-    let text: String = (0..200).map(|i| format!("line {i} of a text that a model can learn\n")).collect();
+    let text = "a line of a text that a model can learn\n".repeat(200);
     fs::write(folder.join("text.txt"), text).unwrap();
     fs::write(folder.join("empty.txt"), "").unwrap();
     folder
@@ -42,7 +58,16 @@ fn folder(name: &str) -> PathBuf {
 #[test]
 fn wrong_input_is_one_clear_line() {
     let folder = folder("wrong-input");
-    let small = ["--data", "text.txt", "--seq-len", "32", "--batch", "2", "--steps", "1"];
+    let small = [
+        "--data",
+        "text.txt",
+        "--seq-len",
+        "32",
+        "--batch",
+        "2",
+        "--steps",
+        "1",
+    ];
     for (arguments, expected) in [
         (&["--data", "nowhere.txt"][..], "nowhere.txt"),
         (&["--data", "empty.txt"], "found none"),
@@ -54,8 +79,14 @@ fn wrong_input_is_one_clear_line() {
         (&["--data", "text.txt", "--steps", "0"], "--steps"),
         (&["--data", "text.txt", "--frobnicate"], "--frobnicate"),
         (&["--data", "text.txt", "--log", "."], "`.`"),
-        (&["--data", "text.txt", "--log", "text.txt/log"], "text.txt/log"),
-        (&["--data", "text.txt", "--save", "text.txt/model"], "text.txt/model"),
+        (
+            &["--data", "text.txt", "--log", "text.txt/log"],
+            "text.txt/log",
+        ),
+        (
+            &["--data", "text.txt", "--save", "text.txt/model"],
+            "text.txt/model",
+        ),
     ] {
         // What a case names overrides nothing: flags that are given twice are refused, so only missing ones are added.
         let mut all = arguments.to_vec();
@@ -68,6 +99,9 @@ fn wrong_input_is_one_clear_line() {
         let text = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(1), "{arguments:?}: {text}");
         assert_eq!(text.lines().count(), 1, "{arguments:?}: {text}");
-        assert!(text.starts_with("error: ") && text.contains(expected), "{arguments:?}: {text}");
+        assert!(
+            text.starts_with("error: ") && text.contains(expected),
+            "{arguments:?}: {text}"
+        );
     }
 }

@@ -22,15 +22,22 @@ fn a_rank_that_panics_in_the_middle_ends_the_run() {
     let started = Instant::now();
     let error = autosp::run_with(Settings::default().with_sp(4), |sp| {
         let found = job.on_rank(sp)?;
-        assert!(sp.rank() != 2, "the third rank gave up at loss {:.2}", found.loss);
+        assert!(
+            sp.rank() != 2,
+            "the third rank gave up at loss {:.2}",
+            found.loss
+        );
         job.on_rank(sp)
     })
     .err()
     .unwrap();
     let text = error.to_string();
     assert_eq!(error.code(), codes::RANK_FAILED, "{text}");
-    assert!(text.contains("rank 2") && text.contains("the third rank gave up"), "{text}");
-    assert!(started.elapsed() < Duration::from_secs(60));
+    assert!(
+        text.contains("rank 2") && text.contains("the third rank gave up"),
+        "{text}"
+    );
+    assert!(started.elapsed() < Duration::from_mins(1));
 }
 
 #[test]
@@ -51,7 +58,10 @@ fn an_error_of_one_rank_keeps_its_message() {
     .err()
     .unwrap();
     let text = error.to_string();
-    assert!(text.contains("rank 1") && text.contains("20") && text.contains("40"), "{text}");
+    assert!(
+        text.contains("rank 1") && text.contains("20") && text.contains("40"),
+        "{text}"
+    );
 }
 
 #[test]
@@ -73,13 +83,20 @@ fn an_offset_inside_a_scope_is_refused() {
 #[test]
 fn outside_a_scope_the_functions_are_the_original_ones() {
     let job = Job::random(tiny(2), 1, 12, 9, |_| true);
-    let config = unannotated::Config { last_token_only: true, ..unannotated_config(&job.config) };
-    let annotated = llama::Config { last_token_only: true, ..job.config.clone() };
+    let config = unannotated::Config {
+        last_token_only: true,
+        ..unannotated_config(&job.config)
+    };
+    let annotated = llama::Config {
+        last_token_only: true,
+        ..job.config.clone()
+    };
     let parameters = Parameters::init(9, DType::F32, &Device::Cpu);
     let model = llama::Llama::load(parameters.builder(), &annotated).unwrap();
     let original = unannotated::Llama::load(parameters.builder(), &config).unwrap();
     let mut cache = llama::Cache::new(true, DType::F32, &annotated, &Device::Cpu).unwrap();
-    let mut original_cache = unannotated::Cache::new(true, DType::F32, &config, &Device::Cpu).unwrap();
+    let mut original_cache =
+        unannotated::Cache::new(true, DType::F32, &config, &Device::Cpu).unwrap();
     let mut at = 0;
     // A prompt, then token by token with the cache, as in generation.
     for len in [5, 1, 1, 1] {

@@ -37,17 +37,25 @@ fn slopes(job: &Job, sp: &Sp) -> autosp::Result<usize> {
         // One direction along the even elements of the gradient and one along the odd: every element is in one of them.
         for parity in [0, 1] {
             let gradient = gradients[&name].flatten_all()?;
-            let chosen: Vec<f32> = (0..gradient.elem_count()).map(|i| if i % 2 == parity { 1.0 } else { 0.0 }).collect();
-            let direction = (&gradient * Tensor::from_vec(chosen, gradient.dims1()?, sp.device())?)?;
+            let chosen: Vec<f32> = (0..gradient.elem_count())
+                .map(|i| if i % 2 == parity { 1.0 } else { 0.0 })
+                .collect();
+            let direction =
+                (&gradient * Tensor::from_vec(chosen, gradient.dims1()?, sp.device())?)?;
             let slope = global_norm(&Tensors::from([(name.clone(), direction.clone())]))?;
             assert!(slope > 0.0, "{name} has no gradient");
-            let step = direction.affine(STEP / slope, 0.0)?.reshape(start.shape())?;
+            let step = direction
+                .affine(STEP / slope, 0.0)?
+                .reshape(start.shape())?;
             var.set(&(&start + &step)?)?;
             let above = loss()?;
             var.set(&(&start - &step)?)?;
             let below = loss()?;
             let found = (above - below) / (2.0 * STEP);
-            assert!((found - slope).abs() <= 0.02 * slope + 5e-5, "{name}: gradient {slope}, slope {found}");
+            assert!(
+                (found - slope).abs() <= 0.02 * slope + 5e-5,
+                "{name}: gradient {slope}, slope {found}"
+            );
         }
         var.set(&start)?;
     }

@@ -1,8 +1,6 @@
 //! What Hugging Face transformers computed, on one rank and on four: S = 90 does not divide by 4.
 
-use autosp::{
-    Optimizer, Schedule, Settings, TrainSettings, Trainer, loss::cross_entropy,
-};
+use autosp::{Optimizer, Schedule, Settings, TrainSettings, Trainer, loss::cross_entropy};
 use autosp_reference::{Golden, Norms, Tensors, global_norm, labels, llama_config};
 use candle_core::DType;
 
@@ -11,10 +9,16 @@ use crate::{
     llama,
 };
 
-const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/llama-tiny/model.safetensors");
+const MODEL: &str = concat!(
+    env!("CARGO_MANIFEST_DIR"),
+    "/tests/golden/llama-tiny/model.safetensors"
+);
 
 fn near(what: &str, found: f64, expected: f64) {
-    assert!((found - expected).abs() <= 1e-5 * expected.abs(), "{what}: expected {expected}, found {found}");
+    assert!(
+        (found - expected).abs() <= 1e-5 * expected.abs(),
+        "{what}: expected {expected}, found {found}"
+    );
 }
 
 #[test]
@@ -31,7 +35,11 @@ fn losses_and_gradient_norms() {
             for found in job.on_ranks(Settings::default().with_sp(sp)) {
                 let what = |name: &str| format!("{name} on {sp} ranks, {} ignored", case.ignore);
                 near(&what("loss"), found.loss, case.loss);
-                near(&what("gradient norm"), global_norm(&found.gradients).unwrap(), case.grad_norm);
+                near(
+                    &what("gradient norm"),
+                    global_norm(&found.gradients).unwrap(),
+                    case.grad_norm,
+                );
                 assert_eq!(found.gradients.len(), case.grad_norms.len());
                 for (name, gradient) in found.gradients {
                     let norm = global_norm(&Tensors::from([(name.clone(), gradient)])).unwrap();
@@ -84,7 +92,12 @@ fn five_steps_of_sgd() {
 fn five_steps_of_adamw() {
     let golden = Golden::load("llama-tiny").unwrap();
     let settings = TrainSettings {
-        optimizer: Optimizer::AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 },
+        optimizer: Optimizer::AdamW {
+            beta1: 0.9,
+            beta2: 0.95,
+            eps: 1e-8,
+            weight_decay: 0.1,
+        },
         schedule: Schedule::constant(1e-3),
         clip: Some(1.0),
         ..TrainSettings::default()

@@ -35,13 +35,32 @@ pub struct Found {
 
 impl Job {
     /// A job on seeded tokens whose labels are the next tokens, where `valid(position)` holds.
-    pub fn random(config: llama::Config, b: usize, s: usize, seed: u64, valid: impl Fn(usize) -> bool) -> Self {
+    pub fn random(
+        config: llama::Config,
+        b: usize,
+        s: usize,
+        seed: u64,
+        valid: impl Fn(usize) -> bool,
+    ) -> Self {
         let vocab = config.vocab_size as u64;
-        let text: Vec<i64> = (0..(b * (s + 1)) as u64).map(|i| (draw(seed, i) % vocab) as i64).collect();
+        let text: Vec<i64> = (0..(b * (s + 1)) as u64)
+            .map(|i| (draw(seed, i) % vocab) as i64)
+            .collect();
         let row = |r: usize| &text[r * (s + 1)..(r + 1) * (s + 1)];
-        let tokens: Vec<u32> = (0..b).flat_map(|r| row(r)[..s].iter().map(|&token| token as u32)).collect();
-        let label = |r: usize, i: usize| if valid(i) { row(r)[i + 1] } else { autosp_reference::IGNORED };
-        let labels: Vec<i64> = (0..b).flat_map(|r| (0..s).map(move |i| (r, i))).map(|(r, i)| label(r, i)).collect();
+        let tokens: Vec<u32> = (0..b)
+            .flat_map(|r| row(r)[..s].iter().map(|&token| token as u32))
+            .collect();
+        let label = |r: usize, i: usize| {
+            if valid(i) {
+                row(r)[i + 1]
+            } else {
+                autosp_reference::IGNORED
+            }
+        };
+        let labels: Vec<i64> = (0..b)
+            .flat_map(|r| (0..s).map(move |i| (r, i)))
+            .map(|(r, i)| label(r, i))
+            .collect();
         Self {
             config,
             start: Start::Seed(seed),
@@ -62,7 +81,10 @@ impl Job {
     pub fn variables(&self) -> Variables {
         let parameters = self.parameters(&Device::Cpu).unwrap();
         llama::Llama::load(parameters.builder(), &self.config).unwrap();
-        let tensors = parameters.named().into_iter().map(|(name, var)| (name, var.as_detached_tensor()));
+        let tensors = parameters
+            .named()
+            .into_iter()
+            .map(|(name, var)| (name, var.as_detached_tensor()));
         variables(&tensors.collect::<BTreeMap<_, _>>()).unwrap()
     }
 
@@ -85,15 +107,29 @@ impl Job {
         })?;
         sp.reduce_gradients(&mut store, &parameters.vars())?;
         let gradient = |var: &candle_core::Var| store.get(var).unwrap().detach();
-        let gradients = parameters.named().into_iter().map(|(name, var)| (name, gradient(&var))).collect();
-        Ok(Found { loss, gradients, bytes: sp.ledger().since(before) })
+        let gradients = parameters
+            .named()
+            .into_iter()
+            .map(|(name, var)| (name, gradient(&var)))
+            .collect();
+        Ok(Found {
+            loss,
+            gradients,
+            bytes: sp.ledger().since(before),
+        })
     }
 
     /// The unannotated model on candle's slow operations, on one device.
     pub fn expected(&self) -> (f64, Tensors) {
         let config = plain(&self.config);
-        let (loss, gradients) =
-            llama_step(&self.variables(), &config, &self.tokens, &self.labels, DType::F32).unwrap();
+        let (loss, gradients) = llama_step(
+            &self.variables(),
+            &config,
+            &self.tokens,
+            &self.labels,
+            DType::F32,
+        )
+        .unwrap();
         (f64::from(loss), gradients)
     }
 }
@@ -137,21 +173,32 @@ pub fn tiny(kv_heads: usize) -> llama::Config {
 /// Contract 1: the loss, and per tensor |a - b| <= 1e-5 |b| + 1e-7 x the norm of all gradients.
 pub fn assert_contract(what: &str, found: &Found, expected: &(f64, Tensors)) {
     let (loss, gradients) = expected;
-    assert!((found.loss - loss).abs() <= 1e-5 * loss.abs(), "{what}: loss: expected {loss}, found {}", found.loss);
+    assert!(
+        (found.loss - loss).abs() <= 1e-5 * loss.abs(),
+        "{what}: loss: expected {loss}, found {}",
+        found.loss
+    );
     assert_eq!(found.gradients.len(), gradients.len(), "{what}");
     let global = global_norm(gradients).unwrap();
     for (name, expected) in gradients {
         let difference = (&found.gradients[name] - expected).unwrap();
-        let norm = |tensor: &Tensor| global_norm(&Tensors::from([(name.clone(), tensor.clone())])).unwrap();
+        let norm = |tensor: &Tensor| {
+            global_norm(&Tensors::from([(name.clone(), tensor.clone())])).unwrap()
+        };
         let (difference, size) = (norm(&difference), norm(expected));
         let allowed = 1e-5 * size + 1e-7 * global;
-        assert!(difference <= allowed, "{what}: {name}: differs by {difference:e} of {size:e}, allowed {allowed:e}");
+        assert!(
+            difference <= allowed,
+            "{what}: {name}: differs by {difference:e} of {size:e}, allowed {allowed:e}"
+        );
     }
 }
 
 /// `SplitMix64` at a counter.
 pub fn draw(seed: u64, counter: u64) -> u64 {
-    let z = seed.wrapping_mul(0xd134_2543_de82_ef95).wrapping_add((counter + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    let z = seed
+        .wrapping_mul(0xd134_2543_de82_ef95)
+        .wrapping_add((counter + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
     let z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     z ^ (z >> 31)

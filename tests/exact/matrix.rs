@@ -27,19 +27,28 @@ fn valid(labels: Labels, position: usize, s: usize) -> bool {
 
 /// Runs all meshes and group counts on one model and batch.
 fn meshes(kv_heads: usize, s: usize, labels: Labels) {
-    let job = Job::random(tiny(kv_heads), BATCH, s, 3, |position| valid(labels, position, s));
+    let job = Job::random(tiny(kv_heads), BATCH, s, 3, |position| {
+        valid(labels, position, s)
+    });
     let expected = job.expected();
     for (sp, dp) in [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (4, 2)] {
         // With one rank a sequence there is no exchange whose groups could matter, and a rank of four has two heads.
         for groups in 1..=[1, 4, 2][sp / 2] {
             let what = format!("sp {sp} dp {dp} groups {groups} kv {kv_heads} s {s} {labels:?}");
-            let settings = Settings::default().with_sp(sp).with_dp(dp).with_groups(groups);
+            let settings = Settings::default()
+                .with_sp(sp)
+                .with_dp(dp)
+                .with_groups(groups);
             let found = job.on_ranks(settings);
             for rank in &found {
                 assert_contract(&what, rank, &expected);
             }
             let exchanged: u64 = found.iter().map(|rank| rank.bytes.exchange).sum();
-            assert_eq!(exchanged, formula(&job, sp), "{what}: exchanged bytes of all ranks");
+            assert_eq!(
+                exchanged,
+                formula(&job, sp),
+                "{what}: exchanged bytes of all ranks"
+            );
         }
     }
 }
@@ -117,10 +126,17 @@ fn every_policy_and_attention_has_the_same_numbers() {
     let expected = job.expected();
     for policy in ["all", "input"] {
         for attention in ["tiled", "reference"] {
-            let settings = Settings::default().with_sp(4).with("policy", policy).unwrap();
+            let settings = Settings::default()
+                .with_sp(4)
+                .with("policy", policy)
+                .unwrap();
             let settings = settings.with("attention", attention).unwrap();
             for found in job.on_ranks(settings) {
-                assert_contract(&format!("policy {policy}, attention {attention}"), &found, &expected);
+                assert_contract(
+                    &format!("policy {policy}, attention {attention}"),
+                    &found,
+                    &expected,
+                );
             }
         }
     }

@@ -14,7 +14,9 @@ fn bits(found: &[Found]) -> Vec<Vec<u32>> {
                 numbers.into_iter().map(f32::to_bits).collect()
             };
             let loss = vec![(rank.loss as f32).to_bits()];
-            std::iter::once(loss).chain(rank.gradients.values().map(gradient)).collect::<Vec<_>>()
+            std::iter::once(loss)
+                .chain(rank.gradients.values().map(gradient))
+                .collect::<Vec<_>>()
         })
         .collect()
 }
@@ -30,7 +32,10 @@ fn settings() -> Settings {
 #[test]
 fn two_runs_are_equal_and_so_are_all_ranks() {
     let job = job();
-    let (first, second) = (bits(&job.on_ranks(settings())), bits(&job.on_ranks(settings())));
+    let (first, second) = (
+        bits(&job.on_ranks(settings())),
+        bits(&job.on_ranks(settings())),
+    );
     assert!(first == second);
     let ranks: Vec<_> = first.chunks(first.len() / 4).collect();
     assert!(ranks.iter().all(|rank| rank == &ranks[0]));
@@ -41,17 +46,26 @@ fn two_runs_are_equal_and_so_are_all_ranks() {
 fn one_and_two_threads_are_equal() {
     const FILE: &str = "EXACT_BITS_FILE";
     if let Some(path) = std::env::var_os(FILE) {
-        let bits: Vec<u8> =
-            bits(&job().on_ranks(settings())).into_iter().flatten().flat_map(u32::to_le_bytes).collect();
+        let bits: Vec<u8> = bits(&job().on_ranks(settings()))
+            .into_iter()
+            .flatten()
+            .flat_map(u32::to_le_bytes)
+            .collect();
         std::fs::write(path, bits).unwrap();
         return;
     }
     let results: Vec<Vec<u8>> = ["1", "2", "5"]
         .into_iter()
         .map(|threads| {
-            let path = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("bits-of-{threads}-threads"));
+            let path = std::path::Path::new(env!("CARGO_TARGET_TMPDIR"))
+                .join(format!("bits-of-{threads}-threads"));
             let status = std::process::Command::new(std::env::current_exe().unwrap())
-                .args(["--exact", "repeat::one_and_two_threads_are_equal", "--test-threads", "1"])
+                .args([
+                    "--exact",
+                    "repeat::one_and_two_threads_are_equal",
+                    "--test-threads",
+                    "1",
+                ])
                 .env(FILE, &path)
                 .env("RAYON_NUM_THREADS", threads)
                 .stdout(std::process::Stdio::null())
