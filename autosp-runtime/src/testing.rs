@@ -29,7 +29,7 @@ pub use report::{Case, Difference, Report, Run};
 
 use crate::loss::IGNORE;
 use crate::random::Stream;
-use crate::train::reduce::{presence, reduce};
+use crate::train::reduce::{detached, presence, reduce};
 use crate::{Error, Parameters, Result, Sp, loss, memory, run_with};
 
 /// What to compare. All combinations of `sp`, `dp`, `groups` and `policies` are run.
@@ -257,8 +257,9 @@ fn gradients(sp: &Sp, parameters: &Parameters, loss: &Tensor) -> Result<Outcome>
     let mut grads = loss.backward()?;
     memory::collect(&mut grads)?;
     let named = parameters.named();
-    presence(sp, &grads, &named, &[])?.require(&named)?;
-    let sums = reduce(sp, &mut grads, &named, usize::MAX)?;
+    let own = detached(&grads, &named);
+    presence(sp, &own, &[])?.require(&named)?;
+    let sums = reduce(sp, own, &named, usize::MAX)?;
     let mut gradients = Vec::with_capacity(sums.len());
     for ((name, var), sum) in named.into_iter().zip(sums) {
         let values = sum.flatten_all()?.to_dtype(DType::F64)?.to_vec1::<f64>()?;

@@ -149,12 +149,15 @@ impl Trainer {
         let (value, finite, grads) = sp.scope(|| -> Result<_> {
             let loss = loss()?;
             let value = scalar(&loss)?;
-            let mut grads = loss.backward()?;
-            drop(loss);
-            memory::collect(&mut grads)?;
-            let presence = reduce::presence(&sp, &grads, &self.named, &[value.is_finite()])?;
+            let own = {
+                let mut grads = loss.backward()?;
+                drop(loss);
+                memory::collect(&mut grads)?;
+                reduce::detached(&grads, &self.named)
+            };
+            let presence = reduce::presence(&sp, &own, &[value.is_finite()])?;
             presence.require(&self.named)?;
-            let sums = reduce::reduce(&sp, &mut grads, &self.named, self.settings.bucket_bytes)?;
+            let sums = reduce::reduce(&sp, own, &self.named, self.settings.bucket_bytes)?;
             Ok((value, presence.unanimous[0], sums))
         })?;
         let grad_norm = reduce::global_norm(&grads)?;

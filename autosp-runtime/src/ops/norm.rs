@@ -305,3 +305,20 @@ pub fn layer_norm_op(xs: &Tensor, alpha: &Tensor, beta: &Tensor, eps: f32) -> Re
         },
     )
 }
+
+/// Each norm as a kernel and as a composition, without and with a bias.
+#[cfg(test)]
+pub(super) fn both() -> Vec<super::tests::Pair> {
+    let mut all = Vec::new();
+    for remove_mean in [true, false] {
+        let settings = Norm {
+            eps: 0.25,
+            remove_mean,
+        };
+        all.push(super::tests::Pair {
+            fast: Box::new(move |x| norm("norm", &x[0], &x[1], x.get(2), settings)),
+            slow: Box::new(move |x| composed(&x[0], &x[1], x.get(2), settings)),
+        });
+    }
+    all
+}

@@ -42,15 +42,20 @@ pub fn slice(table: &Tensor, dim: usize) -> Result<Tensor> {
     }
 }
 
-/// Token `global_index` (of the whole sequence) of a tensor that is sharded along `dim`, on every rank of the sequence; `dim` stays,
-/// with length 1, as in `x.narrow(dim, global_index, 1)`.
+/// Token `global_index` (of the whole sequence) of a tensor that is sharded along `dim`, on every rank of the sequence; `dim` goes
+/// away, as in `x.i((.., global_index))`.
 ///
-/// The backward sums the gradients of all ranks to the rank that holds the token. Outside a sharded scope it is that `narrow`.
+/// The backward sums the gradients of all ranks to the rank that holds the token. Outside a sharded scope it is that index.
 ///
 /// # Errors
 /// AS0515 if the sequence has no such token; AS0303 if `x` has another length than this rank's shard; as
 /// [`wait`](crate::comm::Engine::wait).
 pub fn pick(x: &Tensor, dim: usize, global_index: usize) -> Result<Tensor> {
+    narrow(x, dim, global_index)?.squeeze(dim)
+}
+
+/// As [`pick`], with `dim` of length 1.
+fn narrow(x: &Tensor, dim: usize, global_index: usize) -> Result<Tensor> {
     let Some(scope) = scope::current() else {
         return x.narrow(dim, global_index, 1);
     };

@@ -247,3 +247,22 @@ pub fn rope_thd(xs: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
         sin,
     )
 }
+
+/// Each rope as a kernel and as a composition.
+#[cfg(test)]
+pub(super) fn both() -> Vec<super::tests::Pair> {
+    let variants = [(false, false), (true, false), (false, true)];
+    let pair = |(interleaved, sequence_first)| {
+        let rope = Rope {
+            name: "rope",
+            interleaved,
+            sequence_first,
+            inverse: false,
+        };
+        super::tests::Pair {
+            fast: Box::new(move |x| apply(rope, &x[0], &x[1], &x[2])),
+            slow: Box::new(move |x| composed(rope, &x[0], &x[1], &x[2])),
+        }
+    };
+    variants.into_iter().map(pair).collect()
+}

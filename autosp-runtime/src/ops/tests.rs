@@ -301,3 +301,27 @@ fn wrong_shapes_and_types_are_refused() {
     assert!(message.contains("F32"), "{message}");
     assert!(softmax_last_dim(&Tensor::new(1u32, &Device::Cpu).unwrap()).is_err());
 }
+
+/// The kernel of an operation and its composition.
+pub(super) struct Pair {
+    pub(super) fast: Box<Function<'static>>,
+    pub(super) slow: Box<Function<'static>>,
+}
+
+#[test]
+fn the_compositions_for_other_devices_are_the_same() {
+    let inputs = [
+        numbers(1, &[2, 4, 6, 8]),
+        numbers(2, &[8]),
+        numbers(3, &[8]),
+    ];
+    for Pair { fast, slow } in norm::both() {
+        with_types(&*fast, &*slow, &inputs[..2]);
+        with_types(&*fast, &*slow, &inputs);
+    }
+    let [cos, sin] = tables(4, &[2, 7, 4]);
+    let inputs = [numbers(1, &[2, 6, 6, 8]), cos, sin];
+    for Pair { fast, slow } in rope::both() {
+        with_types(&*fast, &*slow, &inputs);
+    }
+}

@@ -48,14 +48,22 @@ impl Sp {
                 )
             })
             .collect();
-        let flags = presence(self, grads, &named, &[])?;
-        flags.require(&named)?;
-        let sums = reduce(self, grads, &named, BUCKET)?;
+        let own = detached(grads, &named);
+        presence(self, &own, &[])?.require(&named)?;
+        let sums = reduce(self, own, &named, BUCKET)?;
         for (var, sum) in vars.iter().zip(sums) {
             grads.insert(var, sum.to_dtype(var.dtype())?);
         }
         Ok(())
     }
+}
+
+/// This rank's gradients of the variables. Those of candle's store hold on to the graph that made them, all activations included.
+pub(crate) fn detached(grads: &GradStore, named: &[(String, Var)]) -> Vec<Option<Tensor>> {
+    named
+        .iter()
+        .map(|(_, var)| grads.get(var).map(Tensor::detach))
+        .collect()
 }
 
 /// What all ranks have said about their gradients.
@@ -93,13 +101,8 @@ impl Presence {
 }
 
 /// Tells all ranks which gradients are here, and asks them yes-or-no questions.
-pub(crate) fn presence(
-    sp: &Sp,
-    grads: &GradStore,
-    named: &[(String, Var)],
-    questions: &[bool],
-) -> Result<Presence> {
-    let here = named.iter().map(|(_, var)| grads.get(var).is_some());
+pub(crate) fn presence(sp: &Sp, grads: &[Option<Tensor>], questions: &[bool]) -> Result<Presence> {
+    let here = grads.iter().map(Option::is_some);
     let own: Vec<u8> = here
         .chain(questions.iter().copied())
         .map(u8::from)
@@ -112,10 +115,10 @@ pub(crate) fn presence(
         all_gather(sp.world_group(), tag("present"), &own, 0)?
     };
     let all = all.to_vec2::<u8>()?;
-    let anywhere = (0..named.len())
+    let anywhere = (0..grads.len())
         .map(|i| all.iter().any(|rank| rank[i] == 1))
         .collect();
-    let unanimous = (named.len()..width)
+    let unanimous = (grads.len()..width)
         .map(|i| all.iter().all(|rank| rank[i] == 1))
         .collect();
     Ok(Presence {
@@ -137,17 +140,18 @@ fn wide(var: &Var) -> DType {
     }
 }
 
-/// Takes the gradients out of the store and sums them over all ranks, in flat buckets of consecutive variables.
+/// Sums the gradients over all ranks, in flat buckets of consecutive variables.
 ///
 /// Every rank gets the same bits. Sums are taken in `f32` (`f64` for `f64` variables), in the order of the ranks.
 pub(crate) fn reduce(
     sp: &Sp,
-    grads: &mut GradStore,
+    grads: Vec<Option<Tensor>>,
     named: &[(String, Var)],
     bucket_bytes: usize,
 ) -> Result<Vec<Tensor>> {
     let mut sums = Vec::with_capacity(named.len());
     let mut rest = named;
+    let mut grads = grads.into_iter();
     while let Some((_, first)) = rest.first() {
         let dtype = wide(first);
         let mut bytes = 0;
@@ -159,9 +163,9 @@ pub(crate) fn reduce(
         let (bucket, later) = rest.split_at(count);
         rest = later;
         let mut flat = Vec::with_capacity(count);
-        for (_, var) in bucket {
-            flat.push(match grads.remove(var) {
-                Some(grad) => grad.detach().to_dtype(dtype)?.flatten_all()?,
+        for ((_, var), grad) in bucket.iter().zip(grads.by_ref()) {
+            flat.push(match grad {
+                Some(grad) => grad.to_dtype(dtype)?.flatten_all()?,
                 None => Tensor::zeros(var.elem_count(), dtype, var.device())?,
             });
         }
