@@ -83,6 +83,7 @@ fn wrong_input_is_one_clear_line() {
         (&["--data", "text.txt", "--seq-len", "100000"], "--seq-len"),
         (&["--data", "text.txt", "--sp", "3", "--seq-len", "32"], "3"),
         (&["--data", "text.txt", "--sp", "0"], "--sp"),
+        (&["--data", "text.txt", "--dp", "3"], "--batch"),
         (&["--data", "text.txt", "--lr", "-1"], "--lr"),
         (&["--data", "text.txt", "--lr", "fast"], "--lr"),
         (&["--data", "text.txt", "--steps", "0"], "--steps"),

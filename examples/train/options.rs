@@ -96,6 +96,12 @@ impl Options {
                 return Err(failure(format!("expected {flag} of at least 1, found 0")));
             }
         }
+        if !self.batch.is_multiple_of(self.dp) {
+            let (dp, batch) = (self.dp, self.batch);
+            return Err(failure(format!(
+                "expected a --batch that divides by --dp {dp}, found {batch}"
+            )));
+        }
         if !(self.lr.is_finite() && self.lr > 0.0) {
             return Err(failure(format!("expected --lr above 0, found {}", self.lr)));
         }
