@@ -24,10 +24,10 @@ pub struct Options {
     #[arg(long, value_name = "S", default_value_t = 512)]
     pub seq_len: usize,
     /// Sequences of a step, over all ranks
-    #[arg(long, value_name = "B", default_value_t = 4)]
+    #[arg(long, value_name = "B", default_value_t = 2)]
     pub batch: usize,
     /// Optimizer steps
-    #[arg(long, value_name = "K", default_value_t = 80)]
+    #[arg(long, value_name = "K", default_value_t = 60)]
     pub steps: usize,
     /// Decides the first parameters and the order of the text, whatever the number of ranks
     #[arg(long, value_name = "X", default_value_t = 1)]
