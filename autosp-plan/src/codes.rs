@@ -169,6 +169,8 @@ codes! {
         "The file could not be parsed as Rust source, at the line and column that the message names. `rustc` or `cargo check` says more about it.";
     UNKNOWN_CODE = "AS0603", "unknown error code",
         "`explain` takes a code as messages print it in square brackets, such as AS0101, in any case. Without an argument it lists all codes.";
+    ARGUMENT = "AS0604", "a program was given an argument that it cannot use",
+        "A flag does not exist, has a value of the wrong kind, or asks for something that makes no sense, as the message says. `--help` lists the flags of a program and what they take.";
 }
 
 /// Looks a code up by its printed form, in any case.

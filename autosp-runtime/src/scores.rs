@@ -7,6 +7,7 @@
 mod operators;
 mod recipe;
 
+use std::borrow::Borrow;
 use std::sync::Arc;
 
 use autosp_plan::codes;
@@ -95,7 +96,8 @@ pub fn scores<S: Site>(q: &Tensor, k: &Tensor) -> Result<Scores> {
 ///
 /// # Errors
 /// None; the form is candle's.
-pub fn softmax(scores: &Scores) -> Result<Weights> {
+pub fn softmax(scores: impl Borrow<Scores>) -> Result<Weights> {
+    let scores = scores.borrow();
     Ok(Weights {
         scores: scores.clone(),
         dtype: scores.dtype,

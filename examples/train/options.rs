@@ -24,16 +24,21 @@ pub struct Options {
     #[arg(long, value_name = "S", default_value_t = 512)]
     pub seq_len: usize,
     /// Sequences of a step, over all ranks
-    #[arg(long, value_name = "B", default_value_t = 4)]
+    #[arg(long, value_name = "B", default_value_t = 2)]
     pub batch: usize,
     /// Optimizer steps
-    #[arg(long, value_name = "K", default_value_t = 80)]
+    #[arg(long, value_name = "K", default_value_t = 60)]
     pub steps: usize,
     /// Decides the first parameters and the order of the text, whatever the number of ranks
     #[arg(long, value_name = "X", default_value_t = 1)]
     pub seed: u64,
     /// Learning rate at its peak
-    #[arg(long, value_name = "R", default_value_t = 3e-3, allow_negative_numbers = true)]
+    #[arg(
+        long,
+        value_name = "R",
+        default_value_t = 3e-3,
+        allow_negative_numbers = true
+    )]
     pub lr: f64,
     /// Head groups of each attention: the next group's exchange overlaps this group's attention
     #[arg(long, value_name = "G", default_value_t = 2)]
@@ -51,15 +56,26 @@ impl Options {
     ///
     /// # Errors
     /// An unknown flag or a value that makes no sense, in one line.
-    pub fn read(arguments: impl IntoIterator<Item = OsString>) -> Result<std::result::Result<Self, String>> {
+    pub fn read(
+        arguments: impl IntoIterator<Item = OsString>,
+    ) -> Result<std::result::Result<Self, String>> {
         let options = match Self::try_parse_from(arguments) {
             Ok(options) => options,
-            Err(error) if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) => {
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    ErrorKind::DisplayHelp | ErrorKind::DisplayVersion
+                ) =>
+            {
                 return Ok(Err(error.to_string()));
             }
             Err(error) => {
                 let text = error.to_string();
-                let line = text.lines().next().unwrap_or_default().trim_start_matches("error: ");
+                let line = text
+                    .lines()
+                    .next()
+                    .unwrap_or_default()
+                    .trim_start_matches("error: ");
                 return Err(failure(format!("{line} (--help lists the options)")));
             }
         };
@@ -79,6 +95,12 @@ impl Options {
             if value == 0 {
                 return Err(failure(format!("expected {flag} of at least 1, found 0")));
             }
+        }
+        if !self.batch.is_multiple_of(self.dp) {
+            let (dp, batch) = (self.dp, self.batch);
+            return Err(failure(format!(
+                "expected a --batch that divides by --dp {dp}, found {batch}"
+            )));
         }
         if !(self.lr.is_finite() && self.lr > 0.0) {
             return Err(failure(format!("expected --lr above 0, found {}", self.lr)));

@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use autosp::{Error, Result, codes, train::StepReport};
+use autosp::{Error, Result, StepReport, codes};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
@@ -25,12 +25,23 @@ impl Report {
     /// # Errors
     /// When the log cannot be written.
     pub fn new(steps: usize, log: Option<&Path>) -> Result<Self> {
-        let create = |path: &Path| open(path, OpenOptions::new().write(true).create(true).truncate(true));
-        let log = log.map(|path| Ok::<_, Error>((BufWriter::new(create(path)?), path.to_owned()))).transpose()?;
+        let create = |path: &Path| {
+            open(
+                path,
+                OpenOptions::new().write(true).create(true).truncate(true),
+            )
+        };
+        let log = log
+            .map(|path| Ok::<_, Error>((BufWriter::new(create(path)?), path.to_owned())))
+            .transpose()?;
         let bar = ProgressBar::new(steps as u64);
         let style = ProgressStyle::with_template("{bar:30} {pos:>4}/{len}  {msg}  {eta} left");
         bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
-        Ok(Self { bar, log, steps: steps as u64 })
+        Ok(Self {
+            bar,
+            log,
+            steps: steps as u64,
+        })
     }
 
     /// Shows and logs a finished step.
@@ -50,14 +61,24 @@ impl Report {
             });
             writeln!(log, "{object}")
                 .and_then(|()| log.flush())
-                .map_err(|error| file_failure(codes::FILE_UNWRITABLE, "write the log", path, &error))?;
+                .map_err(|error| {
+                    file_failure(codes::FILE_UNWRITABLE, "write the log", path, &error)
+                })?;
         }
-        let memory = memory().map_or(String::new(), |bytes| format!("  {:>5.0} MB", bytes as f64 / 1e6));
-        let text = format!("loss {:.4}  {:>7.0} tokens/s{memory}", step.loss, step.tokens_per_s);
+        let memory = memory().map_or(String::new(), |bytes| {
+            format!("  {:>5.0} MB", bytes as f64 / 1e6)
+        });
+        let text = format!(
+            "loss {:.4}  {:>7.0} tokens/s{memory}",
+            step.loss, step.tokens_per_s
+        );
         if std::io::stderr().is_terminal() {
             self.bar.set_message(text);
             self.bar.inc(1);
-        } else if step.step == 1 || step.step == self.steps || step.step % self.steps.div_ceil(10) == 0 {
+        } else if step.step == 1
+            || step.step == self.steps
+            || step.step.is_multiple_of(self.steps.div_ceil(10))
+        {
             println!("step {:>4}/{}  {text}", step.step, self.steps);
         }
         Ok(())
@@ -84,7 +105,9 @@ pub fn check_writable(path: &Path) -> Result<()> {
 }
 
 fn open(path: &Path, options: &OpenOptions) -> Result<File> {
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+    let folder = path
+        .parent()
+        .filter(|folder| !folder.as_os_str().is_empty());
     folder
         .map_or(Ok(()), fs::create_dir_all)
         .and_then(|()| options.open(path))
@@ -94,6 +117,12 @@ fn open(path: &Path, options: &OpenOptions) -> Result<File> {
 /// Bytes of memory that this process holds, where the system says (Linux).
 fn memory() -> Option<u64> {
     let status = fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
-    line.trim().strip_suffix(" kB")?.parse::<u64>().ok().map(|kilobytes| kilobytes * 1024)
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmRSS:"))?;
+    line.trim()
+        .strip_suffix(" kB")?
+        .parse::<u64>()
+        .ok()
+        .map(|kilobytes| kilobytes * 1024)
 }

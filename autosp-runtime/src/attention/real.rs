@@ -98,8 +98,9 @@ impl Real for f32 {
         let p = p.fused::<FMA>(r * r, r) + 1.0;
         let bits = shifted.to_bits().wrapping_sub(SHIFT.to_bits()) as i32;
         let half = bits >> 1;
-        let rest = bits - half;
-        let power = |e: i32| f32::from_bits(((e + 127) << 23) as u32);
+        // Wrapping, since a check for overflow is a branch.
+        let rest = bits.wrapping_sub(half);
+        let power = |e: i32| f32::from_bits((e.wrapping_add(127) as u32).wrapping_shl(23));
         p * power(half) * power(rest)
     }
 

@@ -15,13 +15,15 @@ fn attention_rate() {
         let text = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap();
         text.split(' ').next().unwrap().parse::<f64>().unwrap() / 1e9
     };
-    let best = |f: &dyn Fn()| {
-        let run = |_| {
-            let start = running();
+    // The clock ticks in milliseconds: count enough of them.
+    let mean = |f: &dyn Fn()| {
+        let start = running();
+        let mut runs = 0.0;
+        while running() - start < 0.5 {
             f();
-            running() - start
-        };
-        (0..5).map(run).fold(f64::MAX, f64::min)
+            runs += 1.0;
+        }
+        (running() - start) / runs
     };
     let pool = rayon::ThreadPoolBuilder::new()
         .num_threads(1)
@@ -40,8 +42,8 @@ fn attention_rate() {
             let spec = case.spec();
             let flop = 4.0 * (case.heads() * len * len * d) as f64 * if causal { 0.5 } else { 1.0 };
             let output = forward(Kernel::Tiled, &spec, q, k, v).unwrap();
-            let ahead = best(&|| drop(forward(Kernel::Tiled, &spec, q, k, v).unwrap()));
-            let back = best(&|| drop(backward(Kernel::Tiled, &spec, (q, k, v), &output, w).unwrap()));
+            let ahead = mean(&|| drop(forward(Kernel::Tiled, &spec, q, k, v).unwrap()));
+            let back = mean(&|| drop(backward(Kernel::Tiled, &spec, (q, k, v), &output, w).unwrap()));
             println!(
                 "S {len} d {d} causal {causal}: forward {:.1} GFLOP/s ({:.1} ms), backward {:.1} GFLOP/s ({:.1} ms)",
                 flop / ahead / 1e9,
@@ -52,7 +54,7 @@ fn attention_rate() {
         }
         let n = 1024;
         let (a, b) = (noise(1, &[n, n], DType::F32), noise(2, &[n, n], DType::F32));
-        let product = best(&|| drop(a.matmul(&b).unwrap()));
+        let product = mean(&|| drop(a.matmul(&b).unwrap()));
         println!("matmul {n}: {:.1} GFLOP/s", 2.0 * (n * n * n) as f64 / product / 1e9);
     });
 }

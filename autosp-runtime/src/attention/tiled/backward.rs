@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 use std::ops::Range;
 
-use super::micro::{self, MR, NR};
+use super::micro::{self, MR, NR, lanes, lanes_mut};
 use super::{KEYS, QUERIES, pack, scores, side};
 use crate::attention::real::{Element, Real};
 use crate::attention::simd::{Job, dispatch};
@@ -197,18 +197,16 @@ fn weigh<R: Real, const FMA: bool>(
     width: usize,
 ) {
     for lane in (0..width).step_by(NR) {
-        let lse: [R; NR] = std::array::from_fn(|i| tile.lse[lane + i]);
-        let rest: [R; NR] = std::array::from_fn(|i| tile.rest[lane + i]);
-        let delta: [R; NR] = std::array::from_fn(|i| tile.delta[lane + i]);
+        let lse = *lanes::<R, NR>(&tile.lse[lane..]);
+        let rest = *lanes::<R, NR>(&tile.rest[lane..]);
+        let delta = *lanes::<R, NR>(&tile.delta[lane..]);
         for (p, ds) in scores
             .chunks_exact_mut(width)
             .zip(gradients.chunks_exact_mut(width))
         {
-            let lanes = p[lane..lane + NR].iter_mut().zip(&mut ds[lane..lane + NR]);
-            for (i, (p, ds)) in lanes.enumerate() {
-                *p = ((*p - lse[i]) - rest[i]).fast_exp::<FMA>();
-                *ds = *p * (*ds - delta[i]);
-            }
+            let (p, ds) = (lanes_mut(&mut p[lane..]), lanes_mut(&mut ds[lane..]));
+            *p = std::array::from_fn(|i| ((p[i] - lse[i]) - rest[i]).fast_exp::<FMA>());
+            *ds = std::array::from_fn(|i| p[i] * (ds[i] - delta[i]));
         }
     }
     for (ds, slope) in gradients.iter_mut().zip(slope) {

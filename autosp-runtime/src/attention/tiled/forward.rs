@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::micro::{self, MR, NR};
+use super::micro::{self, MR, NR, lanes, lanes_mut};
 use super::{KEYS, QUERIES, pack, scores, side};
 use crate::attention::real::{Element, Real};
 use crate::attention::simd::{Job, dispatch};
@@ -128,21 +128,18 @@ impl<R: Real> Running<R> {
     #[inline(always)]
     fn absorb<const FMA: bool>(&mut self, scores: &mut [R], width: usize) {
         for lane in (0..width).step_by(NR) {
-            let mut max: [R; NR] = std::array::from_fn(|i| self.max[lane + i]);
+            let mut max = *lanes::<R, NR>(&self.max[lane..]);
             for row in scores.chunks_exact(width) {
-                for (max, x) in max.iter_mut().zip(&row[lane..lane + NR]) {
-                    *max = max.larger(*x);
-                }
+                let x = lanes::<R, NR>(&row[lane..]);
+                max = std::array::from_fn(|i| max[i].larger(x[i]));
             }
             // While a row has seen only -inf, differences to its maximum would be NaN: measure from zero.
             let base = max.map(|max| if max == R::NEG_INFINITY { R::ZERO } else { max });
             let mut total = [R::ZERO; NR];
             for row in scores.chunks_exact_mut(width) {
-                for ((x, base), total) in row[lane..lane + NR].iter_mut().zip(&base).zip(&mut total)
-                {
-                    *x = (*x - *base).fast_exp::<FMA>();
-                    *total += *x;
-                }
+                let x = lanes_mut(&mut row[lane..]);
+                *x = std::array::from_fn(|i| (x[i] - base[i]).fast_exp::<FMA>());
+                total = std::array::from_fn(|i| total[i] + x[i]);
             }
             for i in 0..NR {
                 let shrink = (self.max[lane + i] - base[i]).fast_exp::<FMA>();

@@ -28,7 +28,7 @@ fn step<R: Real, const FMA: bool>(acc: &mut Acc<R>, a: [R; MR], b: &[R; NR]) {
 }
 
 #[inline(always)]
-fn lanes<R: Real, const N: usize>(x: &[R]) -> &[R; N] {
+pub(super) fn lanes<R: Real, const N: usize>(x: &[R]) -> &[R; N] {
     match x.first_chunk::<N>() {
         Some(x) => x,
         None => unreachable!("a packed operand is a whole number of lanes"),
@@ -55,12 +55,8 @@ pub(super) fn columns<R: Real, const FMA: bool>(
     k: usize,
 ) -> Acc<R> {
     let mut acc = [[R::ZERO; NR]; MR];
-    for p in 0..k {
-        step::<R, FMA>(
-            &mut acc,
-            *lanes::<R, MR>(&a[p * lda..]),
-            lanes::<R, NR>(&b[p * ldb..]),
-        );
+    for (a, b) in a.chunks(lda).zip(b.chunks(ldb)).take(k) {
+        step::<R, FMA>(&mut acc, *lanes::<R, MR>(a), lanes::<R, NR>(b));
     }
     acc
 }
@@ -76,14 +72,23 @@ pub(super) fn rows<R: Real, const FMA: bool>(
 ) -> Acc<R> {
     let mut acc = [[R::ZERO; NR]; MR];
     let a: [&[R]; MR] = std::array::from_fn(|i| &a[i * lda..i * lda + k]);
-    for p in 0..k {
+    for (p, b) in (0..k).zip(b.chunks(ldb)) {
         step::<R, FMA>(
             &mut acc,
             std::array::from_fn(|i| a[i][p]),
-            lanes::<R, NR>(&b[p * ldb..]),
+            lanes::<R, NR>(b),
         );
     }
     acc
+}
+
+/// [`NR`] numbers that are written.
+#[inline(always)]
+pub(super) fn lanes_mut<R: Real>(x: &mut [R]) -> &mut [R; NR] {
+    match x.first_chunk_mut::<NR>() {
+        Some(x) => x,
+        None => unreachable!("rows of a tile are a whole number of lanes"),
+    }
 }
 
 /// Adds a register tile to `c[i * ldc + j]`.

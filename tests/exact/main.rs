@@ -1,0 +1,17 @@
+//! The contract: training on ranks has the numbers of one device that runs the unannotated model on candle's slow operations.
+#![allow(clippy::unwrap_used, unreachable_pub)]
+
+mod faults;
+mod finite_differences;
+mod golden;
+mod job;
+mod leaks;
+mod matrix;
+mod repeat;
+
+/// The example Llama with the attribute; `autosp_reference::llama` is the same file without.
+#[autosp::sequence_parallel]
+#[allow(dead_code, missing_docs, clippy::pedantic)]
+pub mod llama {
+    include!("../../examples/models/llama.rs");
+}
