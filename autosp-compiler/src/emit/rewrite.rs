@@ -11,7 +11,7 @@ use syn::{Expr, parse_quote};
 pub(super) fn block(block: &syn::Block, twin: &Twin, rt: &syn::Ident) -> syn::Block {
     let mut edits: HashMap<u32, Vec<&Action>> = HashMap::new();
     let mut wanted: HashSet<u32> = HashSet::new();
-    let mut inputs: HashSet<u32> = HashSet::new();
+    let mut inputs: HashMap<u32, &str> = HashMap::new();
     for edit in &twin.edits {
         edits.entry(edit.expr).or_default().push(&edit.action);
         match &edit.action {
@@ -24,7 +24,7 @@ pub(super) fn block(block: &syn::Block, twin: &Twin, rt: &syn::Ident) -> syn::Bl
                 wanted.extend(bounds.flat_map(|b| b.terms.iter().map(|t| t.1)));
             }
             Action::Checkpoint(c) => {
-                inputs.insert(c.input);
+                inputs.insert(c.input, &c.variable);
             }
             _ => {}
         }
@@ -48,8 +48,8 @@ struct Rewriter<'e> {
     edits: HashMap<u32, Vec<&'e Action>>,
     /// Expressions that another edit moves elsewhere.
     wanted: HashSet<u32>,
-    /// The inputs of checkpointed calls.
-    inputs: HashSet<u32>,
+    /// The inputs of checkpointed calls, with the variable that carries them.
+    inputs: HashMap<u32, &'e str>,
     saved: HashMap<u32, Expr>,
     untyped: HashSet<u32>,
     rt: &'e syn::Ident,
@@ -81,11 +81,12 @@ impl VisitMut for Rewriter<'_> {
         for action in self.edits.remove(&id).unwrap_or_default() {
             self.apply(e, action, id);
         }
-        if self.inputs.contains(&id) {
-            // Inside the scope's closure the input is its parameter, a reference.
+        if let Some(variable) = self.inputs.get(&id) {
+            // Inside the scope's closure the variable is its parameter, a reference.
+            let variable = format_ident!("{variable}");
             *e = match &*e {
-                Expr::Reference(_) => parse_quote!(input),
-                _ => parse_quote!(input.clone()),
+                Expr::Reference(_) => parse_quote!(#variable),
+                _ => parse_quote!(#variable.clone()),
             };
         }
         if self.wanted.contains(&id) {
@@ -389,6 +390,6 @@ fn checkpoint(e: &mut Expr, scope: &Checkpoint, rt: &syn::Ident) {
     let variable = format_ident!("{}", scope.variable);
     *e = parse_quote!({
         #(#clones)*
-        #rt::checkpoint(&#variable, move |input| #e)
+        #rt::checkpoint(&#variable, move |#variable| #e)
     });
 }

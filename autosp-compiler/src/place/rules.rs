@@ -64,9 +64,24 @@ impl Placer<'_, '_, '_> {
         }
         for (i, d) in &n.touches {
             let input = n.inputs.get(*i).map_or(node, |i| i.node);
-            if inputs.get(*i) == Some(&Place::Sharded) && self.sequence_dims(input).contains(d) {
+            if inputs.get(*i) != Some(&Place::Sharded) {
+                continue;
+            }
+            if self.sequence_dims(input).contains(d) {
                 let note = self.shape_note(input, *d);
                 return self.mixes(node, row, note);
+            }
+            if self.is_batch(input, *d) {
+                return self.refuse(
+                    node,
+                    codes::MIXES_TOKENS,
+                    format!(
+                        "`{}` mixes rows of the batch, which the dp replicas share out",
+                        n.text
+                    ),
+                    None,
+                    "compute it for each row",
+                );
             }
         }
         for (i, input) in n.inputs.iter().enumerate() {
@@ -104,6 +119,15 @@ impl Placer<'_, '_, '_> {
                 "an attention that can be sharded is `softmax(q k^T) v`",
             ),
             _ => Place::Sharded,
+        }
+    }
+
+    /// Whether a dimension is the batch: one of the input's that is not the sequence and that no layer runs along.
+    fn is_batch(&self, node: NodeId, d: usize) -> bool {
+        let atoms = &self.trace.atoms;
+        match &self.trace.nodes[node].shape {
+            Shape::Known(dims) => dims.get(d).is_some_and(|dim| dim.anchored(atoms)),
+            _ => false,
         }
     }
 
