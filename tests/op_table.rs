@@ -18,7 +18,9 @@ fn random(seed: u64, shape: &[usize]) -> Tensor {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let data: Vec<f32> = (0..count)
         .map(|_| {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
             0.1 + 0.8 * ((state >> 40) as f32 / (1u64 << 24) as f32)
         })
         .collect();
@@ -38,7 +40,12 @@ struct Case {
 }
 
 fn case(inputs: Vec<Tensor>, run: impl Fn(&[Tensor]) -> Result<Tensor> + 'static) -> Case {
-    Case { inputs, run: Box::new(run), allowed: Vec::new(), along: Vec::new() }
+    Case {
+        inputs,
+        run: Box::new(run),
+        allowed: Vec::new(),
+        along: Vec::new(),
+    }
 }
 
 fn unary(seed: u64, run: impl Fn(&Tensor) -> Result<Tensor> + 'static) -> Case {
@@ -46,7 +53,10 @@ fn unary(seed: u64, run: impl Fn(&Tensor) -> Result<Tensor> + 'static) -> Case {
 }
 
 fn binary(seed: u64, run: impl Fn(&Tensor, &Tensor) -> Result<Tensor> + 'static) -> Case {
-    case(vec![random(seed, &[N, N, N]), random(seed + 1, &[N, N, N])], move |x| run(&x[0], &x[1]))
+    case(
+        vec![random(seed, &[N, N, N]), random(seed + 1, &[N, N, N])],
+        move |x| run(&x[0], &x[1]),
+    )
 }
 
 fn layer_weight(seed: u64, shape: &[usize]) -> Tensor {
@@ -112,11 +122,17 @@ fn tensor_op(name: &str, seed: u64) -> Option<Case> {
         "broadcast_gt" => binary(seed, Tensor::broadcast_gt),
         "broadcast_ge" => binary(seed, Tensor::broadcast_ge),
         "where_cond" => case(
-            vec![random(seed, &[N, N, N]), random(seed + 1, &[N, N, N]), random(seed + 2, &[N, N, N])],
+            vec![
+                random(seed, &[N, N, N]),
+                random(seed + 1, &[N, N, N]),
+                random(seed + 2, &[N, N, N]),
+            ],
             |x| x[0].gt(0.5)?.where_cond(&x[1], &x[2]),
         ),
         // The last size is given, so that the reshape is the same program on a shard.
-        "reshape" => unary(seed, |x| x.reshape((x.dim(0)?, x.dim(1)?, 2, x.dim(2)? / 2))),
+        "reshape" => unary(seed, |x| {
+            x.reshape((x.dim(0)?, x.dim(1)?, 2, x.dim(2)? / 2))
+        }),
         "flatten" => unary(seed, |x| x.flatten(1, 2)),
         "flatten_from" => unary(seed, |x| x.flatten_from(1)),
         "flatten_to" => unary(seed, |x| x.flatten_to(1)),
@@ -126,8 +142,12 @@ fn tensor_op(name: &str, seed: u64) -> Option<Case> {
         "permute" => unary(seed, |x| x.permute((2, 0, 1))),
         "unsqueeze" => unary(seed, |x| x.unsqueeze(1)),
         "squeeze" => case(vec![random(seed, &[N, 1, N])], |x| x[0].squeeze(1)),
-        "expand" => case(vec![random(seed, &[N, 1, N])], |x| x[0].expand((x[0].dim(0)?, 5, x[0].dim(2)?))),
-        "broadcast_as" => case(vec![random(seed, &[N, 1, N])], |x| x[0].broadcast_as((x[0].dim(0)?, 5, x[0].dim(2)?))),
+        "expand" => case(vec![random(seed, &[N, 1, N])], |x| {
+            x[0].expand((x[0].dim(0)?, 5, x[0].dim(2)?))
+        }),
+        "broadcast_as" => case(vec![random(seed, &[N, 1, N])], |x| {
+            x[0].broadcast_as((x[0].dim(0)?, 5, x[0].dim(2)?))
+        }),
         "narrow" => unary(seed, |x| x.narrow(1, 1, 3)),
         "chunk" => unary(seed, |x| Ok(x.chunk(2, 1)?[1].clone())),
         "cat" => binary(seed, |x, y| Tensor::cat(&[x, y], 1)),
@@ -161,9 +181,20 @@ fn tensor_op(name: &str, seed: u64) -> Option<Case> {
 fn nn_op(path: &str, seed: u64) -> Option<Case> {
     // x [b, h, s, d] with tables [s, d/2], which are cut with the sequence.
     let rope = |run: fn(&Tensor, &Tensor, &Tensor) -> Result<Tensor>| {
-        case(vec![random(seed, &[N, N, N, N]), random(seed + 1, &[N, N / 2]), random(seed + 2, &[N, N / 2])], move |x| {
-            run(&x[0].contiguous()?, &x[1].contiguous()?, &x[2].contiguous()?)
-        })
+        case(
+            vec![
+                random(seed, &[N, N, N, N]),
+                random(seed + 1, &[N, N / 2]),
+                random(seed + 2, &[N, N / 2]),
+            ],
+            move |x| {
+                run(
+                    &x[0].contiguous()?,
+                    &x[1].contiguous()?,
+                    &x[2].contiguous()?,
+                )
+            },
+        )
     };
     Some(match path {
         "candle_nn::ops::silu" => unary(seed, ops::silu),
@@ -176,7 +207,9 @@ fn nn_op(path: &str, seed: u64) -> Option<Case> {
         }
         "candle_nn::Embedding::forward" => {
             let layer = Embedding::new(layer_weight(seed, &[10, 4]), 4);
-            unary(seed, move |x| layer.forward(&(x * 9.9)?.to_dtype(DType::U32)?))
+            unary(seed, move |x| {
+                layer.forward(&(x * 9.9)?.to_dtype(DType::U32)?)
+            })
         }
         "candle_nn::RmsNorm::forward" => {
             let layer = RmsNorm::new(layer_weight(seed, &[N]), 1e-6);
@@ -187,10 +220,13 @@ fn nn_op(path: &str, seed: u64) -> Option<Case> {
             unary(seed, move |x| layer.forward_diff(x))
         }
         "candle_nn::LayerNorm::forward" => {
-            let layer = LayerNorm::new(layer_weight(seed, &[N]), layer_weight(seed + 1, &[N]), 1e-6);
+            let layer =
+                LayerNorm::new(layer_weight(seed, &[N]), layer_weight(seed + 1, &[N]), 1e-6);
             unary(seed, move |x| layer.forward(&x.contiguous()?))
         }
-        "candle_nn::ops::softmax_last_dim" => unary(seed, |x| ops::softmax_last_dim(&x.contiguous()?)),
+        "candle_nn::ops::softmax_last_dim" => {
+            unary(seed, |x| ops::softmax_last_dim(&x.contiguous()?))
+        }
         "candle_nn::ops::softmax" => unary(seed, |x| ops::softmax(x, 1)),
         "candle_nn::ops::log_softmax" => unary(seed, |x| ops::log_softmax(x, 1)),
         "candle_nn::rotary_emb::rope" => rope(rotary_emb::rope),
@@ -208,7 +244,9 @@ fn nn_op(path: &str, seed: u64) -> Option<Case> {
 fn claims(row: &Row, case: &mut Case) {
     let rank = case.inputs[0].rank();
     let each = |dims: &[(usize, usize)], inputs: usize| -> Vec<(Vec<Option<usize>>, usize)> {
-        dims.iter().map(|(d, out)| (vec![Some(*d); inputs], *out)).collect()
+        dims.iter()
+            .map(|(d, out)| (vec![Some(*d); inputs], *out))
+            .collect()
     };
     let count = case.inputs.len();
     let same: Vec<(usize, usize)> = (0..rank).map(|d| (d, d)).collect();
@@ -216,7 +254,11 @@ fn claims(row: &Row, case: &mut Case) {
         ShapeRule::Same | ShapeRule::Broadcast | ShapeRule::Select => (each(&same, count), vec![]),
         ShapeRule::Embedding => (each(&same, 1), vec![]),
         ShapeRule::Matmul => (
-            vec![(vec![Some(0), Some(0)], 0), (vec![Some(1), None], 1), (vec![None, Some(2)], 2)],
+            vec![
+                (vec![Some(0), Some(0)], 0),
+                (vec![Some(1), None], 1),
+                (vec![None, Some(2)], 2),
+            ],
             vec![],
         ),
         ShapeRule::Linear | ShapeRule::AlongLast => (each(&same[..rank - 1], 1), vec![rank - 1]),
@@ -240,11 +282,19 @@ fn claims(row: &Row, case: &mut Case) {
         ShapeRule::ReduceKeep | ShapeRule::Along => (each(&[(0, 0), (2, 2)], 1), vec![1]),
         ShapeRule::ReduceAll => (vec![], vec![0, 1, 2]),
         ShapeRule::Rope => (
-            vec![(vec![Some(0), None, None], 0), (vec![Some(1), None, None], 1), (vec![Some(2), Some(0), Some(0)], 2)],
+            vec![
+                (vec![Some(0), None, None], 0),
+                (vec![Some(1), None, None], 1),
+                (vec![Some(2), Some(0), Some(0)], 2),
+            ],
             vec![3],
         ),
         ShapeRule::RopeThd => (
-            vec![(vec![Some(0), None, None], 0), (vec![Some(1), Some(0), Some(0)], 1), (vec![Some(2), None, None], 2)],
+            vec![
+                (vec![Some(0), None, None], 0),
+                (vec![Some(1), Some(0), Some(0)], 1),
+                (vec![Some(2), None, None], 2),
+            ],
             vec![3],
         ),
         other => panic!("{}: no claims for {other:?}", row.path),
@@ -260,9 +310,16 @@ fn commutes(case: &Case, dims: &[Option<usize>], out: usize, parts: usize) -> Re
     };
     let mut equal = true;
     for r in 0..parts {
-        let inputs: Result<Vec<Tensor>> = case.inputs.iter().zip(dims).map(|(t, d)| d.map_or_else(|| Ok(t.clone()), |d| cut(t, d, r))).collect();
+        let inputs: Result<Vec<Tensor>> = case
+            .inputs
+            .iter()
+            .zip(dims)
+            .map(|(t, d)| d.map_or_else(|| Ok(t.clone()), |d| cut(t, d, r)))
+            .collect();
         // A shard on which the operation fails or has another shape is not the shard of the whole.
-        let Ok(part) = (case.run)(&inputs?) else { return Ok(false) };
+        let Ok(part) = (case.run)(&inputs?) else {
+            return Ok(false);
+        };
         if whole.rank() == 0 || out >= whole.rank() {
             equal &= part.dims() == whole.dims() && bits(&part)? == bits(&whole)?;
             continue;
@@ -274,7 +331,12 @@ fn commutes(case: &Case, dims: &[Option<usize>], out: usize, parts: usize) -> Re
 }
 
 fn bits(t: &Tensor) -> Result<Vec<u64>> {
-    Ok(t.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?.into_iter().map(f64::to_bits).collect())
+    Ok(t.to_dtype(DType::F64)?
+        .flatten_all()?
+        .to_vec1::<f64>()?
+        .into_iter()
+        .map(f64::to_bits)
+        .collect())
 }
 
 fn operation(row: &Row, seed: u64) -> Option<Case> {
@@ -293,8 +355,12 @@ fn without_operand(row: &Row) -> bool {
 
 #[test]
 fn every_row_has_its_operation() {
-    let missing: Vec<&str> =
-        candle().rows().iter().filter(|r| !without_operand(r) && operation(r, 1).is_none()).map(|r| r.path.as_str()).collect();
+    let missing: Vec<&str> = candle()
+        .rows()
+        .iter()
+        .filter(|r| !without_operand(r) && operation(r, 1).is_none())
+        .map(|r| r.path.as_str())
+        .collect();
     assert!(missing.is_empty(), "rows without a proof: {missing:?}");
 }
 
@@ -327,7 +393,11 @@ proptest! {
 
 #[test]
 fn gradients_are_where_a_row_says_so() {
-    for row in candle().rows().iter().filter(|r| !without_operand(r) && r.place != PlaceRule::Random) {
+    for row in candle()
+        .rows()
+        .iter()
+        .filter(|r| !without_operand(r) && r.place != PlaceRule::Random)
+    {
         let case = operation(row, 3).expect("a proof of the row");
         if row.path.contains("Embedding") {
             continue; // the operand is an index; the gradient goes to the table
@@ -336,13 +406,26 @@ fn gradients_are_where_a_row_says_so() {
         let mut inputs = case.inputs.clone();
         inputs[0] = var.as_tensor().clone();
         let result = (case.run)(&inputs).expect("the operation");
-        let gradient = result.to_dtype(DType::F32).and_then(|y| y.sum_all()).and_then(|y| y.backward());
+        let gradient = result
+            .to_dtype(DType::F32)
+            .and_then(|y| y.sum_all())
+            .and_then(|y| y.backward());
         let has = gradient.is_ok_and(|g| g.get(&var).is_some());
         // `where_cond` has its condition first, which has no gradient.
         if row.shape != ShapeRule::Select {
-            assert_eq!(has, row.grad, "{}: a gradient {}", row.path, if has { "is there" } else { "is missing" });
+            assert_eq!(
+                has,
+                row.grad,
+                "{}: a gradient {}",
+                row.path,
+                if has { "is there" } else { "is missing" }
+            );
         }
-        assert!(row.grad || row.twin.is_none() || !has, "{}: replaced though it has a gradient", row.path);
+        assert!(
+            row.grad || row.twin.is_none() || !has,
+            "{}: replaced though it has a gradient",
+            row.path
+        );
     }
 }
 
@@ -350,30 +433,83 @@ fn gradients_are_where_a_row_says_so() {
 fn random_operations_differ_from_rank_to_rank() {
     for path in ["candle_nn::ops::dropout", "candle_nn::Dropout::forward"] {
         let case = nn_op(path, 5).expect("an operation");
-        let (a, b) = ((case.run)(&case.inputs).expect("a draw"), (case.run)(&case.inputs).expect("a draw"));
-        assert_ne!(bits(&a).expect("numbers"), bits(&b).expect("numbers"), "{path}");
+        let (a, b) = (
+            (case.run)(&case.inputs).expect("a draw"),
+            (case.run)(&case.inputs).expect("a draw"),
+        );
+        assert_ne!(
+            bits(&a).expect("numbers"),
+            bits(&b).expect("numbers"),
+            "{path}"
+        );
     }
     let x = random(1, &[64]);
-    for draw in [|x: &Tensor| x.rand_like(0.0, 1.0), |x: &Tensor| x.randn_like(0.0, 1.0)] {
-        assert_ne!(bits(&draw(&x).expect("a draw")).expect("numbers"), bits(&draw(&x).expect("a draw")).expect("numbers"));
+    for draw in [
+        |x: &Tensor| x.rand_like(0.0, 1.0),
+        |x: &Tensor| x.randn_like(0.0, 1.0),
+    ] {
+        assert_ne!(
+            bits(&draw(&x).expect("a draw")).expect("numbers"),
+            bits(&draw(&x).expect("a draw")).expect("numbers")
+        );
     }
     let d = &Device::Cpu;
-    assert_ne!(bits(&Tensor::rand(0f32, 1.0, 64, d).expect("a draw")).expect("numbers"), bits(&Tensor::rand(0f32, 1.0, 64, d).expect("a draw")).expect("numbers"));
-    assert_ne!(bits(&Tensor::randn(0f32, 1.0, 64, d).expect("a draw")).expect("numbers"), bits(&Tensor::randn(0f32, 1.0, 64, d).expect("a draw")).expect("numbers"));
+    assert_ne!(
+        bits(&Tensor::rand(0f32, 1.0, 64, d).expect("a draw")).expect("numbers"),
+        bits(&Tensor::rand(0f32, 1.0, 64, d).expect("a draw")).expect("numbers")
+    );
+    assert_ne!(
+        bits(&Tensor::randn(0f32, 1.0, 64, d).expect("a draw")).expect("numbers"),
+        bits(&Tensor::randn(0f32, 1.0, 64, d).expect("a draw")).expect("numbers")
+    );
 }
 
 #[test]
 fn tensors_from_nothing_are_the_same_on_every_rank_and_have_the_shape_of_their_row() -> Result<()> {
     let d = &Device::Cpu;
     let made: Vec<(&str, ShapeRule, Vec<usize>, Box<dyn Fn() -> Result<Tensor>>)> = vec![
-        ("new", ShapeRule::Scalar, vec![], Box::new(|| Tensor::new(2.5f32, d))),
-        ("zeros", ShapeRule::Filled, vec![2, 3], Box::new(|| Tensor::zeros((2, 3), DType::F32, d))),
-        ("ones", ShapeRule::Filled, vec![2, 3], Box::new(|| Tensor::ones((2, 3), DType::F32, d))),
-        ("from_slice", ShapeRule::FromHost, vec![2, 2], Box::new(|| Tensor::from_slice(&[1u8, 2, 3, 4], (2, 2), d))),
-        ("from_vec", ShapeRule::FromHost, vec![2, 2], Box::new(|| Tensor::from_vec(vec![1u8, 2, 3, 4], (2, 2), d))),
-        ("arange", ShapeRule::Arange, vec![5], Box::new(|| Tensor::arange(2u32, 7, d))),
+        (
+            "new",
+            ShapeRule::Scalar,
+            vec![],
+            Box::new(|| Tensor::new(2.5f32, d)),
+        ),
+        (
+            "zeros",
+            ShapeRule::Filled,
+            vec![2, 3],
+            Box::new(|| Tensor::zeros((2, 3), DType::F32, d)),
+        ),
+        (
+            "ones",
+            ShapeRule::Filled,
+            vec![2, 3],
+            Box::new(|| Tensor::ones((2, 3), DType::F32, d)),
+        ),
+        (
+            "from_slice",
+            ShapeRule::FromHost,
+            vec![2, 2],
+            Box::new(|| Tensor::from_slice(&[1u8, 2, 3, 4], (2, 2), d)),
+        ),
+        (
+            "from_vec",
+            ShapeRule::FromHost,
+            vec![2, 2],
+            Box::new(|| Tensor::from_vec(vec![1u8, 2, 3, 4], (2, 2), d)),
+        ),
+        (
+            "arange",
+            ShapeRule::Arange,
+            vec![5],
+            Box::new(|| Tensor::arange(2u32, 7, d)),
+        ),
     ];
-    let rows: Vec<&Row> = candle().rows().iter().filter(|r| r.place == PlaceRule::Make).collect();
+    let rows: Vec<&Row> = candle()
+        .rows()
+        .iter()
+        .filter(|r| r.place == PlaceRule::Make)
+        .collect();
     assert_eq!(rows.len(), made.len());
     for (name, shape, dims, make) in made {
         let row = rows.iter().find(|r| r.name() == name).expect("a row");
@@ -390,8 +526,16 @@ fn reads_to_the_host_see_this_rank_only() -> Result<()> {
     let x = random(1, &[N]);
     let shard = x.narrow(0, 0, N / 2)?;
     assert_ne!(x.to_vec1::<f32>()?.len(), shard.to_vec1::<f32>()?.len());
-    let names: Vec<&str> = candle().rows().iter().filter(|r| r.place == PlaceRule::Host).map(Row::name).collect();
-    assert_eq!(names, ["to_vec0", "to_vec1", "to_vec2", "to_vec3", "to_scalar"]);
+    let names: Vec<&str> = candle()
+        .rows()
+        .iter()
+        .filter(|r| r.place == PlaceRule::Host)
+        .map(Row::name)
+        .collect();
+    assert_eq!(
+        names,
+        ["to_vec0", "to_vec1", "to_vec2", "to_vec3", "to_scalar"]
+    );
     assert_eq!(x.i(0)?.to_vec0::<f32>()?, x.i(0)?.to_scalar::<f32>()?);
     assert_eq!(x.reshape((2, 3))?.to_vec2::<f32>()?.len(), 2);
     assert_eq!(x.reshape((1, 2, 3))?.to_vec3::<f32>()?.len(), 1);

@@ -27,7 +27,10 @@ struct Conv1d {
 
 impl Conv1d {
     fn load(inputs: usize, outputs: usize, vb: VarBuilder) -> Result<Self> {
-        let init = Init::Randn { mean: 0.0, stdev: 0.02 };
+        let init = Init::Randn {
+            mean: 0.0,
+            stdev: 0.02,
+        };
         Ok(Self {
             weight: vb.get_with_hints((inputs, outputs), "weight", init)?,
             bias: vb.get_with_hints(outputs, "bias", Init::Const(0.0))?,
@@ -80,7 +83,11 @@ impl Attention {
 
     fn forward(&self, x: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
         let qkv = self.c_attn.forward(x)?;
-        let (q, k, v) = (self.heads(&qkv, 0)?, self.heads(&qkv, 1)?, self.heads(&qkv, 2)?);
+        let (q, k, v) = (
+            self.heads(&qkv, 0)?,
+            self.heads(&qkv, 1)?,
+            self.heads(&qkv, 2)?,
+        );
         let scale = 1.0 / ((self.n_embd / self.n_head) as f64).sqrt();
         let mut scores = (q.matmul(&k.transpose(2, 3)?)? * scale)?;
         if let Some(mask) = mask {
@@ -167,7 +174,11 @@ impl Gpt2 {
             .wte
             .forward(tokens)?
             .broadcast_add(&self.wpe.forward(&positions)?)?;
-        let mask = if t > 1 { Some(causal_mask(t, device)?) } else { None };
+        let mask = if t > 1 {
+            Some(causal_mask(t, device)?)
+        } else {
+            None
+        };
         for block in &self.h {
             x = block.forward(&x, mask.as_ref())?;
         }

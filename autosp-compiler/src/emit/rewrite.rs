@@ -242,21 +242,29 @@ impl Rewriter<'_> {
             match b {
                 None => quote!(None),
                 Some(b) => {
-                    let terms = b.terms.iter().map(|(c, e)| {
-                        let e = get(*e);
-                        match c {
-                            1 => quote!(+ (#e) as i64),
-                            -1 => quote!(- (#e) as i64),
-                            c => quote!(+ #c * ((#e) as i64)),
-                        }
-                    });
                     let constant = proc_macro2::Literal::i64_unsuffixed(b.constant.abs());
-                    let constant = if b.constant < 0 {
-                        quote!(-#constant)
-                    } else {
-                        quote!(#constant)
+                    let mut sum = match b.constant {
+                        0 if !b.terms.is_empty() => TokenStream::new(),
+                        c if c < 0 => quote!(-#constant),
+                        _ => quote!(#constant),
                     };
-                    quote!(Some(#constant #(#terms)*))
+                    for (c, e) in &b.terms {
+                        let e = get(*e);
+                        let sign = if *c < 0 {
+                            quote!(-)
+                        } else if sum.is_empty() {
+                            quote!()
+                        } else {
+                            quote!(+)
+                        };
+                        let factor = proc_macro2::Literal::i64_unsuffixed(c.abs());
+                        sum = if c.abs() == 1 {
+                            quote!(#sum #sign (#e as i64))
+                        } else {
+                            quote!(#sum #sign #factor * (#e as i64))
+                        };
+                    }
+                    quote!(Some(#sum))
                 }
             }
         };
