@@ -76,13 +76,14 @@ fn run(options: &Options) -> Result<()> {
     report::check_writable(&options.save)?;
     let config = config(options);
 
-    let ranks = options.sp * options.dp;
+    // Whether there are such batches is known before there are ranks.
+    text.batch(options.seed, 0, options.batch, options.seq_len)?;
+    let (dp, sp) = (options.dp, options.sp);
     println!(
-        "{} bytes of text; {} ranks: {} replicas x {} parts of a sequence of {} tokens",
+        "{} bytes of text; {} ranks: dp {dp} x sp {sp}; a step: {} sequences of {} tokens",
         text.len(),
-        ranks,
-        options.dp,
-        options.sp,
+        dp * sp,
+        options.batch,
         options.seq_len
     );
     let first = autosp::run_with(settings(options, options.dp, options.sp)?, |sp| {
@@ -92,6 +93,7 @@ fn run(options: &Options) -> Result<()> {
             &config,
             &text,
             options.steps,
+            Some(&options.save),
             |step| match report.lock() {
                 Ok(mut report) => report.step(step),
                 Err(_) => Ok(()),
@@ -102,9 +104,9 @@ fn run(options: &Options) -> Result<()> {
         report.finish();
     }
     let alone = autosp::run_with(settings(options, 1, 1)?, |sp| {
-        train(sp, options, &config, &text, 1, |_| Ok(()))
+        train(sp, options, &config, &text, 1, None, |_| Ok(()))
     })?;
-    compare(&first[0], &alone[0], ranks)?;
+    compare(&first[0], &alone[0], dp * sp)?;
 
     // What was saved is what the original functions run on: no scope, no ranks.
     let loaded = autosp::load_trainable(&[&options.save], DType::F32, &Device::Cpu)?;
@@ -141,6 +143,7 @@ fn train(
     config: &llama::Config,
     text: &TextData,
     steps: usize,
+    save: Option<&Path>,
     mut show: impl FnMut(&StepReport) -> Result<()>,
 ) -> Result<StepReport> {
     let parameters = Parameters::init(options.seed, DType::F32, sp.device());
@@ -160,8 +163,8 @@ fn train(
         }
         first.get_or_insert(done);
     }
-    if steps == options.steps {
-        trainer.save(&options.save)?;
+    if let Some(path) = save {
+        trainer.save(path)?;
     }
     first.ok_or_else(|| failure("expected --steps of at least 1, found 0"))
 }

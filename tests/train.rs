@@ -8,33 +8,42 @@ use std::{
     sync::OnceLock,
 };
 
-/// Builds the example beside this test (usually it is there already) and returns its path.
+use serde_json::Value;
+
+/// The program, which `cargo test` has built; built here if it is missing or older than what it was built from.
 fn program() -> &'static Path {
     static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
     PROGRAM.get_or_init(|| {
         let test = env::current_exe().unwrap();
         let profile = test.ancestors().nth(2).unwrap();
-        let mut build = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-        build.args([
-            "build",
-            "--quiet",
-            "--workspace",
-            "--example",
-            "train",
-            "--target-dir",
-        ]);
-        build
-            .arg(profile.parent().unwrap())
-            .current_dir(env!("CARGO_MANIFEST_DIR"));
-        if profile.ends_with("release") {
-            build.arg("--release");
+        let program = profile.join("examples").join("train");
+        let sources = program.with_extension("d");
+        let program = program.with_extension(env::consts::EXE_EXTENSION);
+        if !is_fresh(&program, &sources) {
+            let mut build = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+            build.args(["build", "--quiet", "--example", "train", "--target-dir"]);
+            build
+                .arg(profile.parent().unwrap())
+                .current_dir(env!("CARGO_MANIFEST_DIR"));
+            if profile.ends_with("release") {
+                build.arg("--release");
+            }
+            assert!(build.status().unwrap().success());
         }
-        assert!(build.status().unwrap().success());
-        profile
-            .join("examples")
-            .join("train")
-            .with_extension(env::consts::EXE_EXTENSION)
+        program
     })
+}
+
+/// Whether the program is newer than every source that cargo lists beside it.
+fn is_fresh(program: &Path, sources: &Path) -> bool {
+    let changed = |path: &Path| fs::metadata(path).and_then(|file| file.modified());
+    let (Ok(built), Ok(list)) = (changed(program), fs::read_to_string(sources)) else {
+        return false;
+    };
+    let files = list.split_once(": ").map_or("", |(_, files)| files);
+    files
+        .split_whitespace()
+        .all(|file| changed(Path::new(file)).is_ok_and(|time| time <= built))
 }
 
 fn train(folder: &Path, arguments: &[&str]) -> Output {
@@ -74,6 +83,7 @@ fn wrong_input_is_one_clear_line() {
         (&["--data", "text.txt", "--seq-len", "100000"], "--seq-len"),
         (&["--data", "text.txt", "--sp", "3", "--seq-len", "32"], "3"),
         (&["--data", "text.txt", "--sp", "0"], "--sp"),
+        (&["--data", "text.txt", "--dp", "3"], "--batch"),
         (&["--data", "text.txt", "--lr", "-1"], "--lr"),
         (&["--data", "text.txt", "--lr", "fast"], "--lr"),
         (&["--data", "text.txt", "--steps", "0"], "--steps"),
@@ -103,5 +113,136 @@ fn wrong_input_is_one_clear_line() {
             text.starts_with("error: ") && text.contains(expected),
             "{arguments:?}: {text}"
         );
+    }
+}
+
+/// Runs the program and returns its log, one object a step.
+fn log(folder: &Path, name: &str, mesh: &[&str]) -> Vec<Value> {
+    let (log, model) = (format!("{name}.jsonl"), format!("{name}.safetensors"));
+    let mut arguments = vec![
+        "--data",
+        "text.txt",
+        "--seq-len",
+        "30",
+        "--batch",
+        "2",
+        "--steps",
+        "3",
+        "--seed",
+        "5",
+    ];
+    arguments.extend(["--log", &log, "--save", &model]);
+    arguments.extend(mesh);
+    let output = train(folder, &arguments);
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(
+        output.status.success(),
+        "{mesh:?}: {text}{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    assert!(
+        text.contains("against one: loss") && text.contains("loaded back"),
+        "{text}"
+    );
+    let lines = fs::read_to_string(folder.join(log)).unwrap();
+    lines
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect()
+}
+
+#[test]
+fn every_mesh_trains_the_same_model() {
+    let folder = folder("meshes");
+    let alone = log(&folder, "alone", &["--sp", "1"]);
+    assert_eq!(alone.len(), 3);
+    for (step, line) in alone.iter().enumerate() {
+        let mut keys: Vec<_> = line
+            .as_object()
+            .unwrap()
+            .keys()
+            .map(String::as_str)
+            .collect();
+        keys.sort_unstable();
+        let expected = [
+            "bytes_sent",
+            "exchange_bytes",
+            "grad_norm",
+            "loss",
+            "step",
+            "tokens_per_s",
+            "valid_tokens",
+        ];
+        assert_eq!(keys, expected);
+        assert_eq!(line["step"], step + 1);
+        // The last token of each of the two rows predicts nothing.
+        assert_eq!(line["valid_tokens"], 2 * 29);
+        assert_eq!(
+            (&line["bytes_sent"], &line["exchange_bytes"]),
+            (&0.into(), &0.into())
+        );
+    }
+    for (name, mesh) in [
+        ("sp2", &["--sp", "2"][..]),
+        ("default", &[]),
+        ("sp2-dp2", &["--sp", "2", "--dp", "2", "--groups", "1"]),
+    ] {
+        let ranks = log(&folder, name, mesh);
+        assert_eq!(ranks.len(), 3);
+        // Later steps follow AdamW, which turns the noise of gradients near zero into whole steps.
+        for (key, tolerance) in [("loss", 1e-5), ("grad_norm", 1e-5)] {
+            let (found, expected) = (
+                ranks[0][key].as_f64().unwrap(),
+                alone[0][key].as_f64().unwrap(),
+            );
+            assert!(
+                (found - expected).abs() <= tolerance * expected,
+                "{name}: {key}: {found}, {expected}"
+            );
+        }
+        for line in &ranks {
+            let (sent, exchanged) = (
+                line["bytes_sent"].as_u64().unwrap(),
+                line["exchange_bytes"].as_u64().unwrap(),
+            );
+            assert!(0 < exchanged && exchanged < sent, "{line}");
+            assert_eq!(line["valid_tokens"], 2 * 29);
+        }
+    }
+}
+
+#[test]
+fn the_same_command_writes_the_same_model() {
+    let folder = folder("twice");
+    let (first, second) = (log(&folder, "first", &[]), log(&folder, "second", &[]));
+    for (first, second) in first.iter().zip(&second) {
+        assert_eq!(
+            (&first["loss"], &first["grad_norm"]),
+            (&second["loss"], &second["grad_norm"])
+        );
+    }
+    let model = |name: &str| fs::read(folder.join(name)).unwrap();
+    assert!(model("first.safetensors") == model("second.safetensors"));
+}
+
+#[test]
+fn help_is_no_error() {
+    let output = train(&folder("help"), &["--help"]);
+    assert!(output.status.success() && output.stderr.is_empty());
+    let text = String::from_utf8(output.stdout).unwrap();
+    for flag in [
+        "--data",
+        "--sp",
+        "--dp",
+        "--seq-len",
+        "--batch",
+        "--steps",
+        "--seed",
+        "--lr",
+        "--groups",
+        "--log",
+        "--save",
+    ] {
+        assert!(text.contains(flag), "{flag} is missing in\n{text}");
     }
 }

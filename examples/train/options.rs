@@ -24,10 +24,10 @@ pub struct Options {
     #[arg(long, value_name = "S", default_value_t = 512)]
     pub seq_len: usize,
     /// Sequences of a step, over all ranks
-    #[arg(long, value_name = "B", default_value_t = 4)]
+    #[arg(long, value_name = "B", default_value_t = 2)]
     pub batch: usize,
     /// Optimizer steps
-    #[arg(long, value_name = "K", default_value_t = 80)]
+    #[arg(long, value_name = "K", default_value_t = 60)]
     pub steps: usize,
     /// Decides the first parameters and the order of the text, whatever the number of ranks
     #[arg(long, value_name = "X", default_value_t = 1)]
@@ -95,6 +95,12 @@ impl Options {
             if value == 0 {
                 return Err(failure(format!("expected {flag} of at least 1, found 0")));
             }
+        }
+        if !self.batch.is_multiple_of(self.dp) {
+            let (dp, batch) = (self.dp, self.batch);
+            return Err(failure(format!(
+                "expected a --batch that divides by --dp {dp}, found {batch}"
+            )));
         }
         if !(self.lr.is_finite() && self.lr > 0.0) {
             return Err(failure(format!("expected --lr above 0, found {}", self.lr)));

@@ -77,7 +77,7 @@ impl Report {
             self.bar.inc(1);
         } else if step.step == 1
             || step.step == self.steps
-            || step.step % self.steps.div_ceil(10) == 0
+            || step.step.is_multiple_of(self.steps.div_ceil(10))
         {
             println!("step {:>4}/{}  {text}", step.step, self.steps);
         }

@@ -33,8 +33,8 @@ impl Sample {
     }
 }
 
-/// Measures `samples` elements of every variable, on the first mesh of the cases. `f64` parameters make it sharp; with `f32` it finds
-/// wrong gradients, not inexact ones.
+/// Measures `samples` elements of every variable, on the first mesh of the cases. A model whose logits are `f64` (its parameters are,
+/// and it casts to nothing less on the way) is measured sharply; with `f32` wrong gradients are found, not inexact ones.
 ///
 /// # Errors
 /// Those of the model; AS0512 if a variable gets no gradient.
@@ -49,14 +49,23 @@ pub fn finite_differences(
         .copied()
         .ok_or_else(|| Error::new(codes::MESH, "expected at least one mesh, found none"))?;
     let (tokens, labels) = cases.batch()?;
-    let double = cases.dtype == DType::F64;
-    let (step, relative) = if double { (1e-5, 1e-6) } else { (5e-3, 1e-2) };
     let mut ranks = run_with(case.settings(), |sp: &Sp| {
         let batch = sp.shard_labelled(&tokens, &labels)?;
         let parameters = Parameters::init(cases.seed, cases.dtype, &Device::Cpu);
         let loss =
             &|| loss::cross_entropy(&model(parameters.builder(), &batch.tokens)?, &batch.labels);
-        let outcome = sp.scope(|| gradients(sp, &parameters, &loss()?))?;
+        let (double, outcome) = sp.scope(|| -> Result<_> {
+            let loss = loss()?;
+            Ok((
+                loss.dtype() == DType::F64,
+                gradients(sp, &parameters, &loss)?,
+            ))
+        })?;
+        let (step, relative, epsilon) = if double {
+            (1e-5, 1e-6, f64::EPSILON)
+        } else {
+            (5e-3, 1e-2, f64::from(f32::EPSILON))
+        };
         let value = |var: &Var, original: &Tensor, place: usize, delta: f64| -> Result<f64> {
             let mut data = original
                 .flatten_all()?
@@ -81,18 +90,13 @@ pub fn finite_differences(
                     value(&var, &original, place, -step)?,
                 );
                 let analytic = gradient.values[place];
-                let rounding = if double {
-                    4.0 * f64::EPSILON
-                } else {
-                    4.0 * f64::from(f32::EPSILON)
-                };
                 found.push(Sample {
                     name: name.clone(),
                     index: unravel(place, var.dims()),
                     gradient: analytic,
                     difference: (above - below) / (2.0 * step),
                     allowed: relative * analytic.abs().max(rms)
-                        + rounding * outcome.loss.abs() / step,
+                        + 4.0 * epsilon * outcome.loss.abs() / step,
                 });
             }
         }
