@@ -358,8 +358,8 @@ fn ranks_may_hold_nothing_but_padding() {
     for valid in [5, 2, 1] {
         for kv_heads in [1, 4] {
             Case {
-                valid,
                 kv_heads,
+                valid,
                 ..BASE
             }
             .check::<Plain>();
