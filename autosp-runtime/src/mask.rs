@@ -69,8 +69,26 @@ enum Source {
         rows: usize,
         cols: usize,
     },
-    /// A tensor on the host, viewed as [b, h, queries, keys].
-    Dense(Tensor),
+    /// Values that were read once, and a view of them whose strides are those of the mask's shape.
+    Dense { data: Arc<Vec<f64>>, view: Tensor },
+}
+
+impl Source {
+    /// Reads a tensor; dims along which it is broadcast are read once.
+    fn read(tensor: &Tensor) -> candle_core::Result<Self> {
+        let mut core = tensor.clone();
+        for dim in 0..core.rank() {
+            if core.stride()[dim] == 0 && core.dim(dim)? > 1 {
+                core = core.narrow(dim, 0, 1)?;
+            }
+        }
+        let core = core.force_contiguous()?;
+        let data = core.flatten_all()?.to_dtype(DType::F64)?.to_vec1()?;
+        Ok(Self::Dense {
+            data: Arc::new(data),
+            view: core.broadcast_as(tensor.shape())?,
+        })
+    }
 }
 
 /// A mask over (query, key), a cheap handle with the methods that candle users call on a mask tensor.
@@ -93,7 +111,7 @@ impl std::fmt::Debug for Mask {
                 ..
             } => format!("{:?}", declared.band),
             Source::Rule { .. } => "rule".to_owned(),
-            Source::Dense(_) => "dense".to_owned(),
+            Source::Dense { .. } => "dense".to_owned(),
         };
         write!(f, "Mask[{:?}; {:?}; {kind}]", self.dtype, self.shape.dims())
     }
@@ -188,7 +206,7 @@ impl Mask {
             .into());
         }
         Ok(Self {
-            source: Source::Dense(tensor.clone()),
+            source: Source::read(tensor)?,
             changes: Vec::new(),
             shape: tensor.shape().clone(),
             dtype: tensor.dtype(),
@@ -296,7 +314,10 @@ impl Mask {
             });
         }
         let source = match &self.source {
-            Source::Dense(tensor) => Source::Dense(tensor.broadcast_as(&shape)?),
+            Source::Dense { data, view } => Source::Dense {
+                data: data.clone(),
+                view: view.broadcast_as(&shape)?,
+            },
             rule @ Source::Rule { .. } => rule.clone(),
         };
         Ok(Self {
@@ -334,7 +355,10 @@ impl Mask {
         let mut dims = self.dims().to_vec();
         dims.insert(dim, 1);
         let source = match &self.source {
-            Source::Dense(tensor) => Source::Dense(tensor.unsqueeze(dim)?),
+            Source::Dense { data, view } => Source::Dense {
+                data: data.clone(),
+                view: view.unsqueeze(dim)?,
+            },
             rule @ Source::Rule { .. } => rule.clone(),
         };
         Ok(Self {

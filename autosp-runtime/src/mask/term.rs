@@ -10,7 +10,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use autosp_plan::codes;
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 
 use super::{Change, Declared, Mask, Rule, Source};
 use crate::attention::real::Real;
@@ -43,7 +43,7 @@ enum Values {
     Band(Declared),
     Rule(Arc<dyn Rule>, Vec<Change>),
     Dense {
-        data: Vec<f64>,
+        data: Arc<Vec<f64>>,
         strides: [usize; 4],
         changes: Vec<Change>,
     },
@@ -156,7 +156,7 @@ impl Term {
                 outside: mask.changed_value(*outside),
             }),
             Source::Rule { rule, .. } => Values::Rule(rule.clone(), mask.changes.clone()),
-            Source::Dense(tensor) => dense(tensor, mask, scores)?,
+            Source::Dense { data, view } => dense(data, view, &mask.changes),
         };
         Ok(Self {
             values: Arc::new(values),
@@ -265,33 +265,18 @@ fn gathered(values: Vec<f64>, stride: usize) -> Part {
     }
 }
 
-fn dense(tensor: &Tensor, mask: &Mask, scores: [usize; 4]) -> Result<Values> {
-    // Broadcast dims keep stride 0: the data read is what the tensor stores, whatever shape it is viewed in.
-    let mut core = tensor.clone();
-    while core.rank() < 4 {
-        core = core.unsqueeze(0)?;
-    }
-    for dim in 0..4 {
-        if core.dim(dim)? > 1 && core.stride()[dim] == 0 {
-            core = core.narrow(dim, 0, 1)?;
-        }
-    }
+/// Dense values; dims that the mask does not have, or has of size 1, are not stepped along.
+fn dense(data: &Arc<Vec<f64>>, view: &Tensor, changes: &[Change]) -> Values {
     let mut strides = [0; 4];
-    let mut stride = 1;
-    for dim in (0..4).rev() {
-        let size = core.dim(dim)?;
-        debug_assert!(size == 1 || size == scores[dim]);
-        if size > 1 {
-            strides[dim] = stride;
-        }
-        stride *= size;
+    let dims = view.dims().iter().zip(view.stride());
+    for (stride, (&size, &step)) in strides.iter_mut().rev().zip(dims.rev()) {
+        *stride = if size == 1 { 0 } else { step };
     }
-    let data = core.flatten_all()?.to_dtype(DType::F64)?.to_vec1::<f64>()?;
-    Ok(Values::Dense {
-        data,
+    Values::Dense {
+        data: data.clone(),
         strides,
-        changes: mask.changes.clone(),
-    })
+        changes: changes.to_vec(),
+    }
 }
 
 impl Prepared {

@@ -354,6 +354,20 @@ fn ranks_groups_heads_and_padding_change_nothing_but_the_work() {
 }
 
 #[test]
+fn ranks_may_hold_nothing_but_padding() {
+    for valid in [5, 2, 1] {
+        for kv_heads in [1, 4] {
+            Case {
+                kv_heads,
+                valid,
+                ..BASE
+            }
+            .check::<Plain>();
+        }
+    }
+}
+
+#[test]
 fn the_formula_is_the_one_of_the_plan() {
     // (2q + 2k') · bytes · (S_pad / P) · (P - 1) / P · b with q = H d and k' = d max(G, P).
     for (kv_heads, ranks) in [(1, 4), (2, 4), (4, 4), (8, 4), (4, 2), (4, 1)] {
