@@ -1,6 +1,7 @@
 //! The contract: training on ranks has the numbers of one device that runs the unannotated model on candle's slow operations.
 #![allow(clippy::unwrap_used, unreachable_pub)]
 
+mod anybody;
 mod faults;
 mod finite_differences;
 mod golden;

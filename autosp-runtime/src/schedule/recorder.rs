@@ -11,11 +11,12 @@ use crate::error::Result as SiteResult;
 ///
 /// ```text
 /// llama::Attention::forward, forward
-///   group 0  qkv     s w
-///            attend     #
-///            out         s   . w
-///   group 1  qkv      s    w
-///            ..
+///   group 0  qkv      s.w
+///            attend      #
+///            out          s...w
+///   group 1  qkv       s...w
+///            attend         #
+///            out             sw
 /// ```
 /// Each column is one verb of the schedule: `s` starts an exchange, `w` waits for it, `#` computes; a dot is time in which the
 /// exchange is on its way.
