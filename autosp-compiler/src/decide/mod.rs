@@ -15,7 +15,7 @@ use crate::place::{Placed, place};
 use crate::syntax::Scope;
 use crate::syntax::types::Ty;
 use crate::trace::Trace;
-use crate::trace::shape::show;
+use crate::trace::shape::{Dim, show};
 
 /// A plan, or every refusal. A module without attention is refused too.
 pub(crate) fn decide(
@@ -136,14 +136,14 @@ fn add(
         let k = repeat::find(trace, site, site.k.node);
         let v = repeat::find(trace, site, site.v.node);
         // Keys and values share the kv heads: both are exchanged before the repetition, or neither.
-        let (heads, bases) = match (&k, &v) {
-            (Some(k), Some(v)) if k.heads == v.heads => (k.heads, Some((k.base, v.base))),
-            _ => (plan::HeadMap::Blocked, None),
+        let (heads, unrepeated) = match (&k, &v) {
+            (Some(k), Some(v)) if k.heads == v.heads => (k.heads, true),
+            _ => (plan::HeadMap::Blocked, false),
         };
-        if bases.is_some() {
+        if unrepeated {
             elided.extend(k.iter().chain(&v).flat_map(|r| r.elided.iter().copied()));
         }
-        let described = describe(trace, site, heads, bases);
+        let described = describe(trace, site, heads, unrepeated);
         // Two roots that come to the same attention share its site.
         let known = plan.sites.iter().position(|s| *s == described);
         site_ids.push(known.unwrap_or_else(|| {
@@ -202,14 +202,16 @@ fn describe(
     trace: &Trace<'_, '_>,
     site: &crate::place::sites::Site,
     heads: plan::HeadMap,
-    bases: Option<(crate::trace::graph::NodeId, crate::trace::graph::NodeId)>,
+    unrepeated: bool,
 ) -> plan::Site {
     let n = &trace.nodes[site.matmul];
-    let shape = |node: usize| {
-        trace.nodes[node]
-            .shape
-            .known()
-            .map_or_else(|| "?".to_string(), |d| show(&trace.atoms, d))
+    let shape = |node: usize| match trace.nodes[node].shape.known() {
+        Some(dims) if unrepeated => show(
+            &trace.atoms,
+            &dims.iter().map(Dim::unrepeated).collect::<Vec<_>>(),
+        ),
+        Some(dims) => show(&trace.atoms, dims),
+        None => "?".to_string(),
     };
     plan::Site {
         function: trace.scope.full_name(trace.acts[n.at.act].function),
@@ -221,11 +223,11 @@ fn describe(
         },
         operands: plan::Operands {
             q: shape(site.q.node),
-            k: shape(bases.map_or(site.k.node, |b| b.0)),
-            v: shape(bases.map_or(site.v.node, |b| b.1)),
+            k: shape(site.k.node),
+            v: shape(site.v.node),
         },
         heads,
-        unrepeated: bases.is_some(),
+        unrepeated,
         mask: mask::describe(trace, site),
         strategies: vec!["ulysses".to_string()],
         bytes: plan::ULYSSES_BYTES.to_string(),

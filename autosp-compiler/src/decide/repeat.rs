@@ -12,8 +12,6 @@ use crate::trace::value::Value;
 
 /// A repetition that can be left out.
 pub(super) struct Repeat {
-    /// The tensor before it.
-    pub(super) base: NodeId,
     pub(super) heads: HeadMap,
     /// Expressions that become one of their operands: activation, outer, inner.
     pub(super) elided: Vec<(ActId, u32, u32)>,
@@ -97,7 +95,6 @@ fn at(trace: &Trace<'_, '_>, chain: &[NodeId], i: usize, step_by_step: bool) -> 
         };
         if let Some(elided) = elided {
             return Some(Repeat {
-                base: chain[k],
                 heads: head_map(dims)?,
                 elided,
             });

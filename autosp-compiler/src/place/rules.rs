@@ -62,27 +62,8 @@ impl Placer<'_, '_, '_> {
         if matches!(row.shape, ShapeRule::Rope | ShapeRule::RopeThd) {
             return self.rope(node, row, inputs);
         }
-        for (i, d) in &n.touches {
-            let input = n.inputs.get(*i).map_or(node, |i| i.node);
-            if inputs.get(*i) != Some(&Place::Sharded) {
-                continue;
-            }
-            if self.sequence_dims(input).contains(d) {
-                let note = self.shape_note(input, *d);
-                return self.mixes(node, row, note);
-            }
-            if self.is_batch(input, *d) {
-                return self.refuse(
-                    node,
-                    codes::MIXES_TOKENS,
-                    format!(
-                        "`{}` mixes rows of the batch, which the dp replicas share out",
-                        n.text
-                    ),
-                    None,
-                    "compute it for each row",
-                );
-            }
+        if let Some(refused) = self.computes_along_tokens(node, row, inputs) {
+            return refused;
         }
         for (i, input) in n.inputs.iter().enumerate() {
             if inputs[i] == Place::Replicated
@@ -120,6 +101,39 @@ impl Placer<'_, '_, '_> {
             ),
             _ => Place::Sharded,
         }
+    }
+
+    /// An operation that runs along the sequence or the batch of a shard.
+    fn computes_along_tokens(
+        &mut self,
+        node: NodeId,
+        row: &Row,
+        inputs: &[Place],
+    ) -> Option<Place> {
+        let n = &self.trace.nodes[node];
+        for (i, d) in &n.touches {
+            let input = n.inputs.get(*i).map_or(node, |i| i.node);
+            if inputs.get(*i) != Some(&Place::Sharded) {
+                continue;
+            }
+            if self.sequence_dims(input).contains(d) {
+                let note = self.shape_note(input, *d);
+                return Some(self.mixes(node, row, note));
+            }
+            if self.is_batch(input, *d) {
+                return Some(self.refuse(
+                    node,
+                    codes::MIXES_TOKENS,
+                    format!(
+                        "`{}` mixes rows of the batch, which the dp replicas share out",
+                        n.text
+                    ),
+                    None,
+                    "compute it for each row",
+                ));
+            }
+        }
+        None
     }
 
     /// Whether a dimension is the batch: one of the input's that is not the sequence and that no layer runs along.

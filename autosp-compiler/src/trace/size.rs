@@ -191,10 +191,10 @@ impl Atoms {
 
     /// A layer runs along this size: if it is a dimension of the input, it is a width.
     pub(crate) fn is_width(&mut self, p: &Poly) {
-        if let Some(atom) = self.normal(p).as_atom() {
-            if matches!(self.kind(atom), AtomKind::Dim(..)) {
-                self.widths.push(atom);
-            }
+        if let Some(atom) = self.normal(p).as_atom()
+            && self.is_dim(atom)
+        {
+            self.widths.push(atom);
         }
     }
 
