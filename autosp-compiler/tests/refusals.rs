@@ -266,6 +266,56 @@ fn the_tokens_are_read_to_the_host() {
 }
 
 #[test]
+fn nothing_is_lost_on_the_way() {
+    // A tuple from an unknown call, a list filled step by step, a struct built on the way, a macro, a number read to the host.
+    refused(
+        "let x = self.norm.forward(&x)?;",
+        "let (x, _) = x.sort_last_dim(true)?;",
+        "AS0202",
+    );
+    let norm = "let x = self.norm.forward(&x)?;";
+    for (to, codes) in [
+        (
+            "let mut all = Vec::new();\n        all.push(x.clone());\n        let x = Tensor::cat(&all, 1)?;",
+            ["AS0206", "AS0202"],
+        ),
+        (
+            "let state = State { x };\n        let x = self.norm.forward(&state.x)?;",
+            ["AS0206", "AS0206"],
+        ),
+        ("let x = mixed!(x);", ["AS0206", "AS0206"]),
+        (
+            "let x = loop { break self.norm.forward(&x)? };",
+            ["AS0206", "AS0206"],
+        ),
+        (
+            "let n = x.max_keepdim(2)?.to_vec1::<f32>()?[0];\n        let x = (x * f64::from(n))?;",
+            ["AS0212", "AS0212"],
+        ),
+        (
+            "let x = Tensor::cat(&vec![&x; 2], 1)?;",
+            ["AS0203", "AS0203"],
+        ),
+        (
+            "let n = vec![1.0; seq_len].iter().sum::<f64>();\n        let x = (self.norm.forward(&x)? * n)?;",
+            ["AS0205", "AS0205"],
+        ),
+        (
+            "let x = x.chunk(seq_len, 1)?[0].clone();",
+            ["AS0206", "AS0203"],
+        ),
+        (
+            "let x = x.transpose(1, 2)?.apply(&self.lm_head)?.transpose(1, 2)?;",
+            ["AS0203", "AS0203"],
+        ),
+    ] {
+        let source = edit(&llama(), norm, to);
+        let first = &refuse(&source)[0];
+        assert!(codes.contains(&first.code.id), "{to}: {}", first.text(None));
+    }
+}
+
+#[test]
 fn every_refusal_ends_with_its_code() {
     let source = edit(
         &llama(),

@@ -16,6 +16,7 @@ use crate::syntax::Scope;
 use crate::syntax::types::Ty;
 use crate::trace::Trace;
 use crate::trace::shape::{Dim, show};
+use crate::trace::value::{Presence, Value};
 
 /// A plan, or every refusal. A module without attention is refused too.
 pub(crate) fn decide(
@@ -30,6 +31,7 @@ pub(crate) fn decide(
     let mut refusals: Vec<Refusal> = Vec::new();
     let mut fallback: Vec<Refusal> = Vec::new();
     for (root, trace) in roots(scope, table) {
+        refusals.extend(lost_result(&trace, root));
         match place(&trace) {
             Ok(placed) => {
                 if let Err(more) = add(&mut plan, &trace, &placed, root) {
@@ -97,6 +99,46 @@ fn roots<'s, 'a>(scope: &'s Scope<'a>, table: &'static Table) -> Vec<(usize, Tra
     }
     candidates.reverse();
     candidates
+}
+
+/// A root whose result was lost on the way: nothing can be said of the numbers that come out.
+fn lost_result(trace: &Trace<'_, '_>, root: usize) -> Option<Refusal> {
+    fn followed(value: &Value, ty: &Ty) -> bool {
+        match (ty, value) {
+            (Ty::Tensor, value) => matches!(value, Value::Tensor(_) | Value::Never),
+            (Ty::Option(_), Value::Option(Presence::None, _)) => true,
+            (Ty::Option(ty), Value::Option(_, value)) => followed(value, ty),
+            (Ty::List(ty), Value::List { any, .. }) => followed(any, ty),
+            (Ty::Tuple(tys), Value::Tuple(values)) => {
+                tys.iter().zip(values).all(|(t, v)| followed(v, t))
+            }
+            (ty, _) => !ty.holds_tensor(),
+        }
+    }
+    let f = &trace.scope.functions[root];
+    let syn::ReturnType::Type(_, ty) = &f.sig.output else {
+        return None;
+    };
+    let result = &trace.acts[0].result;
+    if followed(result, &trace.scope.ty(ty, f.owner.as_deref())) {
+        return None;
+    }
+    let span = f.sig.ident.span();
+    let name = trace.scope.full_name(root);
+    Some(match result.lost() {
+        Some(r) => Refusal::new(
+            r.code,
+            span,
+            format!("{}, which `{name}` depends on", r.message),
+        )
+        .help(r.help.clone()),
+        None => Refusal::new(
+            codes::NOT_FOLLOWED,
+            span,
+            format!("cannot follow what `{name}` returns"),
+        )
+        .help("return a tensor that comes from the module's own functions and candle's operations"),
+    })
 }
 
 /// The first thing that could not be followed and that a softmax depends on: what stands in the way of an attention.

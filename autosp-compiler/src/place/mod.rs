@@ -154,6 +154,7 @@ pub(crate) fn place(trace: &Trace<'_, '_>) -> Result<Placed, Vec<Refusal>> {
 fn live(trace: &Trace<'_, '_>, sites: &[Site]) -> HashSet<NodeId> {
     let mut stack: Vec<NodeId> = sites.iter().map(|s| s.out).collect();
     trace.acts[0].result.tensors(&mut stack);
+    stack.extend(&trace.reads);
     let mut live = HashSet::new();
     while let Some(node) = stack.pop() {
         if live.insert(node) {

@@ -9,7 +9,7 @@ use crate::ops::{PlaceRule, ShapeRule};
 use crate::trace::Trace;
 use crate::trace::graph::{Input, NodeId, Op};
 use crate::trace::shape::{Dim, Shape, show};
-use crate::trace::size::AtomId;
+use crate::trace::size::{AtomId, AtomKind};
 
 /// One attention.
 #[derive(Debug, Clone)]
@@ -109,7 +109,7 @@ impl Finder<'_, '_, '_> {
             return None;
         };
         let atom = self.trace.atoms.normal(&factor.size).as_atom()?;
-        self.trace.atoms.is_dim(atom).then_some(atom)
+        matches!(self.trace.atoms.kind(atom), AtomKind::Dim(..)).then_some(atom)
     }
 
     /// Walks back to the product of queries and keys.
@@ -127,7 +127,8 @@ impl Finder<'_, '_, '_> {
             Op::Row(row) if row.shape == ShapeRule::Matmul => {
                 let dims = self.dims(node)?;
                 let [.., rows, keys] = dims else { return None };
-                let score_like = self.atom(rows).is_some() && keys.anchored(&self.trace.atoms);
+                let score_like = self.atom(rows).is_some()
+                    && (self.atom(keys).is_some() || keys.anchored(&self.trace.atoms));
                 score_like.then(|| {
                     chain.nodes.push(node);
                     node

@@ -28,7 +28,7 @@ impl<'a> Trace<'_, 'a> {
     ) -> Value {
         let mut inputs: Vec<Input> = Vec::new();
         for (value, e) in args {
-            if let Value::Unknown(r) = value {
+            if let Some(r) = value.lost() {
                 return Value::Unknown(r.clone());
             }
             let mut tensors = Vec::new();
@@ -50,8 +50,8 @@ impl<'a> Trace<'_, 'a> {
             let host = host.clone();
             return self.mask(host, args, at, what);
         }
-        if inputs.is_empty() && row.place != PlaceRule::Make && row.place != PlaceRule::Random {
-            return Value::Opaque;
+        if inputs.is_empty() && !matches!(row.place, PlaceRule::Make | PlaceRule::Random) {
+            return Self::lost(what);
         }
         if row.shape == ShapeRule::Chunk {
             return self.chunk(row, &inputs, args, at, what);
@@ -81,6 +81,7 @@ impl<'a> Trace<'_, 'a> {
             }
         }
         if row.place == PlaceRule::Host {
+            self.reads.push(node);
             return Value::Opaque;
         }
         Value::Tensor(node)
@@ -133,7 +134,7 @@ impl<'a> Trace<'_, 'a> {
             .and_then(|a| a.0.size())
             .and_then(|s| s.poly.as_constant());
         let (Some(parts), Some(input)) = (parts, inputs.first()) else {
-            return Value::Opaque;
+            return Self::lost(what);
         };
         let mut elems = Vec::new();
         for _ in 0..parts {
@@ -151,7 +152,7 @@ impl<'a> Trace<'_, 'a> {
                         .and_then(|a| dim_argument(&a.0))
                         .and_then(|d| resolve(d, dims.len()))
                     else {
-                        return Value::Opaque;
+                        return Self::lost(what);
                     };
                     let size = dims[d].size(&self.atoms);
                     let part = self.atoms.div(&size, &super::size::Poly::constant(parts));
@@ -181,7 +182,7 @@ impl<'a> Trace<'_, 'a> {
         what: &str,
     ) -> Value {
         let Some(input) = inputs.first().copied() else {
-            return Value::Opaque;
+            return Self::lost(what);
         };
         let places: Vec<(Value, Option<&'a syn::Expr>)> = match args.get(1) {
             Some((Value::Tuple(values), Some(syn::Expr::Tuple(t)))) if !values.is_empty() => values
@@ -190,7 +191,7 @@ impl<'a> Trace<'_, 'a> {
                 .zip(t.elems.iter().map(Some))
                 .collect(),
             Some((value, e)) => vec![(value.clone(), *e)],
-            None => return Value::Opaque,
+            None => return Self::lost(what),
         };
         let Some(dims) = self.with_rank_at_least(input.node, places.len()) else {
             let reason = Self::reason(
@@ -290,6 +291,12 @@ impl<'a> Trace<'_, 'a> {
             }
         }
         Some(out)
+    }
+
+    /// What could not be followed, as a value.
+    pub(super) fn lost(what: &str) -> Value {
+        let help = "write it with tensors, tuples, options and functions of the module";
+        Value::Unknown(Self::reason(format!("cannot follow `{what}`"), help).into())
     }
 
     /// A shape problem, with the code for it.

@@ -86,7 +86,20 @@ impl<'a> Trace<'_, 'a> {
                 Value::Option(presence, Box::new(inner))
             }
             _ if Self::is_transparent(name) => receiver,
-            _ => self.unknown_call(&crate::syntax::text(m), &args, at),
+            _ => {
+                let mut all: Vec<Arg<'a>> = vec![(receiver, Some(&*m.receiver))];
+                all.extend(args);
+                let value = self.unknown_call(&crate::syntax::text(m), &all, at);
+                // A list that is filled step by step is lost as a whole.
+                if let (true, Value::Tensor(_), syn::Expr::Path(p)) =
+                    (WRITERS.contains(&name), &value, &*m.receiver)
+                    && let Some(ident) = p.path.get_ident()
+                {
+                    self.assign(act, &ident.to_string(), Self::lost(&crate::syntax::text(m)));
+                    return Value::Unit;
+                }
+                value
+            }
         }
     }
 

@@ -302,7 +302,7 @@ impl<'a> Trace<'_, 'a> {
         let mut up = Some(at.act);
         while let Some(act) = up {
             if self.acts[act].function == function {
-                return Value::Opaque;
+                return Self::lost(&f.path);
             }
             up = self.acts[act].parent.map(|(p, _)| p);
         }
@@ -361,7 +361,7 @@ impl<'a> Trace<'_, 'a> {
             value.tensors(&mut tensors);
             let expr = e.map(|e| self.at(at.act, e).expr);
             inputs.extend(tensors.into_iter().map(|node| Input { node, expr }));
-            if let Value::Unknown(r) = value {
+            if let Some(r) = value.lost() {
                 return Value::Unknown(r.clone());
             }
             if let (Value::Size(s), Some(e)) = (value, e) {

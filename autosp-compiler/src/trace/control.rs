@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use super::graph::{ActId, At, Input, NodeId, Op};
 use super::shape::{Dim, Shape};
 use super::value::{Binding, Cmp, Cond, Presence, Size, Value};
-use super::{Fact, Loop, Trace};
+use super::{Fact, Loop, Role, Trace};
 use crate::syntax::number;
 
 type Vars = Vec<HashMap<String, Binding>>;
@@ -348,6 +348,13 @@ impl<'a> Trace<'_, 'a> {
 
     pub(super) fn for_loop(&mut self, act: ActId, f: &'a syn::ExprForLoop, at: At) -> Value {
         let iter = self.eval(act, &f.expr);
+        if let Value::Range(_, end, end_expr) = &iter {
+            let end_at = At {
+                expr: *end_expr,
+                ..at
+            };
+            self.use_size(end_at, &end.clone(), Role::Valid);
+        }
         let elem = self.element(iter);
         let over_parts = has_object(&elem);
         let before = self.carry_in(act, &f.body, at);

@@ -12,7 +12,7 @@ impl<'a> Trace<'_, 'a> {
     pub(crate) fn eval(&mut self, act: ActId, e: &'a syn::Expr) -> Value {
         self.steps += 1;
         if self.steps > STEPS {
-            return Value::Opaque;
+            return Self::lost("a program of this size");
         }
         let at = self.at(act, e);
         let value = self.eval_inner(act, e, at);
@@ -62,7 +62,7 @@ impl<'a> Trace<'_, 'a> {
             }
             syn::Expr::Loop(l) => {
                 self.loop_body(act, &l.body, at);
-                Value::Opaque
+                Self::lost("a `loop` with a value")
             }
             syn::Expr::Closure(_) => Value::Closure(Closure {
                 expr: at.expr,
@@ -79,8 +79,12 @@ impl<'a> Trace<'_, 'a> {
             syn::Expr::Assign(a) => self.assignment(act, a, at),
             syn::Expr::Range(r) => self.range(act, r),
             syn::Expr::Struct(s) => {
+                let mut tensors = Vec::new();
                 for field in &s.fields {
-                    self.eval(act, &field.expr);
+                    self.eval(act, &field.expr).tensors(&mut tensors);
+                }
+                if !tensors.is_empty() {
+                    return Self::lost(&text(s));
                 }
                 let path = s
                     .path
@@ -98,7 +102,7 @@ impl<'a> Trace<'_, 'a> {
                 self.bind(act, &l.pat, value, true);
                 Value::Bool(Cond::Unknown)
             }
-            syn::Expr::Macro(m) => Self::macro_call(&m.mac),
+            syn::Expr::Macro(m) => self.macro_call(act, &m.mac, at),
             _ => Value::Opaque,
         }
     }
@@ -141,6 +145,9 @@ impl<'a> Trace<'_, 'a> {
 
     fn unary(&mut self, act: ActId, u: &'a syn::ExprUnary, at: At) -> Value {
         let value = self.eval(act, &u.expr);
+        if let Some(r) = value.lost() {
+            return Value::Unknown(r.clone());
+        }
         match (&u.op, value) {
             (syn::UnOp::Deref(_), value) => value,
             (syn::UnOp::Not(_), Value::Bool(c)) => Value::Bool(not(c)),
@@ -204,6 +211,9 @@ impl<'a> Trace<'_, 'a> {
             Add, AddAssign, Div, DivAssign, Eq, Ge, Gt, Le, Lt, Mul, MulAssign, Ne, Rem, Sub,
             SubAssign,
         };
+        if let Some(r) = left.lost().or(right.lost()) {
+            return Value::Unknown(r.clone());
+        }
         if left.tensor().is_some() || matches!(right, Value::Tensor(_)) {
             let name = match b.op {
                 Add(_) | AddAssign(_) => "add",
@@ -444,7 +454,7 @@ impl<'a> Trace<'_, 'a> {
         }
     }
 
-    fn macro_call(mac: &syn::Macro) -> Value {
+    fn macro_call(&mut self, act: ActId, mac: &'a syn::Macro, at: At) -> Value {
         let name = mac
             .path
             .segments
@@ -453,7 +463,39 @@ impl<'a> Trace<'_, 'a> {
             .unwrap_or_default();
         match name.as_str() {
             "bail" | "panic" | "unreachable" | "unimplemented" | "todo" => Value::Never,
-            _ => Value::Opaque,
+            "vec" => self.vec_macro(act, mac, at),
+            "format" | "print" | "println" | "eprint" | "eprintln" | "write" | "writeln"
+            | "assert" | "assert_eq" | "assert_ne" | "debug_assert" | "debug_assert_eq"
+            | "debug_assert_ne" | "trace" | "debug" | "info" | "warn" | "error" | "span"
+            | "matches" | "concat" | "env" | "line" | "file" | "stringify" | "ensure" => {
+                Value::Opaque
+            }
+            _ => Self::lost(&text(mac)),
+        }
+    }
+
+    /// `vec![a, b]` and `vec![a; n]`. What stands in a macro has no number of its own, so that no edit can reach it.
+    fn vec_macro(&mut self, act: ActId, mac: &'a syn::Macro, at: At) -> Value {
+        let known = self.macros.get(&std::ptr::from_ref(mac)).copied();
+        let array = known.or_else(|| {
+            let tokens = &mac.tokens;
+            let parsed = syn::parse2::<syn::Expr>(quote::quote!([#tokens])).ok()?;
+            // Once for each `vec!` of the source; the process ends with the expansion.
+            let leaked: &'static syn::Expr = Box::leak(Box::new(parsed));
+            self.macros.insert(std::ptr::from_ref(mac), leaked);
+            Some(leaked)
+        });
+        match array {
+            Some(array) => {
+                let value = self.eval(act, array);
+                if let syn::Expr::Repeat(r) = array
+                    && let Value::Size(len) = self.eval(act, &r.len)
+                {
+                    self.use_size(at, &len, Role::Unclassified(text(mac)));
+                }
+                value
+            }
+            None => Self::lost(&text(mac)),
         }
     }
 }

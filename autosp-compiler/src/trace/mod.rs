@@ -106,8 +106,12 @@ pub(crate) struct Trace<'s, 'a> {
     pub(crate) sizes: Vec<SizeUse>,
     /// Integer parameters of the root that are offsets into a cache.
     pub(crate) offsets: Vec<String>,
+    /// Tensors that are read to the host: what follows depends on them in ways that are not seen.
+    pub(crate) reads: Vec<NodeId>,
     table: &'static Table,
     fields: HashMap<String, NodeId>,
+    /// What stands in a `vec!`, parsed once.
+    macros: HashMap<*const syn::Macro, &'static syn::Expr>,
     depth: usize,
     steps: usize,
     fresh: u32,
@@ -125,8 +129,10 @@ impl<'s, 'a> Trace<'s, 'a> {
             acts: Vec::new(),
             sizes: Vec::new(),
             offsets: Vec::new(),
+            reads: Vec::new(),
             table,
             fields: HashMap::new(),
+            macros: HashMap::new(),
             depth: 0,
             steps: 0,
             fresh: 0,
@@ -314,7 +320,7 @@ impl<'s, 'a> Trace<'s, 'a> {
         }
         self.depth += 1;
         let tail = if self.depth > DEPTH {
-            Value::Opaque
+            Self::lost(&f.path)
         } else {
             self.block(act, f.block)
         };

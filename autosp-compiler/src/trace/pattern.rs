@@ -143,10 +143,10 @@ impl<'a> Trace<'_, 'a> {
         value: &Value,
         by_ref: bool,
     ) {
-        let value = if let Value::Unknown(r) = value {
-            Value::Unknown(r.clone())
-        } else {
-            Value::Opaque
+        // What a tensor or something lost is taken apart into is as unknown as the whole.
+        let value = match value {
+            Value::Unknown(_) | Value::Tensor(_) => value.clone(),
+            _ => Value::Opaque,
         };
         for pat in pats {
             self.bind(act, pat, value.clone(), by_ref);

@@ -178,6 +178,21 @@ impl Value {
         }
     }
 
+    /// The reason in this value or in a part of it, if something could not be followed.
+    pub(crate) fn lost(&self) -> Option<&Rc<Reason>> {
+        match self {
+            Self::Unknown(r) => Some(r),
+            Self::Tuple(v) => v.iter().find_map(Self::lost),
+            Self::List {
+                elems: Some(elems), ..
+            } => elems.iter().find_map(Self::lost),
+            Self::List { any, .. } => any.lost(),
+            Self::Option(Presence::None, _) => None,
+            Self::Option(_, v) => v.lost(),
+            _ => None,
+        }
+    }
+
     /// All tensors in this value.
     pub(crate) fn tensors(&self, out: &mut Vec<NodeId>) {
         match self {
