@@ -142,16 +142,16 @@ fn analyse_items(
 /// the output, so that editors keep working.
 pub fn sequence_parallel(
     args: TokenStream,
-    item: TokenStream,
+    item: &TokenStream,
     source: Option<&Path>,
 ) -> TokenStream {
     let args = match syntax::args::Args::parse(args) {
         Ok(args) => args,
-        Err(refusal) => return refused(&[refusal], None, &item),
+        Err(refusal) => return refused(&[refusal], None, item),
     };
     let module = match syn::parse2::<syn::Item>(item.clone()) {
         Ok(syn::Item::Mod(module)) => module,
-        Ok(other) => return refused(&[not_a_module(&other)], None, &item),
+        Ok(other) => return refused(&[not_a_module(&other)], None, item),
         Err(e) => {
             let error = e.to_compile_error();
             return quote!(#error #item);
@@ -165,14 +165,14 @@ pub fn sequence_parallel(
             format!("the attribute does not see the file of `mod {name};`"),
         )
         .help(format!("mod {name} {{ include!(\"{name}.rs\"); }}"));
-        return refused(&[refusal], None, &item);
+        return refused(&[refusal], None, item);
     };
     if let [only] = items.as_slice()
         && let Some(lit) = syntax::include::included_path(only)
     {
         return match syntax::include::read(&lit, source) {
-            Ok(included) => include_module(&args, &module, &lit, &included, &item),
-            Err(refusal) => refused(&[refusal], None, &item),
+            Ok(included) => include_module(&args, &module, &lit, &included, item),
+            Err(refusal) => refused(&[refusal], None, item),
         };
     }
     let analysis = analyse_items(
@@ -182,7 +182,7 @@ pub fn sequence_parallel(
         ops::candle(),
     );
     if !analysis.refusals.is_empty() {
-        return refused(&analysis.refusals, None, &item);
+        return refused(&analysis.refusals, None, item);
     }
     let body = emit::items(items, &analysis.plan, &args.facade());
     with_body(&module, &body)
@@ -247,7 +247,9 @@ fn include_module(
         Ok(emit::items(&file.items, &analysis.plan, &facade).to_string())
     });
     // Cargo builds again when the included file changes.
-    let tracking = quote!(const _: &[u8] = include_bytes!(#lit););
+    let tracking = quote!(
+        const _: &[u8] = include_bytes!(#lit);
+    );
     match outcome {
         Ok(text) => match text.parse::<TokenStream>() {
             Ok(body) => with_body(module, &quote!(#tracking #body)),

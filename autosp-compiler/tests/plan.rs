@@ -292,3 +292,39 @@ fn a_struct_that_is_not_clone_gets_no_scope() {
             .is_some_and(|w| w.contains("`Block` is not `Clone`"))
     );
 }
+
+#[test]
+fn an_attention_alone_in_its_module_takes_hidden_states() {
+    let source = llama();
+    let end = source
+        .find("#[derive(Debug, Clone)]\nstruct Mlp")
+        .expect("the end of the attention");
+    let alone = edit(
+        &source[..end],
+        "    fn forward(\n        &self,\n        x: &Tensor,\n        index_pos",
+        "    pub fn forward(\n        &self,\n        x: &Tensor,\n        index_pos",
+    );
+    let plan = plan(&alone);
+    assert_eq!(plan.roots[0].function, "Attention::forward");
+    assert_eq!(plan.roots[0].inputs, [("x".to_string(), 1)]);
+    assert!(plan.blocks.is_empty());
+}
+
+#[test]
+fn a_gpt_2_with_fused_projections_and_learned_positions_is_followed() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../examples/models/gpt2.rs");
+    let plan = plan(&std::fs::read_to_string(path).expect("the example model"));
+    let [site] = plan.sites.as_slice() else {
+        panic!("{} sites", plan.sites.len())
+    };
+    assert_eq!(
+        (
+            site.layout.q.as_str(),
+            site.layout.k.as_str(),
+            site.layout.v.as_str()
+        ),
+        ("b h s d", "b g d s", "b g s d")
+    );
+    assert_eq!(site.mask, "causal: key <= query");
+    assert!(plan.blocks[0].scope.is_some());
+}

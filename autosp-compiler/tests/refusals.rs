@@ -78,6 +78,20 @@ fn a_running_sum_a_flip_and_a_shift() {
 }
 
 #[test]
+fn a_mean_over_the_batch() {
+    let r = refused(
+        "let x = self.norm.forward(&x)?;",
+        "let x = x.broadcast_sub(&x.mean_keepdim(0)?)?;",
+        "AS0203",
+    );
+    assert!(
+        r.message.contains("mixes rows of the batch"),
+        "{}",
+        r.message
+    );
+}
+
+#[test]
 fn an_unknown_call_on_a_shard() {
     let r = refused(
         "let x = self.norm.forward(&x)?;",

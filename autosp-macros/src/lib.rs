@@ -19,5 +19,5 @@ use proc_macro::{Span, TokenStream};
 #[proc_macro_attribute]
 pub fn sequence_parallel(args: TokenStream, item: TokenStream) -> TokenStream {
     let source = Span::call_site().local_file();
-    autosp_compiler::sequence_parallel(args.into(), item.into(), source.as_deref()).into()
+    autosp_compiler::sequence_parallel(args.into(), &item.into(), source.as_deref()).into()
 }

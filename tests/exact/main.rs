@@ -8,6 +8,7 @@ mod golden;
 mod job;
 mod leaks;
 mod matrix;
+mod models;
 mod repeat;
 
 /// The example Llama with the attribute; `autosp_reference::llama` is the same file without.
@@ -15,4 +16,18 @@ mod repeat;
 #[allow(dead_code, missing_docs, clippy::pedantic)]
 pub mod llama {
     include!("../../examples/models/llama.rs");
+}
+
+/// The example GPT-2 with the attribute.
+#[autosp::sequence_parallel]
+#[allow(dead_code, missing_docs, clippy::pedantic)]
+pub mod gpt2 {
+    include!("../../examples/models/gpt2.rs");
+}
+
+/// A decoder with a window, a soft cap and interleaved heads, with the attribute.
+#[autosp::sequence_parallel]
+#[allow(dead_code, missing_docs, clippy::pedantic)]
+pub mod window {
+    include!("../models/window.rs");
 }

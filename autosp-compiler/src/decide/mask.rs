@@ -193,6 +193,15 @@ fn bound(trace: &Trace<'_, '_>, p: &Poly, host: &Host, act: ActId) -> Option<Bou
     Some(out)
 }
 
+/// The interval of j - i that a rule singles out, inside or outside of it.
+fn interval_of(trace: &Trace<'_, '_>, host: &Host) -> Option<(Option<Poly>, Option<Poly>)> {
+    let Value::Select(cond, _, _) = &host.elem else {
+        return None;
+    };
+    let set = set(trace, cond, host)?;
+    Some((set.lo, set.hi))
+}
+
 /// The masks of a site, in words.
 pub(super) fn describe(trace: &Trace<'_, '_>, site: &Site) -> String {
     let mut seen: HashSet<*const Host> = HashSet::new();
@@ -205,29 +214,19 @@ pub(super) fn describe(trace: &Trace<'_, '_>, site: &Site) -> String {
             continue;
         }
         let act = trace.nodes[*node].at.act;
-        words.push(match rule(trace, host, act).and_then(|r| r.band) {
-            Some(Band {
-                lo: None,
-                hi: Some(hi),
-                ..
-            }) if hi == Bound::default() => "causal: key <= query".to_string(),
-            Some(band) => {
-                let show = |b: &Option<Bound>, none: &str| {
-                    b.as_ref().map_or(none.to_string(), |b| {
-                        if b.terms.is_empty() {
-                            b.constant.to_string()
-                        } else {
-                            format!("{}+..", b.constant)
-                        }
-                    })
+        words.push(match interval_of(trace, host) {
+            Some((None, Some(hi))) if hi == Poly::default() => "causal: key <= query".to_string(),
+            Some((lo, hi)) if rule(trace, host, act).is_some_and(|r| r.band.is_some()) => {
+                let show = |p: Option<&Poly>, none: &str| {
+                    p.map_or(none.to_string(), |p| trace.atoms.show(p))
                 };
                 format!(
                     "band: {} <= key - query <= {}",
-                    show(&band.lo, "-inf"),
-                    show(&band.hi, "inf")
+                    show(lo.as_ref(), "-inf"),
+                    show(hi.as_ref(), "inf")
                 )
             }
-            None => "a rule over (query, key), evaluated tile by tile".to_string(),
+            _ => "a rule over (query, key), evaluated tile by tile".to_string(),
         });
     }
     if words.is_empty() {

@@ -15,7 +15,7 @@ use crate::place::{Placed, place};
 use crate::syntax::Scope;
 use crate::syntax::types::Ty;
 use crate::trace::Trace;
-use crate::trace::shape::show;
+use crate::trace::shape::{Dim, show};
 
 /// A plan, or every refusal. A module without attention is refused too.
 pub(crate) fn decide(
@@ -29,8 +29,7 @@ pub(crate) fn decide(
     };
     let mut refusals: Vec<Refusal> = Vec::new();
     let mut fallback: Vec<Refusal> = Vec::new();
-    for root in roots(scope, table) {
-        let trace = Trace::run(scope, table, root);
+    for (root, trace) in roots(scope, table) {
         match place(&trace) {
             Ok(placed) => {
                 if let Err(more) = add(&mut plan, &trace, &placed, root) {
@@ -66,11 +65,12 @@ fn dedupe(refusals: &mut Vec<Refusal>) {
 }
 
 /// Functions that a user calls: they take a tensor, come to an attention or fail to, and no other function of the scope
-/// calls them on the way to one.
-fn roots(scope: &Scope<'_>, table: &'static Table) -> Vec<usize> {
-    let mut candidates = Vec::new();
+/// calls them on the way to one. Each with its trace.
+fn roots<'s, 'a>(scope: &'s Scope<'a>, table: &'static Table) -> Vec<(usize, Trace<'s, 'a>)> {
+    let mut candidates: Vec<(usize, Trace<'s, 'a>)> = Vec::new();
     let mut called = std::collections::HashSet::new();
-    for (id, f) in scope.functions.iter().enumerate() {
+    // What is called stands before its caller in most files; a function that is called needs no trace of its own.
+    for (id, f) in scope.functions.iter().enumerate().rev() {
         let takes_tensor = f.sig.inputs.iter().any(|input| match input {
             syn::FnArg::Typed(t) => scope.ty(&t.ty, f.owner.as_deref()).holds_tensor(),
             syn::FnArg::Receiver(_) => false,
@@ -79,31 +79,24 @@ fn roots(scope: &Scope<'_>, table: &'static Table) -> Vec<usize> {
             syn::ReturnType::Type(_, ty) => scope.ty(ty, f.owner.as_deref()).holds_tensor(),
             syn::ReturnType::Default => false,
         };
-        if !takes_tensor || !gives_tensor {
+        if !takes_tensor || !gives_tensor || called.contains(&id) {
             continue;
         }
         let trace = Trace::run(scope, table, id);
         called.extend(trace.acts.iter().skip(1).map(|a| a.function));
-        let interesting = (0..trace.nodes.len()).any(|n| {
-            trace.nodes[n]
-                .row()
-                .is_some_and(|r| r.name().starts_with("softmax"))
-        });
-        if interesting {
-            candidates.push(id);
+        let softmax = |n: &crate::trace::graph::Node| {
+            n.row().is_some_and(|r| r.name().starts_with("softmax"))
+        };
+        if trace.nodes.iter().any(softmax) {
+            candidates.push((id, trace));
         }
     }
-    let free: Vec<usize> = candidates
-        .iter()
-        .copied()
-        .filter(|id| !called.contains(id))
-        .collect();
-    let public: Vec<usize> = free
-        .iter()
-        .copied()
-        .filter(|id| scope.functions[*id].public)
-        .collect();
-    if public.is_empty() { free } else { public }
+    candidates.retain(|(id, _)| !called.contains(id));
+    if candidates.iter().any(|(id, _)| scope.functions[*id].public) {
+        candidates.retain(|(id, _)| scope.functions[*id].public);
+    }
+    candidates.reverse();
+    candidates
 }
 
 /// The first thing that could not be followed and that a softmax depends on: what stands in the way of an attention.
@@ -143,14 +136,14 @@ fn add(
         let k = repeat::find(trace, site, site.k.node);
         let v = repeat::find(trace, site, site.v.node);
         // Keys and values share the kv heads: both are exchanged before the repetition, or neither.
-        let (heads, bases) = match (&k, &v) {
-            (Some(k), Some(v)) if k.heads == v.heads => (k.heads, Some((k.base, v.base))),
-            _ => (plan::HeadMap::Blocked, None),
+        let (heads, unrepeated) = match (&k, &v) {
+            (Some(k), Some(v)) if k.heads == v.heads => (k.heads, true),
+            _ => (plan::HeadMap::Blocked, false),
         };
-        if bases.is_some() {
+        if unrepeated {
             elided.extend(k.iter().chain(&v).flat_map(|r| r.elided.iter().copied()));
         }
-        let described = describe(trace, site, heads, bases);
+        let described = describe(trace, site, heads, unrepeated);
         // Two roots that come to the same attention share its site.
         let known = plan.sites.iter().position(|s| *s == described);
         site_ids.push(known.unwrap_or_else(|| {
@@ -209,14 +202,16 @@ fn describe(
     trace: &Trace<'_, '_>,
     site: &crate::place::sites::Site,
     heads: plan::HeadMap,
-    bases: Option<(crate::trace::graph::NodeId, crate::trace::graph::NodeId)>,
+    unrepeated: bool,
 ) -> plan::Site {
     let n = &trace.nodes[site.matmul];
-    let shape = |node: usize| {
-        trace.nodes[node]
-            .shape
-            .known()
-            .map_or_else(|| "?".to_string(), |d| show(&trace.atoms, d))
+    let shape = |node: usize| match trace.nodes[node].shape.known() {
+        Some(dims) if unrepeated => show(
+            &trace.atoms,
+            &dims.iter().map(Dim::unrepeated).collect::<Vec<_>>(),
+        ),
+        Some(dims) => show(&trace.atoms, dims),
+        None => "?".to_string(),
     };
     plan::Site {
         function: trace.scope.full_name(trace.acts[n.at.act].function),
@@ -228,11 +223,11 @@ fn describe(
         },
         operands: plan::Operands {
             q: shape(site.q.node),
-            k: shape(bases.map_or(site.k.node, |b| b.0)),
-            v: shape(bases.map_or(site.v.node, |b| b.1)),
+            k: shape(site.k.node),
+            v: shape(site.v.node),
         },
         heads,
-        unrepeated: bases.is_some(),
+        unrepeated,
         mask: mask::describe(trace, site),
         strategies: vec!["ulysses".to_string()],
         bytes: plan::ULYSSES_BYTES.to_string(),

@@ -2,7 +2,7 @@
 
 use autosp_plan::plan::HeadMap;
 
-use crate::ops::ShapeRule;
+use crate::ops::{PlaceRule, ShapeRule};
 use crate::place::sites::Site;
 use crate::syntax::number;
 use crate::trace::Trace;
@@ -12,8 +12,6 @@ use crate::trace::value::Value;
 
 /// A repetition that can be left out.
 pub(super) struct Repeat {
-    /// The tensor before it.
-    pub(super) base: NodeId,
     pub(super) heads: HeadMap,
     /// Expressions that become one of their operands: activation, outer, inner.
     pub(super) elided: Vec<(ActId, u32, u32)>,
@@ -31,10 +29,8 @@ pub(super) fn find(trace: &Trace<'_, '_>, site: &Site, operand: NodeId) -> Optio
             break;
         }
         let row = trace.nodes[node].row()?;
-        if !matches!(
-            row.place,
-            crate::ops::PlaceRule::Move | crate::ops::PlaceRule::Each
-        ) || trace.nodes[node].inputs.len() != 1
+        if !matches!(row.place, PlaceRule::Move | PlaceRule::Each)
+            || trace.nodes[node].inputs.len() != 1
         {
             return None;
         }
@@ -50,45 +46,58 @@ pub(super) fn find(trace: &Trace<'_, '_>, site: &Site, operand: NodeId) -> Optio
         chain.push(input.node);
         k += 1;
     }
-    for (i, repeated) in chain.iter().enumerate().take_while(|(_, n)| {
-        trace.nodes[**n]
-            .shape
-            .known()
-            .is_some_and(|d| d.iter().any(Dim::has_repeat))
-    }) {
-        // Whatever stands between here and the site must not name sizes, nor have other readers.
-        let between = &chain[..i];
-        let sizeless = between.iter().all(|n| {
-            trace.nodes[*n].row().is_some_and(|r| {
-                matches!(
-                    r.shape,
-                    ShapeRule::Same | ShapeRule::T | ShapeRule::Transpose
-                )
-            })
-        });
-        let alone = chain[..=i].iter().all(|n| {
-            !trace.nodes[*n].sizes_read
-                && readers(trace, *n)
-                    .iter()
-                    .all(|r| between.contains(r) || *r == site.matmul || *r == site.out)
-        });
-        if !sizeless || !alone {
-            return None;
-        }
-        let dims = trace.nodes[*repeated].shape.known()?;
-        let plain: Vec<Dim> = dims.iter().map(Dim::unrepeated).collect();
-        for candidate in &chain[i + 1..] {
-            if trace.nodes[*candidate].shape.known() == Some(plain.as_slice()) {
-                let whole = expressions(trace, *repeated, *candidate).map(|e| vec![e]);
-                let end = chain.iter().position(|n| n == candidate)?;
-                if let Some(elided) = whole.or_else(|| steps(trace, &chain[i..end])) {
-                    return Some(Repeat {
-                        base: *candidate,
-                        heads: head_map(dims)?,
-                        elided,
-                    });
-                }
-            }
+    // One expression that stands for the whole repetition first; else its operations one by one.
+    let repeating = chain.iter().take_while(|n| repeats(trace, **n)).count();
+    let found = |step_by_step: bool| {
+        (0..repeating)
+            .take_while(|i| removable(trace, site, &chain, *i))
+            .find_map(|i| at(trace, &chain, i, step_by_step))
+    };
+    found(false).or_else(|| found(true))
+}
+
+fn repeats(trace: &Trace<'_, '_>, node: NodeId) -> bool {
+    trace.nodes[node]
+        .shape
+        .known()
+        .is_some_and(|d| d.iter().any(Dim::has_repeat))
+}
+
+/// Whatever stands between `chain[i]` and the site names no sizes, and nobody else reads any of it.
+fn removable(trace: &Trace<'_, '_>, site: &Site, chain: &[NodeId], i: usize) -> bool {
+    let between = &chain[..i];
+    let sizeless = |n: &NodeId| {
+        trace.nodes[*n].row().is_some_and(|r| {
+            matches!(
+                r.shape,
+                ShapeRule::Same | ShapeRule::T | ShapeRule::Transpose
+            )
+        })
+    };
+    let alone = |n: &NodeId| {
+        let only = |r: &NodeId| between.contains(r) || *r == site.matmul || *r == site.out;
+        !trace.nodes[*n].sizes_read && readers(trace, *n).iter().all(only)
+    };
+    between.iter().all(sizeless) && chain[..=i].iter().all(alone)
+}
+
+/// The repetition that ends at `chain[i]`.
+fn at(trace: &Trace<'_, '_>, chain: &[NodeId], i: usize, step_by_step: bool) -> Option<Repeat> {
+    let dims = trace.nodes[chain[i]].shape.known()?;
+    let plain: Vec<Dim> = dims.iter().map(Dim::unrepeated).collect();
+    let bases = (i + 1..chain.len())
+        .filter(|k| trace.nodes[chain[*k]].shape.known() == Some(plain.as_slice()));
+    for k in bases {
+        let elided = if step_by_step {
+            steps(trace, &chain[i..k])
+        } else {
+            expressions(trace, chain[i], chain[k]).map(|e| vec![e])
+        };
+        if let Some(elided) = elided {
+            return Some(Repeat {
+                heads: head_map(dims)?,
+                elided,
+            });
         }
     }
     None
@@ -150,8 +159,12 @@ fn steps(trace: &Trace<'_, '_>, chain: &[NodeId]) -> Option<Vec<(ActId, u32, u32
             let n = &trace.nodes[*node];
             let numbers = &trace.scope.functions[trace.acts[n.at.act].function].numbers;
             let inner = n.inputs.first()?.expr?;
+            // A cast or a copy is not part of the repetition.
+            let repeats = n
+                .row()
+                .is_some_and(|r| r.place == PlaceRule::Move && r.shape != ShapeRule::Same);
             let holds = number::within(numbers, numbers.get(n.at.expr)?).contains(&inner);
-            (holds && !n.sizes_read).then_some((n.at.act, n.at.expr, inner))
+            (repeats && holds && !n.sizes_read).then_some((n.at.act, n.at.expr, inner))
         })
         .collect()
 }

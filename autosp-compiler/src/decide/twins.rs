@@ -180,7 +180,7 @@ impl Builder<'_, '_, '_> {
                     | syn::Expr::Field(_)
                     | syn::Expr::Index(_)
             );
-            if poly.is_multiple_of(sequence) && (leaf || dropped.is_empty()) {
+            if poly.is_multiple_of(sequence) && leaf {
                 out.push(id);
                 return true;
             }

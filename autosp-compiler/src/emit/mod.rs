@@ -189,7 +189,7 @@ fn twin_fn(
     quote! {
         #[doc = #doc]
         #[doc(hidden)]
-        #[allow(unused, clippy::all, clippy::pedantic, clippy::restriction, clippy::nursery)]
+        #[allow(unused, non_snake_case, clippy::all, clippy::pedantic, clippy::restriction, clippy::nursery)]
         pub(crate) #twin_sig #block
     }
 }

@@ -11,7 +11,7 @@ use syn::{Expr, parse_quote};
 pub(super) fn block(block: &syn::Block, twin: &Twin, rt: &syn::Ident) -> syn::Block {
     let mut edits: HashMap<u32, Vec<&Action>> = HashMap::new();
     let mut wanted: HashSet<u32> = HashSet::new();
-    let mut inputs: HashSet<u32> = HashSet::new();
+    let mut inputs: HashMap<u32, &str> = HashMap::new();
     for edit in &twin.edits {
         edits.entry(edit.expr).or_default().push(&edit.action);
         match &edit.action {
@@ -24,7 +24,7 @@ pub(super) fn block(block: &syn::Block, twin: &Twin, rt: &syn::Ident) -> syn::Bl
                 wanted.extend(bounds.flat_map(|b| b.terms.iter().map(|t| t.1)));
             }
             Action::Checkpoint(c) => {
-                inputs.insert(c.input);
+                inputs.insert(c.input, &c.variable);
             }
             _ => {}
         }
@@ -48,8 +48,8 @@ struct Rewriter<'e> {
     edits: HashMap<u32, Vec<&'e Action>>,
     /// Expressions that another edit moves elsewhere.
     wanted: HashSet<u32>,
-    /// The inputs of checkpointed calls.
-    inputs: HashSet<u32>,
+    /// The inputs of checkpointed calls, with the variable that carries them.
+    inputs: HashMap<u32, &'e str>,
     saved: HashMap<u32, Expr>,
     untyped: HashSet<u32>,
     rt: &'e syn::Ident,
@@ -81,11 +81,12 @@ impl VisitMut for Rewriter<'_> {
         for action in self.edits.remove(&id).unwrap_or_default() {
             self.apply(e, action, id);
         }
-        if self.inputs.contains(&id) {
-            // Inside the scope's closure the input is its parameter, a reference.
+        if let Some(variable) = self.inputs.get(&id) {
+            // Inside the scope's closure the variable is its parameter, a reference.
+            let variable = format_ident!("{variable}");
             *e = match &*e {
-                Expr::Reference(_) => parse_quote!(input),
-                _ => parse_quote!(input.clone()),
+                Expr::Reference(_) => parse_quote!(#variable),
+                _ => parse_quote!(#variable.clone()),
             };
         }
         if self.wanted.contains(&id) {
@@ -241,21 +242,29 @@ impl Rewriter<'_> {
             match b {
                 None => quote!(None),
                 Some(b) => {
-                    let terms = b.terms.iter().map(|(c, e)| {
-                        let e = get(*e);
-                        match c {
-                            1 => quote!(+ (#e) as i64),
-                            -1 => quote!(- (#e) as i64),
-                            c => quote!(+ #c * ((#e) as i64)),
-                        }
-                    });
                     let constant = proc_macro2::Literal::i64_unsuffixed(b.constant.abs());
-                    let constant = if b.constant < 0 {
-                        quote!(-#constant)
-                    } else {
-                        quote!(#constant)
+                    let mut sum = match b.constant {
+                        0 if !b.terms.is_empty() => TokenStream::new(),
+                        c if c < 0 => quote!(-#constant),
+                        _ => quote!(#constant),
                     };
-                    quote!(Some(#constant #(#terms)*))
+                    for (c, e) in &b.terms {
+                        let e = get(*e);
+                        let sign = if *c < 0 {
+                            quote!(-)
+                        } else if sum.is_empty() {
+                            quote!()
+                        } else {
+                            quote!(+)
+                        };
+                        let factor = proc_macro2::Literal::i64_unsuffixed(c.abs());
+                        sum = if c.abs() == 1 {
+                            quote!(#sum #sign (#e as i64))
+                        } else {
+                            quote!(#sum #sign #factor * (#e as i64))
+                        };
+                    }
+                    quote!(Some(#sum))
                 }
             }
         };
@@ -389,6 +398,6 @@ fn checkpoint(e: &mut Expr, scope: &Checkpoint, rt: &syn::Ident) {
     let variable = format_ident!("{}", scope.variable);
     *e = parse_quote!({
         #(#clones)*
-        #rt::checkpoint(&#variable, move |input| #e)
+        #rt::checkpoint(&#variable, move |#variable| #e)
     });
 }

@@ -9,7 +9,7 @@ use crate::ops::{PlaceRule, ShapeRule};
 use crate::trace::Trace;
 use crate::trace::graph::{Input, NodeId, Op};
 use crate::trace::shape::{Dim, Shape, show};
-use crate::trace::size::{AtomId, AtomKind};
+use crate::trace::size::AtomId;
 
 /// One attention.
 #[derive(Debug, Clone)]
@@ -109,7 +109,7 @@ impl Finder<'_, '_, '_> {
             return None;
         };
         let atom = self.trace.atoms.normal(&factor.size).as_atom()?;
-        matches!(self.trace.atoms.kind(atom), AtomKind::Dim(..)).then_some(atom)
+        self.trace.atoms.is_dim(atom).then_some(atom)
     }
 
     /// Walks back to the product of queries and keys.

@@ -3,11 +3,13 @@
 pub(crate) mod args;
 pub(crate) mod include;
 pub(crate) mod number;
+mod text;
 pub(crate) mod types;
 
 use std::collections::HashMap;
 
 use syn::spanned::Spanned;
+pub(crate) use text::text;
 use types::{Names, Ty};
 
 /// A struct or a variant of an enum: its fields in order.
@@ -251,28 +253,6 @@ impl<'a> Scope<'a> {
             format!("{}::{path}", self.name)
         }
     }
-}
-
-/// The source text of an expression, on one line and without the spaces that a token printer puts in.
-pub(crate) fn text(e: &impl quote::ToTokens) -> String {
-    let raw = e.to_token_stream().to_string();
-    let mut out = String::with_capacity(raw.len());
-    let mut rest = raw.as_str();
-    while let Some(c) = rest.chars().next() {
-        let tight = [
-            " . ", " ?", " (", " ,", " ;", " [", " :: ", ":: ", " ::", "& ", "( ", " )", "[ ", " ]",
-        ];
-        if let Some(t) = tight.iter().find(|t| rest.starts_with(**t)) {
-            let after_operator = matches!(*t, " (" | " [")
-                && out.ends_with(['=', '+', '-', '*', '/', ',', '>', '<', '|']);
-            out.push_str(if after_operator { t } else { t.trim() });
-            rest = &rest[t.len()..];
-            continue;
-        }
-        out.push(if c == '\n' { ' ' } else { c });
-        rest = &rest[c.len_utf8()..];
-    }
-    out
 }
 
 /// A span for the whole of a syntax node where the compiler joins spans, else its beginning.

@@ -84,7 +84,7 @@ impl Names {
                 self.0.insert(r.rename.to_string(), path);
             }
             syn::UseTree::Group(g) => g.items.iter().for_each(|t| self.add(t, prefix)),
-            _ => {}
+            syn::UseTree::Glob(_) => {}
         }
     }
 

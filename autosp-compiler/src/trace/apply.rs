@@ -21,13 +21,13 @@ impl<'a> Trace<'_, 'a> {
     pub(super) fn apply(
         &mut self,
         row: &'static Row,
-        args: Vec<Arg<'a>>,
+        args: &[Arg<'a>],
         at: At,
         what: &str,
         object: Option<&str>,
     ) -> Value {
         let mut inputs: Vec<Input> = Vec::new();
-        for (value, e) in &args {
+        for (value, e) in args {
             if let Value::Unknown(r) = value {
                 return Value::Unknown(r.clone());
             }
@@ -48,16 +48,16 @@ impl<'a> Trace<'_, 'a> {
             && host.axes.len() == 2
         {
             let host = host.clone();
-            return self.mask(host, &args, at, what);
+            return self.mask(host, args, at, what);
         }
         if inputs.is_empty() && row.place != PlaceRule::Make && row.place != PlaceRule::Random {
             return Value::Opaque;
         }
         if row.shape == ShapeRule::Chunk {
-            return self.chunk(row, &inputs, &args, at, what);
+            return self.chunk(row, &inputs, args, at, what);
         }
         if row.shape == ShapeRule::Index {
-            return self.index_op(row, &inputs, &args, at, what);
+            return self.index_op(row, &inputs, args, at, what);
         }
         let name = object.map_or(what, |o| o).to_string();
         let node = self.node(Op::Row(row), inputs, Shape::Partial(Vec::new()), at, what);
@@ -65,7 +65,7 @@ impl<'a> Trace<'_, 'a> {
             // Widths are named after the layer.
             self.nodes[node].text.clone_from(&name);
         }
-        let rank = self.shape_rule(row, node, &args, at);
+        let rank = self.shape_rule(row, node, args, at);
         self.nodes[node].text = what.to_string();
         match rank {
             Ok((shape, touches)) => {

@@ -6,147 +6,11 @@ use super::call::Arg;
 use super::graph::{ActId, At, NodeId};
 use super::shape::{Dim, Shape};
 use super::size::Poly;
-use super::value::{Axis, Closure, Cond, Host, Presence, Size, Value};
+use super::value::{Cond, Presence, Size, Value};
 use super::{Role, Trace};
 use crate::syntax::number::WRITERS;
 
 impl<'a> Trace<'_, 'a> {
-    /// Methods that take a closure or a second list: iterator adapters and those of `Option`.
-    pub(super) fn adapter(
-        &mut self,
-        act: ActId,
-        receiver: &Value,
-        name: &str,
-        m: &'a syn::ExprMethodCall,
-        at: At,
-    ) -> Option<Value> {
-        let closure = |this: &mut Self| -> Option<Closure> {
-            let e = m.args.first()?;
-            if !matches!(e, syn::Expr::Closure(_)) {
-                return None;
-            }
-            if let Value::Closure(c) = this.eval(act, e) {
-                Some(c)
-            } else {
-                None
-            }
-        };
-        match (receiver, name) {
-            (Value::Range(start, end, end_expr), "map" | "flat_map")
-                if start.poly.as_constant() == Some(0) =>
-            {
-                let closure = closure(self)?;
-                let index = self.fresh_feature("index");
-                let atom = index.as_atom()?;
-                let end = (**end).clone();
-                let use_at = At {
-                    expr: *end_expr,
-                    ..at
-                };
-                self.use_size(use_at, &end, Role::Valid);
-                let elem = self.call_closure(act, &closure, vec![Value::Size(Size::of(index))])?;
-                let axis = Axis {
-                    index: atom,
-                    end,
-                    end_expr: *end_expr,
-                    closure: closure.expr,
-                };
-                Some(match elem {
-                    Value::Host(inner) => {
-                        let axes = std::iter::once(axis)
-                            .chain(inner.axes.iter().cloned())
-                            .collect();
-                        Value::Host(Rc::new(Host {
-                            axes,
-                            elem: inner.elem.clone(),
-                            expr: Some(at.expr),
-                        }))
-                    }
-                    Value::Num(_)
-                    | Value::Select(..)
-                    | Value::Size(_)
-                    | Value::Bool(_)
-                    | Value::Opaque => Value::Host(Rc::new(Host {
-                        axes: vec![axis],
-                        elem,
-                        expr: Some(at.expr),
-                    })),
-                    other => Value::List {
-                        elems: None,
-                        any: Box::new(other),
-                    },
-                })
-            }
-            (
-                Value::Host(host),
-                "collect" | "into_iter" | "flatten" | "as_slice" | "iter" | "concat",
-            ) => {
-                let host = Host {
-                    expr: Some(at.expr),
-                    ..(**host).clone()
-                };
-                Some(Value::Host(Rc::new(host)))
-            }
-            (Value::List { elems, any }, "enumerate") => {
-                let round = self.fresh_feature("round");
-                let _ = elems;
-                Some(Value::List {
-                    elems: None,
-                    any: Box::new(Value::Tuple(vec![
-                        Value::Size(Size::of(round)),
-                        (**any).clone(),
-                    ])),
-                })
-            }
-            (Value::List { any, .. }, "zip") => {
-                let other = m.args.first().map_or(Value::Opaque, |e| self.eval(act, e));
-                let other = self.element(other);
-                Some(Value::List {
-                    elems: None,
-                    any: Box::new(Value::Tuple(vec![(**any).clone(), other])),
-                })
-            }
-            (Value::List { any, .. }, "map" | "flat_map" | "filter_map") => {
-                let closure = closure(self)?;
-                let value = self.call_closure(act, &closure, vec![(**any).clone()])?;
-                Some(Value::List {
-                    elems: None,
-                    any: Box::new(value),
-                })
-            }
-            (
-                Value::List { .. },
-                "rev" | "skip" | "take" | "iter" | "iter_mut" | "into_iter" | "collect"
-                | "as_slice",
-            ) => Some(receiver.clone()),
-            (Value::Option(presence, inner), "map" | "and_then") => {
-                if *presence == Presence::None {
-                    return Some(receiver.clone());
-                }
-                let closure = closure(self)?;
-                let value = self.call_closure(act, &closure, vec![(**inner).clone()])?;
-                Some(match value {
-                    value @ Value::Option(..) if name == "and_then" => value,
-                    value => Value::Option(*presence, Box::new(value)),
-                })
-            }
-            (Value::Option(presence, inner), "unwrap_or" | "unwrap_or_else") => {
-                let other = match closure(self) {
-                    Some(c) => self
-                        .call_closure(act, &c, Vec::new())
-                        .unwrap_or(Value::Opaque),
-                    None => m.args.first().map_or(Value::Opaque, |e| self.eval(act, e)),
-                };
-                Some(match presence {
-                    Presence::None => other,
-                    Presence::Some => (**inner).clone(),
-                    Presence::Maybe => self.join((**inner).clone(), other, &Cond::Unknown, at),
-                })
-            }
-            _ => None,
-        }
-    }
-
     /// Other methods of values that are no tensors and no objects.
     pub(super) fn builtin(
         &mut self,
@@ -229,7 +93,6 @@ impl<'a> Trace<'_, 'a> {
     /// Integer methods other than the four operations: the result has no name, so the operands must be valid sizes.
     fn size_method(&mut self, act: ActId, receiver: &Value, m: &'a syn::ExprMethodCall) -> Value {
         let all: Vec<&'a syn::Expr> = std::iter::once(&*m.receiver).chain(m.args.iter()).collect();
-        let mut anchored = false;
         for (i, e) in all.into_iter().enumerate() {
             let value = if i == 0 {
                 receiver.clone()
@@ -241,12 +104,10 @@ impl<'a> Trace<'_, 'a> {
                     .unwrap_or(Value::Opaque)
             };
             if let Value::Size(s) = value {
-                anchored |= self.atoms.anchored(&s.poly);
                 let at = self.at(act, e);
                 self.use_size(at, &s, Role::Valid);
             }
         }
-        let _ = anchored;
         Value::Size(Size::of(self.fresh_feature("size")))
     }
 

@@ -60,13 +60,13 @@ impl<'a> Trace<'_, 'a> {
         }
         match &receiver {
             Value::Tensor(_) | Value::ShapeOf(_) => {
-                self.tensor_method(act, receiver, m, &name, args, at)
+                self.tensor_method(receiver, m, &name, args, at)
             }
             Value::Object {
                 ty: Ty::Scope(ty), ..
             } => {
                 if let Some(function) = self.scope.method(ty, &name) {
-                    return self.enter(function, at, Some(receiver.clone()), args);
+                    return self.enter(function, at, Some(&receiver), args);
                 }
                 if TRANSPARENT.contains(&name.as_str()) {
                     return receiver;
@@ -80,7 +80,7 @@ impl<'a> Trace<'_, 'a> {
                 let full = format!("{path}::{name}");
                 if let Some(row) = self.table.get(&full) {
                     let object = object.clone();
-                    return self.apply(row, args, at, &text(m), Some(&object));
+                    return self.apply(row, &args, at, &text(m), Some(&object));
                 }
                 if TRANSPARENT.contains(&name.as_str()) {
                     return receiver;
@@ -93,7 +93,6 @@ impl<'a> Trace<'_, 'a> {
 
     fn tensor_method(
         &mut self,
-        act: ActId,
         receiver: Value,
         m: &'a syn::ExprMethodCall,
         name: &str,
@@ -114,7 +113,7 @@ impl<'a> Trace<'_, 'a> {
                     },
                     _,
                 )) => match self.table.get(&format!("{path}::forward")) {
-                    Some(row) => self.apply(row, vec![subject], at, &text(m), Some(&object)),
+                    Some(row) => self.apply(row, &[subject], at, &text(m), Some(&object)),
                     None => self.unknown_call(&text(m), &[subject], at),
                 },
                 Some((
@@ -127,7 +126,7 @@ impl<'a> Trace<'_, 'a> {
                     Some(function) => self.enter(
                         function,
                         at,
-                        Some(Value::Object {
+                        Some(&Value::Object {
                             ty: Ty::Scope(ty),
                             path,
                         }),
@@ -142,9 +141,8 @@ impl<'a> Trace<'_, 'a> {
         let mut all: Vec<Arg<'a>> = vec![(receiver, Some(&m.receiver))];
         all.extend(args);
         if let Some(row) = self.table.get(&full) {
-            self.apply(row, all, at, &text(m), None)
+            self.apply(row, &all, at, &text(m), None)
         } else {
-            let _ = act;
             self.unknown_call(&text(m), &all, at)
         }
     }
@@ -152,15 +150,13 @@ impl<'a> Trace<'_, 'a> {
     /// Operators on tensors are the methods of the same name.
     pub(super) fn operator(
         &mut self,
-        act: ActId,
         name: &str,
         operands: &[Arg<'a>],
         at: At,
         what: &str,
     ) -> Value {
-        let _ = act;
         match self.table.get(&format!("candle_core::Tensor::{name}")) {
-            Some(row) => self.apply(row, operands.to_vec(), at, what, None),
+            Some(row) => self.apply(row, operands, at, what, None),
             None => self.unknown_call(what, operands, at),
         }
     }
@@ -233,7 +229,7 @@ impl<'a> Trace<'_, 'a> {
                 return args.into_iter().next().map_or(Value::Opaque, |a| a.0);
             }
             if matches!(name.as_str(), "min" | "max") && args.len() == 2 {
-                return self.min_max(args, at);
+                return self.min_max(&args, at);
             }
         }
         let full = self.scope.names.resolve(&p.path);
@@ -241,7 +237,7 @@ impl<'a> Trace<'_, 'a> {
             .strip_prefix("crate::")
             .map_or(full.clone(), String::from);
         if let Some(row) = self.table.get(&full) {
-            return self.apply(row, args, at, &text(c), None);
+            return self.apply(row, &args, at, &text(c), None);
         }
         // `Module::forward(&layer, x)`
         if segments.last().is_some_and(|s| s == "forward")
@@ -254,7 +250,7 @@ impl<'a> Trace<'_, 'a> {
             )) = args.first().cloned()
             && let Some(row) = self.table.get(&format!("{path}::forward"))
         {
-            return self.apply(row, args[1..].to_vec(), at, &text(c), Some(&object));
+            return self.apply(row, &args[1..], at, &text(c), Some(&object));
         }
         self.unknown_call(&text(c), &args, at)
     }
@@ -267,7 +263,7 @@ impl<'a> Trace<'_, 'a> {
         } else {
             None
         };
-        self.enter(function, at, object, args)
+        self.enter(function, at, object.as_ref(), args)
     }
 
     /// Evaluates a function of the scope on the arguments.
@@ -275,7 +271,7 @@ impl<'a> Trace<'_, 'a> {
         &mut self,
         function: usize,
         at: At,
-        receiver: Option<Value>,
+        receiver: Option<&Value>,
         args: Vec<Arg<'a>>,
     ) -> Value {
         let f = &self.scope.functions[function];
@@ -285,7 +281,7 @@ impl<'a> Trace<'_, 'a> {
             match input {
                 syn::FnArg::Receiver(_) => params.push((
                     "self".to_string(),
-                    receiver.clone().unwrap_or(Value::Opaque),
+                    receiver.cloned().unwrap_or(Value::Opaque),
                     true,
                 )),
                 syn::FnArg::Typed(t) => {
@@ -305,7 +301,7 @@ impl<'a> Trace<'_, 'a> {
         // A function that (indirectly) calls itself is not followed.
         let mut up = Some(at.act);
         while let Some(act) = up {
-            if self.acts[act].function == function && self.acts.len() > super::DEPTH * 8 {
+            if self.acts[act].function == function {
                 return Value::Opaque;
             }
             up = self.acts[act].parent.map(|(p, _)| p);
@@ -388,8 +384,8 @@ impl<'a> Trace<'_, 'a> {
         Value::Tensor(self.unknown(reason, inputs, at, what))
     }
 
-    fn min_max(&mut self, args: Vec<Arg<'a>>, at: At) -> Value {
-        for (value, e) in &args {
+    fn min_max(&mut self, args: &[Arg<'a>], at: At) -> Value {
+        for (value, e) in args {
             if let (Value::Size(s), Some(e)) = (value, e) {
                 let at = self.at(at.act, e);
                 self.use_size(at, &s.clone(), Role::Valid);

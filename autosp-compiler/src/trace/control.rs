@@ -73,7 +73,7 @@ impl<'a> Trace<'_, 'a> {
         match cond {
             syn::Expr::Let(l) => {
                 let value = self.eval(act, &l.expr);
-                let matches = self.matches(&l.pat, &value);
+                let matches = Self::matches(&l.pat, &value);
                 self.bind(act, &l.pat, value, true);
                 matches
             }
@@ -151,21 +151,18 @@ impl<'a> Trace<'_, 'a> {
         if first_left || second_left {
             return;
         }
-        for level in 0..self.acts[act].scopes.len().min(first.len()) {
-            let names: Vec<String> = self.acts[act].scopes[level].keys().cloned().collect();
-            for name in names {
-                let (Some(a), Some(b)) = (
-                    first[level].get(&name),
-                    self.acts[act].scopes[level].get(&name),
-                ) else {
-                    continue;
-                };
-                if a.value != b.value {
-                    let (a, b) = (a.value.clone(), b.value.clone());
-                    let value = self.join(a, b, cond, at);
-                    if let Some(slot) = self.acts[act].scopes[level].get_mut(&name) {
-                        slot.value = value;
-                    }
+        for (level, first) in first.iter().enumerate() {
+            let Some(second) = self.acts[act].scopes.get(level) else {
+                break;
+            };
+            let differ = second.iter().filter_map(|(name, b)| {
+                let a = first.get(name).filter(|a| a.value != b.value)?;
+                Some((name.clone(), a.value.clone(), b.value.clone()))
+            });
+            for (name, a, b) in differ.collect::<Vec<_>>() {
+                let value = self.join(a, b, cond, at);
+                if let Some(slot) = self.acts[act].scopes[level].get_mut(&name) {
+                    slot.value = value;
                 }
             }
         }
@@ -177,7 +174,7 @@ impl<'a> Trace<'_, 'a> {
         let before = self.acts[act].scopes.clone();
         let mut merged: Option<Vars> = None;
         for (k, arm) in m.arms.iter().enumerate() {
-            let matches = self.matches(&arm.pat, &value);
+            let matches = Self::matches(&arm.pat, &value);
             if matches == Cond::Known(false) {
                 continue;
             }
@@ -274,8 +271,7 @@ impl<'a> Trace<'_, 'a> {
 
     fn join_tensors(&mut self, a: NodeId, b: NodeId, cond: &Cond, at: At) -> NodeId {
         // `if n == 1 { x } else { repeat(x, n) }` is the second, of which the first is the case n = 1.
-        if let Some((one, repeated)) = self.one_is_repeat(a, b, cond) {
-            let _ = one;
+        if let Some(repeated) = self.one_is_repeat(a, b, cond) {
             return repeated;
         }
         let shape = self.join_shapes(a, b);
@@ -292,7 +288,7 @@ impl<'a> Trace<'_, 'a> {
         self.node(Op::Phi { carried: false }, inputs, shape, at, "if")
     }
 
-    fn one_is_repeat(&self, a: NodeId, b: NodeId, cond: &Cond) -> Option<(NodeId, NodeId)> {
+    fn one_is_repeat(&self, a: NodeId, b: NodeId, cond: &Cond) -> Option<NodeId> {
         let (factor, a, b) = match cond {
             Cond::Compare(l, Cmp::Eq, r) if r.is_one() => (l, a, b),
             Cond::Compare(l, Cmp::Ne | Cmp::Gt, r) if r.is_one() => (l, b, a),
@@ -303,7 +299,7 @@ impl<'a> Trace<'_, 'a> {
         let repeats: Vec<_> = y.iter().flat_map(|d| &d.0).filter(|f| f.repeat).collect();
         let only = repeats.len() == 1 && self.atoms.equal(&repeats[0].size, factor);
         let base: Vec<Dim> = x.iter().map(Dim::unrepeated).collect();
-        (only && base == without && self.moves_only(b, a)).then_some((a, b))
+        (only && base == without && self.moves_only(b, a)).then_some(b)
     }
 
     /// Whether `to` is `from` moved about: reshaped, repeated, transposed.

@@ -3,7 +3,7 @@
 use super::graph::{ActId, At};
 use super::size::Poly;
 use super::value::{Closure, Cmp, Cond, Presence, Size, Value};
-use super::{Fact, Role, STEPS, Trace};
+use super::{DEPTH, Fact, Role, STEPS, Trace};
 use crate::syntax::types::Ty;
 use crate::syntax::{number, text};
 
@@ -25,7 +25,7 @@ impl<'a> Trace<'_, 'a> {
 
     fn eval_inner(&mut self, act: ActId, e: &'a syn::Expr, at: At) -> Value {
         match e {
-            syn::Expr::Path(p) => self.path(act, p, at),
+            syn::Expr::Path(p) => self.path(act, p),
             syn::Expr::Lit(l) => literal(&l.lit),
             syn::Expr::Paren(p) => self.eval(act, &p.expr),
             syn::Expr::Group(g) => self.eval(act, &g.expr),
@@ -45,7 +45,7 @@ impl<'a> Trace<'_, 'a> {
                     any: Box::new(any),
                 }
             }
-            syn::Expr::Cast(c) => self.cast(act, c, at),
+            syn::Expr::Cast(c) => self.cast(act, c),
             syn::Expr::Field(f) => self.field(act, f, at),
             syn::Expr::Index(i) => self.index(act, i, at),
             syn::Expr::MethodCall(m) => self.method_call(act, m, at),
@@ -98,12 +98,12 @@ impl<'a> Trace<'_, 'a> {
                 self.bind(act, &l.pat, value, true);
                 Value::Bool(Cond::Unknown)
             }
-            syn::Expr::Macro(m) => self.macro_call(act, &m.mac, at),
+            syn::Expr::Macro(m) => Self::macro_call(&m.mac),
             _ => Value::Opaque,
         }
     }
 
-    fn path(&mut self, act: ActId, p: &'a syn::ExprPath, at: At) -> Value {
+    fn path(&mut self, act: ActId, p: &'a syn::ExprPath) -> Value {
         if let Some(ident) = p.path.get_ident() {
             let name = ident.to_string();
             if let Some(binding) = self.lookup(act, &name) {
@@ -113,7 +113,14 @@ impl<'a> Trace<'_, 'a> {
                 return Value::Option(Presence::None, Box::new(Value::Opaque));
             }
             if let Some(e) = self.scope.consts.get(&name).copied() {
-                return self.eval(act, e);
+                // Constants may be defined by each other, and wrongly in a circle.
+                if self.depth > DEPTH {
+                    return Value::Opaque;
+                }
+                self.depth += 1;
+                let value = self.eval(act, e);
+                self.depth -= 1;
+                return value;
             }
         }
         let last = p
@@ -128,11 +135,7 @@ impl<'a> Trace<'_, 'a> {
             "NEG_INFINITY" => Value::Num(Some(f64::NEG_INFINITY)),
             "INFINITY" => Value::Num(Some(f64::INFINITY)),
             "MIN" => Value::Num(Some(f64::from(f32::MIN))),
-            _ => {
-                let owner = self.scope.functions[self.acts[act].function].owner.clone();
-                let _ = (owner, at);
-                Value::Opaque
-            }
+            _ => Value::Opaque,
         }
     }
 
@@ -146,13 +149,9 @@ impl<'a> Trace<'_, 'a> {
                 poly: s.poly.neg(),
                 origins: s.origins,
             }),
-            (syn::UnOp::Neg(_), Value::Tensor(n)) => self.operator(
-                act,
-                "neg",
-                &[(Value::Tensor(n), Some(&*u.expr))],
-                at,
-                &text(u),
-            ),
+            (syn::UnOp::Neg(_), Value::Tensor(n)) => {
+                self.operator("neg", &[(Value::Tensor(n), Some(&*u.expr))], at, &text(u))
+            }
             _ => Value::Opaque,
         }
     }
@@ -219,7 +218,6 @@ impl<'a> Trace<'_, 'a> {
                 self.use_size(at, s, Role::Valid);
             }
             return self.operator(
-                act,
                 name,
                 &[(left, Some(&b.left)), (right, Some(&b.right))],
                 at,
@@ -287,7 +285,7 @@ impl<'a> Trace<'_, 'a> {
         Cond::Compare(l, cmp, r)
     }
 
-    fn cast(&mut self, act: ActId, c: &'a syn::ExprCast, _at: At) -> Value {
+    fn cast(&mut self, act: ActId, c: &'a syn::ExprCast) -> Value {
         let value = self.eval(act, &c.expr);
         let float = matches!(self.scope.ty(&c.ty, None), Ty::Float);
         match value {
@@ -446,14 +444,13 @@ impl<'a> Trace<'_, 'a> {
         }
     }
 
-    fn macro_call(&mut self, act: ActId, mac: &'a syn::Macro, _at: At) -> Value {
+    fn macro_call(mac: &syn::Macro) -> Value {
         let name = mac
             .path
             .segments
             .last()
             .map(|s| s.ident.to_string())
             .unwrap_or_default();
-        let _ = act;
         match name.as_str() {
             "bail" | "panic" | "unreachable" | "unimplemented" | "todo" => Value::Never,
             _ => Value::Opaque,

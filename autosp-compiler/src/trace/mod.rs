@@ -3,6 +3,7 @@
 //! Every function of the scope that a root reaches is evaluated on symbolic values, call by call. Nothing is decided here:
 //! what cannot be followed becomes a value that carries its reason, and later rooms report it only if it matters.
 
+mod adapter;
 mod apply;
 mod builtin;
 mod call;

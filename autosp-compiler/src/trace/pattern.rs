@@ -109,8 +109,8 @@ impl<'a> Trace<'_, 'a> {
     ) {
         let rest = pats.iter().position(|p| matches!(p, syn::Pat::Rest(_)));
         let values = match value {
-            Value::Tuple(values) => values,
-            Value::List {
+            Value::Tuple(values)
+            | Value::List {
                 elems: Some(values),
                 ..
             } => values,
@@ -154,15 +154,14 @@ impl<'a> Trace<'_, 'a> {
     }
 
     /// Whether a pattern matches a value.
-    pub(super) fn matches(&self, pat: &syn::Pat, value: &Value) -> Cond {
+    pub(super) fn matches(pat: &syn::Pat, value: &Value) -> Cond {
         match (pat, value) {
-            (syn::Pat::Paren(p), _) => self.matches(&p.pat, value),
-            (syn::Pat::Reference(r), _) => self.matches(&r.pat, value),
-            (syn::Pat::Guard(g), _) => match self.matches(&g.pat, value) {
+            (syn::Pat::Paren(p), _) => Self::matches(&p.pat, value),
+            (syn::Pat::Reference(r), _) => Self::matches(&r.pat, value),
+            (syn::Pat::Guard(g), _) => match Self::matches(&g.pat, value) {
                 Cond::Known(false) => Cond::Known(false),
                 _ => Cond::Unknown,
             },
-            (syn::Pat::Wild(_), _) => Cond::Known(true),
             (syn::Pat::Ident(i), Value::Option(presence, _)) if i.ident == "None" => match presence
             {
                 Presence::None => Cond::Known(true),
@@ -182,7 +181,7 @@ impl<'a> Trace<'_, 'a> {
                     Presence::Some => t
                         .elems
                         .first()
-                        .map_or(Cond::Unknown, |p| self.matches(p, inner)),
+                        .map_or(Cond::Unknown, |p| Self::matches(p, inner)),
                     Presence::Maybe => Cond::Unknown,
                 }
             }
@@ -191,7 +190,7 @@ impl<'a> Trace<'_, 'a> {
                     .elems
                     .iter()
                     .zip(values)
-                    .map(|(p, v)| self.matches(p, v))
+                    .map(|(p, v)| Self::matches(p, v))
                     .collect();
                 if all.contains(&Cond::Known(false)) {
                     Cond::Known(false)
@@ -201,7 +200,7 @@ impl<'a> Trace<'_, 'a> {
                     Cond::Unknown
                 }
             }
-            (syn::Pat::Tuple(_), _) => Cond::Known(true),
+            (syn::Pat::Wild(_) | syn::Pat::Tuple(_), _) => Cond::Known(true),
             _ => Cond::Unknown,
         }
     }

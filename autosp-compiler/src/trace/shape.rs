@@ -174,6 +174,11 @@ fn consume(
                 rest = Poly::one();
             } else if let Some(quotient) = divide(&rest, &size) {
                 rest = quotient;
+            } else if let Some(count) = product_of(atoms, &factors[at..], &rest) {
+                // heads * (hidden / heads) is hidden
+                dim.0.extend(factors[at..at + count].iter().cloned());
+                at += count;
+                break;
             } else if !atoms.anchored(&size) && !atoms.anchored(&rest) {
                 let (run, used, taken) =
                     features(atoms, &factors[at..], &rest, &sizes[j + 1..], last)?;
@@ -211,6 +216,18 @@ fn consume(
     Ok((dims, at))
 }
 
+/// How many of the first factors multiply to a size, if any number does.
+fn product_of(atoms: &Atoms, factors: &[Factor], size: &Poly) -> Option<usize> {
+    let mut product = Poly::one();
+    for (i, factor) in factors.iter().enumerate() {
+        product = atoms.mul(&product, &atoms.normal(&factor.size));
+        if atoms.equal(&product, size) {
+            return Some(i + 1);
+        }
+    }
+    None
+}
+
 /// Regroups a run of feature factors. Returns the dimensions, how many factors and how many further sizes were used.
 fn features(
     atoms: &Atoms,
@@ -244,11 +261,11 @@ fn features(
 /// `a` broadcast against `b` from the right; `None` where sizes of batch or sequence contradict each other.
 pub(crate) fn broadcast(atoms: &mut Atoms, a: &[Dim], b: &[Dim]) -> Result<Vec<Dim>, String> {
     let rank = a.len().max(b.len());
-    let mut out = vec![Dim::default(); rank];
+    let mut out = Vec::with_capacity(rank);
     for i in 0..rank {
         let left = (i + a.len()).checked_sub(rank).map(|k| &a[k]);
         let right = (i + b.len()).checked_sub(rank).map(|k| &b[k]);
-        out[i] = match (left, right) {
+        out.push(match (left, right) {
             (Some(l), Some(r)) if l == r => l.clone(),
             (Some(l), Some(r)) if r.is_one() => l.clone(),
             (Some(l), Some(r)) if l.is_one() => r.clone(),
@@ -274,7 +291,7 @@ pub(crate) fn broadcast(atoms: &mut Atoms, a: &[Dim], b: &[Dim]) -> Result<Vec<D
             }
             (Some(d), None) | (None, Some(d)) => d.clone(),
             (None, None) => Dim::default(),
-        };
+        });
     }
     Ok(out)
 }

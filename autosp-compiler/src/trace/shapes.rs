@@ -43,7 +43,7 @@ impl<'a> Trace<'_, 'a> {
                 }
                 None => plain(Shape::Partial(Vec::new())),
             },
-            (ShapeRule::Arange, _) => self.arange(args, at),
+            (ShapeRule::Arange, _) => plain(self.arange(args, at)),
             (ShapeRule::Opaque, _) | (_, None) => plain(Shape::Partial(Vec::new())),
             (ShapeRule::Broadcast, Some(first)) => self.broadcast_rule(&inputs, first, &what),
             (ShapeRule::Select, Some(_)) => {
@@ -131,11 +131,11 @@ impl<'a> Trace<'_, 'a> {
         }
     }
 
-    fn arange(&mut self, args: &[Arg<'a>], at: At) -> Ruled {
+    fn arange(&mut self, args: &[Arg<'a>], at: At) -> Shape {
         let (Some((Value::Size(start), _)), Some((Value::Size(end), e))) =
             (args.first(), args.get(1))
         else {
-            return Ok((Shape::Partial(Vec::new()), Vec::new()));
+            return Shape::Partial(Vec::new());
         };
         let (start, end) = (start.clone(), end.clone());
         if let Some(e) = e {
@@ -143,7 +143,7 @@ impl<'a> Trace<'_, 'a> {
             self.use_size(at, &end, Role::Valid);
         }
         let len = self.dimension(&end.with(&start, end.poly.sub(&start.poly)));
-        Ok((Shape::Known(vec![Dim::of(len)]), Vec::new()))
+        Shape::Known(vec![Dim::of(len)])
     }
 
     fn broadcast_rule(&mut self, inputs: &[NodeId], first: Shape, what: &str) -> Ruled {
@@ -252,6 +252,8 @@ impl<'a> Trace<'_, 'a> {
         match rule {
             ShapeRule::Linear => {
                 let last = rank.checked_sub(1).ok_or_else(|| lost(what))?;
+                let width = dims[last].size(&self.atoms);
+                self.atoms.is_width(&width);
                 dims[last] = Dim::of(self.feature(format!("{what}.out")));
                 Ok((Shape::Known(dims), vec![(0, last)]))
             }
@@ -261,6 +263,13 @@ impl<'a> Trace<'_, 'a> {
             }
             ShapeRule::AlongLast => {
                 let last = rank.checked_sub(1).ok_or_else(|| lost(what))?;
+                let layer = self.nodes[node]
+                    .row()
+                    .is_some_and(|r| r.name() == "forward");
+                if layer {
+                    let width = dims[last].size(&self.atoms);
+                    self.atoms.is_width(&width);
+                }
                 Ok((Shape::Known(dims), vec![(0, last)]))
             }
             ShapeRule::Along => {
@@ -356,7 +365,6 @@ impl<'a> Trace<'_, 'a> {
                 dims.insert(at, Dim::of(Poly::constant(inputs.len() as i64)));
                 plain(dims)
             }
-            ShapeRule::Rope | ShapeRule::RopeThd => plain(dims),
             _ => plain(dims),
         }
     }

@@ -136,6 +136,8 @@ pub(crate) struct Atoms {
     kinds: Vec<AtomKind>,
     /// `same[a] = b`: atom `a` is written as `b` from now on.
     same: Vec<AtomId>,
+    /// Dimensions of the input that turned out to be widths: a layer runs along them.
+    widths: Vec<AtomId>,
 }
 
 impl Atoms {
@@ -179,8 +181,21 @@ impl Atoms {
 
     /// Whether a size has a batch or sequence dimension in it.
     pub(crate) fn anchored(&self, p: &Poly) -> bool {
-        p.atoms()
-            .any(|a| matches!(self.kind(self.root(a)), AtomKind::Dim(..)))
+        p.atoms().any(|a| self.is_dim(self.root(a)))
+    }
+
+    /// Whether an atom may be the batch or the sequence.
+    pub(crate) fn is_dim(&self, atom: AtomId) -> bool {
+        matches!(self.kind(atom), AtomKind::Dim(..)) && !self.widths.contains(&atom)
+    }
+
+    /// A layer runs along this size: if it is a dimension of the input, it is a width.
+    pub(crate) fn is_width(&mut self, p: &Poly) {
+        if let Some(atom) = self.normal(p).as_atom()
+            && self.is_dim(atom)
+        {
+            self.widths.push(atom);
+        }
     }
 
     /// Holds two sizes to be equal, if that is possible: exactly where a batch or sequence dimension is part of either,
@@ -195,7 +210,7 @@ impl Atoms {
         }
         match (a.as_atom(), b.as_atom()) {
             (Some(x), _)
-                if matches!(self.kind(x), AtomKind::Feature(_)) && b.as_atom().is_some() =>
+                if (matches!(self.kind(x), AtomKind::Feature(_))) && b.as_atom().is_some() =>
             {
                 self.same[x as usize] = b.as_atom().unwrap_or(x);
             }

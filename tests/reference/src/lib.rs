@@ -20,6 +20,18 @@ pub mod llama {
     include!("../../../examples/models/llama.rs");
 }
 
+/// The example GPT-2, as the file stands.
+#[allow(missing_docs, clippy::pedantic)]
+pub mod gpt2 {
+    include!("../../../examples/models/gpt2.rs");
+}
+
+/// A decoder with a window, a soft cap and interleaved heads, as the file stands.
+#[allow(missing_docs, clippy::pedantic)]
+pub mod window {
+    include!("../../models/window.rs");
+}
+
 /// A label that asks for no prediction.
 pub const IGNORED: i64 = -100;
 

@@ -205,8 +205,11 @@ fn weigh<R: Real, const FMA: bool>(
             .zip(gradients.chunks_exact_mut(width))
         {
             let (p, ds) = (lanes_mut(&mut p[lane..]), lanes_mut(&mut ds[lane..]));
-            *p = std::array::from_fn(|i| ((p[i] - lse[i]) - rest[i]).fast_exp::<FMA>());
-            *ds = std::array::from_fn(|i| p[i] * (ds[i] - delta[i]));
+            // Loops: a closure here may stay a function of its own, compiled without the vector instructions.
+            for i in 0..NR {
+                p[i] = ((p[i] - lse[i]) - rest[i]).fast_exp::<FMA>();
+                ds[i] = p[i] * (ds[i] - delta[i]);
+            }
         }
     }
     for (ds, slope) in gradients.iter_mut().zip(slope) {

@@ -138,8 +138,11 @@ impl<R: Real> Running<R> {
             let mut total = [R::ZERO; NR];
             for row in scores.chunks_exact_mut(width) {
                 let x = lanes_mut(&mut row[lane..]);
-                *x = std::array::from_fn(|i| (x[i] - base[i]).fast_exp::<FMA>());
-                total = std::array::from_fn(|i| total[i] + x[i]);
+                // Loops: a closure here may stay a function of its own, compiled without the vector instructions.
+                for i in 0..NR {
+                    x[i] = (x[i] - base[i]).fast_exp::<FMA>();
+                    total[i] += x[i];
+                }
             }
             for i in 0..NR {
                 let shrink = (self.max[lane + i] - base[i]).fast_exp::<FMA>();

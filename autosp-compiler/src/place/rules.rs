@@ -1,0 +1,284 @@
+//! One rule for each kind of operation: when it may run on shards, and what its operands need.
+
+use autosp_plan::codes;
+
+use super::{Conversion, Place, Placer};
+use crate::ops::{PlaceRule, Row, ShapeRule};
+use crate::trace::Role;
+use crate::trace::graph::NodeId;
+use crate::trace::shape::Shape;
+
+impl Placer<'_, '_, '_> {
+    pub(super) fn row(
+        &mut self,
+        node: NodeId,
+        row: &'static Row,
+        inputs: &[Place],
+        sharded: bool,
+    ) -> Place {
+        let trace = self.trace;
+        let n = &trace.nodes[node];
+        if let Some(i) = inputs.iter().position(|p| p.lazy()) {
+            let what = match inputs[i] {
+                Place::Mask => "a mask",
+                Place::Scores => "attention scores",
+                _ => "attention weights",
+            };
+            return self.refuse(
+                node,
+                codes::SCORES_USED,
+                format!("`{}` uses {what} outside the attention", n.text),
+                Some("scores of all tokens against all are never made on a rank".into()),
+                "use the attention's result instead",
+            );
+        }
+        if !sharded {
+            return self.uniform(node, row);
+        }
+        if let Some(refused) = self.never_on_shards(node, row) {
+            return refused;
+        }
+        if inputs.contains(&Place::Either)
+            && !(n.inputs.len() == 1
+                && matches!(
+                    row.shape,
+                    ShapeRule::Same | ShapeRule::Linear | ShapeRule::AlongLast
+                ))
+        {
+            return self.refuse(
+                node,
+                codes::NOT_FOLLOWED,
+                format!(
+                    "cannot follow `{}`: its operand is one token or all of them, by a condition",
+                    n.text
+                ),
+                None,
+                "end the function in both branches",
+            );
+        }
+        if inputs.contains(&Place::Either) {
+            return Place::Either;
+        }
+        if matches!(row.shape, ShapeRule::Rope | ShapeRule::RopeThd) {
+            return self.rope(node, row, inputs);
+        }
+        if let Some(refused) = self.computes_along_tokens(node, row, inputs) {
+            return refused;
+        }
+        for (i, input) in n.inputs.iter().enumerate() {
+            if inputs[i] == Place::Replicated
+                && let Some(dim) = self.sequence_dims(input.node).first()
+            {
+                self.conversions.push((
+                    node,
+                    Conversion::Slice {
+                        input: i,
+                        dim: *dim as i64,
+                    },
+                ));
+            }
+        }
+        match &n.shape {
+            Shape::Unknown(why) => {
+                let why = why.clone();
+                self.refuse(
+                    node,
+                    codes::NOT_FOLLOWED,
+                    format!("cannot follow `{}`: {why}", n.text),
+                    None,
+                    "write the operation with sizes that come from the tensor's own dimensions",
+                )
+            }
+            Shape::Known(_) if self.sequence_dims(node).len() > 1 => self.refuse(
+                node,
+                codes::MIXES_TOKENS,
+                format!(
+                    "`{}` pairs every token with every token, outside a softmax attention",
+                    n.text
+                ),
+                None,
+                "an attention that can be sharded is `softmax(q k^T) v`",
+            ),
+            _ => Place::Sharded,
+        }
+    }
+
+    /// An operation that runs along the sequence or the batch of a shard.
+    fn computes_along_tokens(
+        &mut self,
+        node: NodeId,
+        row: &Row,
+        inputs: &[Place],
+    ) -> Option<Place> {
+        let n = &self.trace.nodes[node];
+        for (i, d) in &n.touches {
+            let input = n.inputs.get(*i).map_or(node, |i| i.node);
+            if inputs.get(*i) != Some(&Place::Sharded) {
+                continue;
+            }
+            if self.sequence_dims(input).contains(d) {
+                let note = self.shape_note(input, *d);
+                return Some(self.mixes(node, row, note));
+            }
+            if self.is_batch(input, *d) {
+                return Some(self.refuse(
+                    node,
+                    codes::MIXES_TOKENS,
+                    format!(
+                        "`{}` mixes rows of the batch, which the dp replicas share out",
+                        n.text
+                    ),
+                    None,
+                    "compute it for each row",
+                ));
+            }
+        }
+        None
+    }
+
+    /// Whether a dimension is the batch: one of the input's that is not the sequence and that no layer runs along.
+    fn is_batch(&self, node: NodeId, d: usize) -> bool {
+        let atoms = &self.trace.atoms;
+        match &self.trace.nodes[node].shape {
+            Shape::Known(dims) => dims.get(d).is_some_and(|dim| dim.anchored(atoms)),
+            _ => false,
+        }
+    }
+
+    /// Operations that no shard may meet.
+    fn never_on_shards(&mut self, node: NodeId, row: &Row) -> Option<Place> {
+        let text = &self.trace.nodes[node].text;
+        let random = format!("`{text}` draws random numbers, which differ between ranks");
+        let host = format!("`{text}` reads a sharded tensor to the host");
+        let dropout = row.name() == "dropout" || row.path.contains("Dropout");
+        Some(match row.place {
+            PlaceRule::Random if dropout => self.refuse(
+                node,
+                codes::RANDOM,
+                random,
+                None,
+                "set the probability to 0 or leave the dropout out while training in parallel",
+            ),
+            PlaceRule::Random => self.refuse(
+                node,
+                codes::RANDOM,
+                random,
+                None,
+                "make the numbers before the model runs and pass them in",
+            ),
+            PlaceRule::Host => {
+                let note = self.first_note(node);
+                self.refuse(
+                    node,
+                    codes::HOST_READ,
+                    host,
+                    note,
+                    "keep the computation in tensors",
+                )
+            }
+            _ => return None,
+        })
+    }
+
+    fn first_note(&self, node: NodeId) -> Option<String> {
+        let input = self.trace.nodes[node]
+            .inputs
+            .iter()
+            .find(|i| self.place[i.node] == Place::Sharded)?;
+        let dim = *self.sequence_dims(input.node).first()?;
+        self.shape_note(input.node, dim)
+    }
+
+    fn mixes(&mut self, node: NodeId, row: &Row, note: Option<String>) -> Place {
+        let text = &self.trace.nodes[node].text;
+        let (message, help) = match row.shape {
+            ShapeRule::Matmul => (
+                format!(
+                    "`{text}` sums over tokens of different ranks, outside a softmax attention"
+                ),
+                "an attention that can be sharded is `softmax(q k^T) v`",
+            ),
+            ShapeRule::Cat => (
+                format!(
+                    "`{text}` puts tokens behind tokens, so that a shard is no longer a range of positions"
+                ),
+                "put prompts or prefixes into the tokens before the model",
+            ),
+            ShapeRule::Narrow | ShapeRule::Chunk | ShapeRule::Index => (
+                format!("`{text}` takes some of the tokens, which other ranks hold"),
+                "take the tokens before they are sharded, or all of them",
+            ),
+            _ => (
+                format!("`{text}` mixes tokens of different ranks"),
+                "compute it for each token, or over another dimension",
+            ),
+        };
+        self.refuse(node, codes::MIXES_TOKENS, message, note, help)
+    }
+
+    /// The tables of a rotary embedding are cut where they meet the shard.
+    fn rope(&mut self, node: NodeId, row: &Row, inputs: &[Place]) -> Place {
+        let n = &self.trace.nodes[node];
+        let from_end = if row.shape == ShapeRule::Rope { 2 } else { 3 };
+        let x = n.inputs[0].node;
+        if let Shape::Known(dims) = &self.trace.nodes[x].shape {
+            let expected = dims.len().checked_sub(from_end);
+            if inputs[0] == Place::Sharded && self.sequence_dims(x).first().copied() != expected {
+                return self.refuse(
+                    node,
+                    codes::MIXES_TOKENS,
+                    format!(
+                        "`{}` rotates along another dimension than the sequence",
+                        n.text
+                    ),
+                    self.first_note(node),
+                    "transpose the operand so that the sequence is where this operation expects it",
+                );
+            }
+        }
+        for (i, input) in n.inputs.iter().enumerate().skip(1) {
+            if inputs[i] == Place::Replicated {
+                let dim = self
+                    .sequence_dims(input.node)
+                    .first()
+                    .map_or(-2, |d| *d as i64);
+                self.conversions
+                    .push((node, Conversion::Slice { input: i, dim }));
+            }
+        }
+        Place::Sharded
+    }
+
+    /// A tensor made without operands, or from replicated ones. Where all its elements along the sequence are alike and
+    /// its sizes were read from a shard, it is made as a shard.
+    fn uniform(&self, node: NodeId, row: &Row) -> Place {
+        let alike = match row.shape {
+            ShapeRule::Filled => true,
+            ShapeRule::Expand => match &self.trace.nodes[node].shape {
+                Shape::Known(dims) => dims
+                    .iter()
+                    .filter(|d| self.in_dim(d))
+                    .all(|d| d.0.iter().all(|f| f.repeat)),
+                _ => false,
+            },
+            _ => false,
+        };
+        if !alike || self.sequence_dims(node).is_empty() {
+            return Place::Replicated;
+        }
+        let sized = self
+            .trace
+            .sizes
+            .iter()
+            .filter(|u| u.role == Role::SizeOf(node));
+        let from_shard = sized
+            .flat_map(|u| u.size.origins.iter())
+            .any(|o| self.place[*o] == Place::Sharded);
+        let like_shard = self.trace.nodes[node].inputs.is_empty() || from_shard;
+        if from_shard && like_shard {
+            Place::Sharded
+        } else {
+            Place::Replicated
+        }
+    }
+}
