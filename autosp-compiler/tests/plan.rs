@@ -236,16 +236,23 @@ fn another_comparison_is_another_mask() {
             .mask
             .clone()
     };
-    assert_eq!(mask("u8::from(j >= i)"), "band: -inf <= key - query <= -1");
+    assert_eq!(
+        mask("u8::from(j >= i)"),
+        "0 where key - query <= -1, 1 elsewhere"
+    );
     assert_eq!(mask("u8::from(i < j)"), "causal: key <= query");
     assert_eq!(mask("u8::from(!(j <= i))"), "causal: key <= query");
     assert_eq!(
         mask("u8::from(j > i || j + 16 < i)"),
-        "band: -16 <= key - query <= 0"
+        "0 where -16 <= key - query <= 0, 1 elsewhere"
     );
     assert_eq!(
         mask("u8::from(j + 3 > i)"),
-        "band: -inf <= key - query <= -3"
+        "0 where key - query <= -3, 1 elsewhere"
+    );
+    assert_eq!(
+        mask("u8::from(i > j)"),
+        "1 where key - query <= -1, 0 elsewhere"
     );
     // No band: the closure itself is evaluated.
     assert_eq!(

@@ -202,6 +202,22 @@ fn interval_of(trace: &Trace<'_, '_>, host: &Host) -> Option<(Option<Poly>, Opti
     Some((set.lo, set.hi))
 }
 
+/// Whether what lies outside of the band is hidden, and what lies inside stays as it is.
+fn hides(band: &Band) -> bool {
+    matches!(band.inside.as_str(), "0" | "0.0" | "-0.0")
+        && band.outside != "0"
+        && band.outside != "0.0"
+}
+
+/// A literal as a person reads it.
+fn number(literal: &str) -> &str {
+    match literal {
+        "-1.0 / 0.0" => "-inf",
+        "1.0 / 0.0" => "inf",
+        other => other,
+    }
+}
+
 /// The masks of a site, in words.
 pub(super) fn describe(trace: &Trace<'_, '_>, site: &Site) -> String {
     let mut seen: HashSet<*const Host> = HashSet::new();
@@ -214,16 +230,18 @@ pub(super) fn describe(trace: &Trace<'_, '_>, site: &Site) -> String {
             continue;
         }
         let act = trace.nodes[*node].at.act;
-        words.push(match interval_of(trace, host) {
-            Some((None, Some(hi))) if hi == Poly::default() => "causal: key <= query".to_string(),
-            Some((lo, hi)) if rule(trace, host, act).is_some_and(|r| r.band.is_some()) => {
-                let show = |p: Option<&Poly>, none: &str| {
-                    p.map_or(none.to_string(), |p| trace.atoms.show(p))
-                };
+        let band = rule(trace, host, act).and_then(|r| r.band);
+        words.push(match (interval_of(trace, host), band) {
+            (Some((None, Some(hi))), Some(band)) if hi == Poly::default() && hides(&band) => {
+                "causal: key <= query".to_string()
+            }
+            (Some((lo, hi)), Some(band)) => {
+                let lo = lo.map_or(String::new(), |p| format!("{} <= ", trace.atoms.show(&p)));
+                let hi = hi.map_or(String::new(), |p| format!(" <= {}", trace.atoms.show(&p)));
                 format!(
-                    "band: {} <= key - query <= {}",
-                    show(lo.as_ref(), "-inf"),
-                    show(hi.as_ref(), "inf")
+                    "{} where {lo}key - query{hi}, {} elsewhere",
+                    number(&band.inside),
+                    number(&band.outside)
                 )
             }
             _ => "a rule over (query, key), evaluated tile by tile".to_string(),

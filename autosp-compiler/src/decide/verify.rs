@@ -127,3 +127,87 @@ fn calls(plan: &Plan) -> Result<(), String> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::place::place;
+    use crate::syntax::Scope;
+
+    const MODEL: &str = "
+        use candle_core::{Result, Tensor};
+        pub struct Attention { scale: f64, cos: Tensor }
+        impl Attention {
+            fn soft(&self, s: &Tensor) -> Result<Tensor> { candle_nn::ops::softmax_last_dim(s) }
+            pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+                let (b, h, s, d) = x.dims4()?;
+                let table = self.cos.narrow(0, 0, s)?.reshape((s, d))?;
+                let q = x.broadcast_mul(&table)?;
+                let weights = self.soft(&(q.matmul(&x.t()?)? * self.scale)?)?;
+                weights.matmul(x)
+            }
+        }";
+
+    /// A plan that holds, its trace and its placements, to be tampered with.
+    fn with_plan(tamper: impl FnOnce(&mut Plan, &mut Placed)) -> Result<(), Refusal> {
+        let file = syn::parse_file(MODEL).expect("Rust");
+        let scope = Scope::new("", &file.items);
+        let root = scope
+            .functions
+            .iter()
+            .position(|f| f.name == "forward")
+            .expect("the root");
+        let trace = Trace::run(&scope, crate::ops::candle(), root);
+        let mut placed = place(&trace).expect("placements");
+        let (mut plan, refusals) =
+            crate::decide::decide(&scope, crate::ops::candle(), proc_macro2::Span::call_site());
+        assert!(refusals.is_empty(), "{}", refusals[0].text(None));
+        tamper(&mut plan, &mut placed);
+        check(&plan, &trace, &placed)
+    }
+
+    fn faulty(tamper: impl FnOnce(&mut Plan, &mut Placed), what: &str) {
+        let refusal = with_plan(tamper).expect_err("a fault");
+        assert_eq!(refusal.code, codes::VERIFY);
+        assert!(refusal.message.contains(what), "{}", refusal.message);
+    }
+
+    #[test]
+    fn a_plan_as_it_was_made_holds() {
+        with_plan(|_, _| {}).expect("no fault");
+    }
+
+    #[test]
+    fn a_table_that_is_not_cut_is_found() {
+        faulty(
+            |_, placed| placed.conversions.clear(),
+            "is whole while another is a shard",
+        );
+    }
+
+    #[test]
+    fn a_site_that_is_never_entered_is_found() {
+        let no_scores = |plan: &mut Plan, _: &mut Placed| {
+            for twin in &mut plan.twins {
+                twin.edits
+                    .retain(|e| !matches!(e.action, Action::Scores(_)));
+            }
+        };
+        faulty(no_scores, "site 0 is never entered");
+        let no_softmax = |plan: &mut Plan, _: &mut Placed| {
+            for twin in &mut plan.twins {
+                twin.edits.retain(|e| !matches!(e.action, Action::Softmax));
+            }
+        };
+        faulty(no_softmax, "no softmax is replaced");
+    }
+
+    #[test]
+    fn a_call_without_its_twin_is_found() {
+        let renamed = |plan: &mut Plan, _: &mut Placed| {
+            let soft = plan.twins.iter_mut().filter(|t| t.name == "soft__sp");
+            soft.for_each(|t| t.name.clear());
+        };
+        faulty(renamed, "calls `soft__sp`, which is not planned");
+    }
+}
