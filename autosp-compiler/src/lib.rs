@@ -175,6 +175,12 @@ pub fn sequence_parallel(
             Err(refusal) => refused(&[refusal], None, item),
         };
     }
+    if let Some(lit) = items.iter().find_map(syntax::include::included_path) {
+        let refusal = Refusal::new(codes::INCLUDE, lit.span(), "`include!` stands beside other items")
+            .note("the analysis reads either the items of the module or one included file, so that positions are those of one file")
+            .help("move the other items into the included file, or into a module of their own");
+        return refused(&[refusal], None, item);
+    }
     let analysis = analyse_items(
         &module.ident.to_string(),
         items,
