@@ -236,12 +236,7 @@ fn failure(message: impl Into<String>) -> Error {
 
 /// A file that cannot be read or written.
 fn file_failure(code: codes::Code, what: &str, path: &Path, error: &io::Error) -> Error {
-    let reason = error.to_string();
-    let reason = reason
-        .split(" (os error")
-        .next()
-        .unwrap_or_default()
-        .to_lowercase();
+    let reason = autosp::io_reason(error);
     Error::new(
         code,
         format!("cannot {what} `{}`: {reason}", path.display()),

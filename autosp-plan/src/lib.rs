@@ -2,6 +2,8 @@
 
 pub mod codes;
 pub mod plan;
+mod reason;
 pub mod settings;
 
+pub use reason::io_reason;
 pub use settings::Settings;

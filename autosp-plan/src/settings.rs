@@ -134,7 +134,7 @@ impl Settings {
         let name = path.display().to_string();
         let text = std::fs::read_to_string(path).map_err(|error| SettingsError {
             code: codes::SETTINGS_FILE,
-            message: format!("{name}: {error}"),
+            message: format!("{name}: {}", crate::io_reason(&error)),
             help: None,
         })?;
         self.with_file(&name, &text)

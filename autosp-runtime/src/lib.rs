@@ -24,7 +24,7 @@ pub mod site;
 pub mod testing;
 pub mod train;
 
-pub use autosp_plan::{Settings, codes, settings};
+pub use autosp_plan::{Settings, codes, io_reason, settings};
 pub use data::{Batch, TextData};
 pub use error::{Error, Result};
 pub use ledger::{Bytes, Ledger};

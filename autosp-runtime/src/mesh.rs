@@ -66,7 +66,7 @@ impl Mesh {
 }
 
 /// More threads than this are a typing error.
-const MOST_RANKS: usize = 4096;
+const MOST_RANKS: usize = 256;
 
 #[cfg(test)]
 mod tests {

@@ -103,7 +103,11 @@ pub fn load_trainable<P: AsRef<Path>>(
             .map_err(|error| {
                 Error::new(
                     codes::FILE_UNREADABLE,
-                    format!("cannot read the model file `{}`: {error}", path.display()),
+                    format!(
+                        "cannot read the model file `{}`: {}",
+                        path.display(),
+                        crate::io_reason(&error)
+                    ),
                 )
             })?;
         // SAFETY: the mapping lives no longer than this statement; a writer in between can only make the check fail.
@@ -251,7 +255,7 @@ pub(crate) fn replace_file(
             format!("cannot write `{}`: {error}", path.display()),
         )
     };
-    let io = |error: std::io::Error| error.to_string();
+    let io = |error: std::io::Error| crate::io_reason(&error);
     let Some(name) = path.file_name() else {
         return Err(failed("it does not name a file".to_owned()));
     };

@@ -1,16 +1,16 @@
 //! The file that a command is about.
 
-use std::{fs, io, path::Path};
+use std::{fs, path::Path};
 
 use autosp_compiler::ParseError;
-use autosp_plan::codes;
+use autosp_plan::{codes, io_reason};
 
 use crate::Failure;
 
 /// Reads a Rust file.
 pub(crate) fn read(file: &Path) -> Result<String, Failure> {
     fs::read_to_string(file).map_err(|error| {
-        let message = format!("cannot read `{}`: {}", file.display(), reason(&error));
+        let message = format!("cannot read `{}`: {}", file.display(), io_reason(&error));
         Failure::new(&codes::UNREADABLE_FILE, message)
     })
 }
@@ -21,13 +21,4 @@ pub(crate) fn unparsable(file: &str, error: &ParseError) -> Failure {
         &codes::UNPARSABLE_FILE,
         format!("cannot parse `{file}`: {error}"),
     )
-}
-
-/// The operating system's words in this project's style: lower case, without the number.
-fn reason(error: &io::Error) -> String {
-    let text = error.to_string();
-    text.split(" (os error")
-        .next()
-        .unwrap_or_default()
-        .to_lowercase()
 }

@@ -187,7 +187,11 @@ impl Sp {
 fn unreadable(path: &Path, error: &std::io::Error) -> Error {
     Error::new(
         codes::FILE_UNREADABLE,
-        format!("cannot read `{}`: {error}", path.display()),
+        format!(
+            "cannot read `{}`: {}",
+            path.display(),
+            crate::io_reason(error)
+        ),
     )
 }
 
