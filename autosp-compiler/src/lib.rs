@@ -81,6 +81,19 @@ pub fn analyse(source: &str) -> Result<Analysis, ParseError> {
     ))
 }
 
+/// The file that the annotated module of a source includes, as it is written there; relative to the source's own file.
+///
+/// # Errors
+/// If the source is not Rust.
+pub fn included(source: &str) -> Result<Option<String>, ParseError> {
+    let file = syn::parse_file(source)?;
+    let (_, items) = module_of(&file);
+    Ok(match items {
+        [only] => syntax::include::included_path(only).map(|path| path.value()),
+        _ => None,
+    })
+}
+
 /// The same with another operation table.
 ///
 /// # Errors

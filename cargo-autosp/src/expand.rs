@@ -8,8 +8,7 @@ use crate::{Failure, Outcome, REFUSED, plan, source};
 
 /// Prints the expansion, or the refusals.
 pub(crate) fn run(file: &Path) -> Result<Outcome, Failure> {
-    let name = file.display().to_string();
-    let text = source::read(file)?;
+    let (name, text) = source::open(file)?;
     let expansion =
         autosp_compiler::expand(&text).map_err(|error| source::unparsable(&name, &error))?;
     Ok(match expansion {

@@ -11,8 +11,7 @@ use crate::{Failure, Format, Outcome, REFUSED, source};
 
 /// Analyses the file and prints the plan.
 pub(crate) fn run(file: &Path, format: Format) -> Result<Outcome, Failure> {
-    let name = file.display().to_string();
-    let text = source::read(file)?;
+    let (name, text) = source::open(file)?;
     let analysis =
         autosp_compiler::analyse(&text).map_err(|error| source::unparsable(&name, &error))?;
     let code = if analysis.refusals.is_empty() {

@@ -7,8 +7,19 @@ use autosp_plan::{codes, io_reason};
 
 use crate::Failure;
 
-/// Reads a Rust file.
-pub(crate) fn read(file: &Path) -> Result<String, Failure> {
+/// The file to analyse and its text: the file itself, or the one that its annotated module includes.
+pub(crate) fn open(file: &Path) -> Result<(String, String), Failure> {
+    let name = file.display().to_string();
+    let text = read(file)?;
+    let included = autosp_compiler::included(&text).map_err(|error| unparsable(&name, &error))?;
+    let Some(path) = included else {
+        return Ok((name, text));
+    };
+    let model = file.with_file_name(path);
+    Ok((model.display().to_string(), read(&model)?))
+}
+
+fn read(file: &Path) -> Result<String, Failure> {
     fs::read_to_string(file).map_err(|error| {
         let message = format!("cannot read `{}`: {}", file.display(), io_reason(&error));
         Failure::new(&codes::UNREADABLE_FILE, message)

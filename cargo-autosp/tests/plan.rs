@@ -194,3 +194,25 @@ fn a_reader_that_leaves_early_is_no_error() {
         String::from_utf8_lossy(&output.stderr)
     );
 }
+
+/// A program whose annotated module includes the model's file: the file that is meant is the model's.
+#[test]
+fn an_included_model_is_followed() {
+    let model = llama();
+    let name = scratch("included_model.rs", &fs::read_to_string(&model).unwrap());
+    let program = scratch(
+        "program.rs",
+        "#[autosp::sequence_parallel]\nmod llama {\n    include!(\"included_model.rs\");\n}\nfn main() {}\n",
+    );
+    let output = autosp(&["plan", &program, "--format", "json"]);
+    let plan: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(plan["file"], name.as_str());
+    assert_eq!(plan["sites"].as_array().unwrap().len(), 1);
+    let missing = scratch(
+        "missing.rs",
+        "#[sequence_parallel]\nmod m { include!(\"nowhere.rs\"); }\n",
+    );
+    let output = autosp(&["plan", &missing]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("nowhere.rs"));
+}
