@@ -316,6 +316,24 @@ fn nothing_is_lost_on_the_way() {
 }
 
 #[test]
+fn a_loop_that_turns_all_tokens_into_one() {
+    let block = "            x = block.forward(&x, index_pos, layer, cache)?;\n";
+    let one = format!("{block}            x = x.i((.., 0, ..))?.unsqueeze(1)?;\n");
+    let first = &refuse(&edit(&llama(), block, &one))[0];
+    assert_eq!(first.code.id, "AS0206", "{}", first.text(None));
+    // The same token at every position is a shard again, with the gradient of its owner.
+    let all = format!(
+        "{block}            x = x.i((.., 0, ..))?.unsqueeze(1)?.broadcast_as(x.shape())?;\n"
+    );
+    let analysis = autosp_compiler::analyse(&edit(&llama(), block, &all)).expect("valid Rust");
+    assert!(
+        analysis.refusals.is_empty(),
+        "{}",
+        analysis.refusals[0].text(None)
+    );
+}
+
+#[test]
 fn every_refusal_ends_with_its_code() {
     let source = edit(
         &llama(),

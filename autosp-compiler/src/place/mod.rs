@@ -83,6 +83,7 @@ pub(crate) fn place(trace: &Trace<'_, '_>) -> Result<Placed, Vec<Refusal>> {
         place: vec![Place::Replicated; trace.nodes.len()],
         conversions: Vec::new(),
         problems: HashMap::new(),
+        first_round: true,
     };
     for site in &sites {
         site.scores
@@ -96,10 +97,12 @@ pub(crate) fn place(trace: &Trace<'_, '_>) -> Result<Placed, Vec<Refusal>> {
             .for_each(|n| placer.place[*n] = Place::Mask);
     }
     let outputs: HashSet<NodeId> = sites.iter().map(|s| s.out).collect();
-    // A value carried round a loop is placed as it comes in; a second round sees what the loop made of it.
-    for _ in 0..2 {
+    // A value carried round a loop is placed as it comes in; further rounds see what the loop made of it.
+    for round in 0..ROUNDS {
+        placer.first_round = round == 0;
         placer.conversions.clear();
         placer.problems.clear();
+        let before = placer.place.clone();
         for node in 0..trace.nodes.len() {
             if !placer.place[node].lazy() {
                 placer.place[node] = if outputs.contains(&node) {
@@ -108,6 +111,9 @@ pub(crate) fn place(trace: &Trace<'_, '_>) -> Result<Placed, Vec<Refusal>> {
                     placer.node(node)
                 };
             }
+        }
+        if !placer.first_round && placer.place == before {
+            break;
         }
     }
     let live = live(trace, &sites);
@@ -164,12 +170,16 @@ fn live(trace: &Trace<'_, '_>, sites: &[Site]) -> HashSet<NodeId> {
     live
 }
 
+/// A placement goes up the lattice twice at most; loops inside loops pass it on.
+const ROUNDS: usize = 8;
+
 struct Placer<'t, 's, 'a> {
     trace: &'t Trace<'s, 'a>,
     sequence: AtomId,
     place: Vec<Place>,
     conversions: Vec<(NodeId, Conversion)>,
     problems: HashMap<NodeId, Refusal>,
+    first_round: bool,
 }
 
 impl Placer<'_, '_, '_> {
@@ -233,13 +243,13 @@ impl Placer<'_, '_, '_> {
             }
             Op::Field | Op::Mask(_) => Place::Replicated,
             Op::Phi { .. } => {
-                let mut places = inputs.iter().enumerate().filter(|(i, _)| {
-                    n.inputs[*i].node < node
-                        || inputs.len() == 1
-                        || self.place[n.inputs[*i].node] != Place::Replicated
-                });
-                let first = places.next().map_or(Place::Replicated, |(_, p)| *p);
-                places.fold(first, |acc, (_, p)| acc.join(*p))
+                // In the first round, what comes round the loop has no place yet.
+                let known = n
+                    .inputs
+                    .iter()
+                    .filter(|i| !self.first_round || i.node < node);
+                let places = known.map(|i| self.place[i.node]);
+                places.reduce(Place::join).unwrap_or(Place::Replicated)
             }
             Op::Pick { dim } => self.pick(node, *dim, sharded),
             Op::Unknown(reason) => {
