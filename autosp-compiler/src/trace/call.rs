@@ -85,7 +85,7 @@ impl<'a> Trace<'_, 'a> {
                 if TRANSPARENT.contains(&name.as_str()) {
                     return receiver;
                 }
-                self.unknown_call(&text(m), &args, at)
+                self.unknown_call_of(&full, &text(m), &args, at)
             }
             _ => self.builtin(act, receiver, &name, args, m, at),
         }
@@ -355,6 +355,13 @@ impl<'a> Trace<'_, 'a> {
 
     /// A call of something that is neither in the scope nor in the table. It matters only if tensors or sizes go in.
     pub(super) fn unknown_call(&mut self, what: &str, args: &[Arg<'a>], at: At) -> Value {
+        let name = what.split('(').next().unwrap_or(what);
+        let name = name.rsplit(['.', ' ']).next().unwrap_or(name).to_string();
+        self.unknown_call_of(&name, what, args, at)
+    }
+
+    /// The same where the called function has a name of its own, such as the method of a library's type.
+    fn unknown_call_of(&mut self, name: &str, what: &str, args: &[Arg<'a>], at: At) -> Value {
         let mut inputs = Vec::new();
         for (value, e) in args {
             let mut tensors = Vec::new();
@@ -372,8 +379,6 @@ impl<'a> Trace<'_, 'a> {
         if inputs.is_empty() {
             return Value::Opaque;
         }
-        let name = what.split('(').next().unwrap_or(what);
-        let name = name.rsplit(['.', ' ']).next().unwrap_or(name);
         let reason = Reason {
             code: codes::UNKNOWN_CALL,
             message: format!("unknown call `{what}` on a sharded value"),
