@@ -316,6 +316,58 @@ fn nothing_is_lost_on_the_way() {
 }
 
 #[test]
+fn what_a_loop_writes_is_not_what_it_was_before() {
+    let block = "            x = block.forward(&x, index_pos, layer, cache)?;\n";
+    let before = "        for (layer, block) in self.blocks.iter().enumerate() {\n";
+    // An option that is filled in the first round and used in the second: the branch must not be taken away.
+    let option = edit(
+        &llama(),
+        before,
+        &format!("        let mut past: Option<Tensor> = None;\n{before}"),
+    );
+    for write in ["past = Some(x.clone());", "past.replace(x.clone());"] {
+        let source = edit(
+            &option,
+            block,
+            &format!(
+                "{block}            if let Some(p) = &past {{ x = (x + p)?; }}\n            {write}\n"
+            ),
+        );
+        assert_eq!(refuse(&source)[0].code.id, "AS0206", "{write}");
+    }
+    // A flag and a counter: both branches are analysed and stay.
+    let flag = edit(
+        &llama(),
+        before,
+        &format!("        let (mut first, mut n) = (true, 0);\n{before}"),
+    );
+    let flag = edit(
+        &flag,
+        block,
+        &format!(
+            "{block}            if first || n == 3 {{ x = x.cumsum(1)?; }}\n            first = false;\n            n += 1;\n"
+        ),
+    );
+    assert_eq!(refuse(&flag)[0].code.id, "AS0203");
+}
+
+#[test]
+fn closures_and_macros_that_write_are_not_overlooked() {
+    let norm = "let x = self.norm.forward(&x)?;";
+    for to in [
+        "let mut x = x;\n        self.blocks.iter().for_each(|b| x = b.mlp.forward(&x).unwrap());",
+        "let mut x = x;\n        mixed!(x);",
+        "let mut x = x;\n        for t in [&x.clone(), &x.cumsum(1)?] { x = t.clone(); }",
+    ] {
+        let code = refuse(&edit(&llama(), norm, to))[0].code.id;
+        assert!(
+            ["AS0202", "AS0203", "AS0206"].contains(&code),
+            "{to}: {code}"
+        );
+    }
+}
+
+#[test]
 fn a_loop_that_turns_all_tokens_into_one() {
     let block = "            x = block.forward(&x, index_pos, layer, cache)?;\n";
     let one = format!("{block}            x = x.i((.., 0, ..))?.unsqueeze(1)?;\n");

@@ -61,13 +61,16 @@ impl Builder<'_, '_, '_> {
     fn facts(&mut self) {
         for (act, a) in self.trace.acts.iter().enumerate() {
             for (expr, fact) in &a.facts {
+                // A branch that one evaluation takes and another does not (the body of a closure) stays as it is written.
+                if a.facts.iter().any(|(e, f)| e == expr && f != fact) {
+                    continue;
+                }
                 let action = match fact {
                     Fact::Then => Action::Then,
                     Fact::Else => Action::Else,
                     Fact::Arm(k) => Action::Arm(*k),
                     Fact::Write => Action::Drop,
                 };
-                // A condition on constants of the source is left as it is written.
                 self.push(act, *expr, action);
             }
         }

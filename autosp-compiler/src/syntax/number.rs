@@ -112,7 +112,7 @@ pub(crate) fn written_fields(block: &syn::Block, out: &mut HashSet<String>) {
     Find(out).visit_block(block);
 }
 
-/// Local variables that a body assigns to, for the values carried round a loop.
+/// Local variables that a body writes to (by assignment, a writing method or `&mut`), for the values carried round a loop.
 pub(crate) fn assigned_locals(block: &syn::Block) -> Vec<String> {
     struct Find(Vec<String>);
     impl<'a> Visit<'a> for Find {
@@ -125,10 +125,19 @@ pub(crate) fn assigned_locals(block: &syn::Block) -> Vec<String> {
                         syn::BinOp::AddAssign(_)
                             | syn::BinOp::SubAssign(_)
                             | syn::BinOp::MulAssign(_)
+                            | syn::BinOp::DivAssign(_)
+                            | syn::BinOp::RemAssign(_)
+                            | syn::BinOp::BitAndAssign(_)
+                            | syn::BinOp::BitOrAssign(_)
+                            | syn::BinOp::BitXorAssign(_)
                     ) =>
                 {
                     Some(&*b.left)
                 }
+                syn::Expr::MethodCall(m) if WRITERS.contains(&m.method.to_string().as_str()) => {
+                    Some(&*m.receiver)
+                }
+                syn::Expr::Reference(r) if r.mutability.is_some() => Some(&*r.expr),
                 _ => None,
             };
             if let Some(syn::Expr::Path(p)) = place

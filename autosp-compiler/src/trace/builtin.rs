@@ -8,7 +8,7 @@ use super::shape::{Dim, Shape};
 use super::size::Poly;
 use super::value::{Cond, Presence, Size, Value};
 use super::{Role, Trace};
-use crate::syntax::number::WRITERS;
+use crate::syntax::number::{WRITERS, place_field};
 
 impl<'a> Trace<'_, 'a> {
     /// Other methods of values that are no tensors and no objects.
@@ -31,9 +31,22 @@ impl<'a> Trace<'_, 'a> {
             (Value::EmptyStore, "contains_key" | "contains") => Value::Bool(Cond::Known(false)),
             (Value::EmptyStore, "is_empty") => Value::Bool(Cond::Known(true)),
             (Value::EmptyStore | Value::Option(Presence::None, _), _)
-                if WRITERS.contains(&name) =>
+                if WRITERS.contains(&name) && place_field(&m.receiver).is_some() =>
             {
                 self.acts[act].facts.push((at.expr, super::Fact::Write));
+                if name == "take" {
+                    receiver
+                } else {
+                    Value::Unit
+                }
+            }
+            // An option or a list in a variable of this function.
+            (Value::Option(..) | Value::List { .. }, _) if WRITERS.contains(&name) => {
+                if let syn::Expr::Path(p) = &*m.receiver
+                    && let Some(ident) = p.path.get_ident()
+                {
+                    self.assign(act, &ident.to_string(), Self::lost(&crate::syntax::text(m)));
+                }
                 if name == "take" {
                     receiver
                 } else {

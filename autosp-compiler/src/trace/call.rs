@@ -376,6 +376,12 @@ impl<'a> Trace<'_, 'a> {
                 self.use_size(at, &s.clone(), Role::Unclassified(what.to_string()));
             }
         }
+        // A closure may run any number of times and write to what it captured.
+        for (value, _) in args {
+            if let Value::Closure(closure) = value {
+                inputs.extend(self.captured(at.act, closure));
+            }
+        }
         if inputs.is_empty() {
             return Value::Opaque;
         }
@@ -386,7 +392,36 @@ impl<'a> Trace<'_, 'a> {
                 "move `{name}` into the annotated module, or write it with candle's own operations"
             ),
         };
-        Value::Tensor(self.unknown(reason, inputs, at, what))
+        let closure = args.iter().any(|(v, _)| matches!(v, Value::Closure(_)));
+        let node = self.unknown(reason, inputs, at, what);
+        if closure {
+            self.reads.push(node);
+        }
+        Value::Tensor(node)
+    }
+
+    /// The tensors that a closure names and has from outside.
+    fn captured(&self, act: ActId, closure: &super::value::Closure) -> Vec<Input> {
+        let numbers = &self.scope.functions[self.acts[act].function].numbers;
+        let Some(e) = numbers.get(closure.expr) else {
+            return Vec::new();
+        };
+        let mut tensors = Vec::new();
+        for id in crate::syntax::number::within(numbers, e) {
+            if let Some(syn::Expr::Path(p)) = numbers.get(id)
+                && let Some(ident) = p.path.get_ident()
+            {
+                let name = ident.to_string();
+                let binding = closure.env.iter().rev().find_map(|scope| scope.get(&name));
+                if let Some(binding) = binding {
+                    binding.value.tensors(&mut tensors);
+                }
+            }
+        }
+        tensors
+            .into_iter()
+            .map(|node| Input { node, expr: None })
+            .collect()
     }
 
     fn min_max(&mut self, args: &[Arg<'a>], at: At) -> Value {

@@ -33,13 +33,12 @@ impl<'a> Trace<'_, 'a> {
                         .last()
                         .map(|s| s.ident.to_string())
                         .unwrap_or_default();
-                    if matches!(
-                        name.as_str(),
-                        "bail" | "panic" | "unreachable" | "unimplemented" | "todo"
-                    ) {
-                        Value::Never
-                    } else {
-                        Value::Unit
+                    match name.as_str() {
+                        "bail" | "panic" | "unreachable" | "unimplemented" | "todo" => Value::Never,
+                        _ => {
+                            self.macro_statement(act, &m.mac);
+                            Value::Unit
+                        }
                     }
                 }
                 syn::Stmt::Item(_) => Value::Unit,
@@ -50,6 +49,34 @@ impl<'a> Trace<'_, 'a> {
         }
         self.acts[act].scopes.pop();
         value
+    }
+
+    /// A macro as a statement may write to every variable that it names, unless it is one of those that only speak.
+    fn macro_statement(&mut self, act: ActId, mac: &syn::Macro) {
+        fn names(tokens: proc_macro2::TokenStream, out: &mut Vec<String>) {
+            for token in tokens {
+                match token {
+                    proc_macro2::TokenTree::Ident(i) => out.push(i.to_string()),
+                    proc_macro2::TokenTree::Group(g) => names(g.stream(), out),
+                    _ => {}
+                }
+            }
+        }
+        let name = mac.path.segments.last().map(|s| s.ident.to_string());
+        if name.is_some_and(|n| super::eval::SPEAKING.contains(&n.as_str())) {
+            return;
+        }
+        let mut named = Vec::new();
+        names(mac.tokens.clone(), &mut named);
+        for name in named {
+            let mut tensors = Vec::new();
+            if let Some(binding) = self.lookup(act, &name) {
+                binding.value.tensors(&mut tensors);
+            }
+            if !tensors.is_empty() {
+                self.assign(act, &name, Self::lost(&crate::syntax::text(mac)));
+            }
+        }
     }
 
     fn local(&mut self, act: ActId, local: &'a syn::Local) -> Value {
@@ -264,7 +291,9 @@ impl<'a> Trace<'_, 'a> {
                 }
             },
             (Value::Unknown(r), _) | (_, Value::Unknown(r)) => Value::Unknown(r),
-            (Value::Tensor(n), _) | (_, Value::Tensor(n)) => Value::Tensor(n),
+            (Value::Tensor(_), _) | (_, Value::Tensor(_)) => {
+                Self::lost("one of two branches, which gives a tensor in the other")
+            }
             _ => Value::Opaque,
         }
     }
@@ -386,18 +415,41 @@ impl<'a> Trace<'_, 'a> {
             if carried.iter().any(|(n, _, _)| *n == name) {
                 continue;
             }
-            if let Some(Value::Tensor(before)) = self.lookup(act, &name).map(|b| b.value) {
-                let shape = self.nodes[before].shape.clone();
-                let inputs = vec![Input {
-                    node: before,
-                    expr: None,
-                }];
-                let phi = self.node(Op::Phi { carried: true }, inputs, shape, at, &name);
-                self.assign(act, &name, Value::Tensor(phi));
-                carried.push((name, before, phi));
+            match self.lookup(act, &name).map(|b| b.value) {
+                Some(Value::Tensor(before)) => {
+                    let shape = self.nodes[before].shape.clone();
+                    let inputs = vec![Input {
+                        node: before,
+                        expr: None,
+                    }];
+                    let phi = self.node(Op::Phi { carried: true }, inputs, shape, at, &name);
+                    self.assign(act, &name, Value::Tensor(phi));
+                    carried.push((name, before, phi));
+                }
+                Some(other) => {
+                    let any = self.any_round(other, &name);
+                    self.assign(act, &name, any);
+                }
+                None => {}
             }
         }
         carried
+    }
+
+    /// What a variable that a loop writes to holds in any of its rounds.
+    fn any_round(&mut self, value: Value, name: &str) -> Value {
+        match value {
+            Value::Size(s) if !self.atoms.anchored(&s.poly) => {
+                Value::Size(Size::of(self.fresh_feature(name)))
+            }
+            Value::Num(_) | Value::Select(..) => Value::Num(None),
+            Value::Bool(_) => Value::Bool(Cond::Unknown),
+            Value::Object { ty, path } => Value::Object { ty, path },
+            Value::Opaque | Value::Unit | Value::Never => Value::Opaque,
+            _ => Self::lost(&format!(
+                "{name}, which changes from round to round of a loop"
+            )),
+        }
     }
 
     fn carry_out(
@@ -440,10 +492,6 @@ impl<'a> Trace<'_, 'a> {
     /// What a loop over a value binds in each round.
     pub(super) fn element(&mut self, iter: Value) -> Value {
         match iter {
-            Value::List {
-                elems: Some(elems),
-                any,
-            } if elems.len() == 1 => elems.into_iter().next().unwrap_or(*any),
             Value::List { any, .. } => *any,
             Value::Range(..) => Value::Size(Size::of(self.fresh_feature("round"))),
             _ => Value::Opaque,

@@ -7,6 +7,35 @@ use super::{DEPTH, Fact, Role, STEPS, Trace};
 use crate::syntax::types::Ty;
 use crate::syntax::{number, text};
 
+/// Macros that give no tensor and write to no variable.
+pub(super) const SPEAKING: &[&str] = &[
+    "format",
+    "print",
+    "println",
+    "eprint",
+    "eprintln",
+    "assert",
+    "assert_eq",
+    "assert_ne",
+    "debug_assert",
+    "debug_assert_eq",
+    "debug_assert_ne",
+    "trace",
+    "debug",
+    "info",
+    "warn",
+    "error",
+    "span",
+    "event",
+    "matches",
+    "concat",
+    "env",
+    "line",
+    "file",
+    "stringify",
+    "ensure",
+];
+
 impl<'a> Trace<'_, 'a> {
     /// Evaluates an expression and keeps its value where a later room may ask for it.
     pub(crate) fn eval(&mut self, act: ActId, e: &'a syn::Expr) -> Value {
@@ -441,13 +470,9 @@ impl<'a> Trace<'_, 'a> {
         at: At,
     ) -> Value {
         let values: Vec<Value> = elems.map(|e| self.eval(act, e)).collect();
-        let mut any = values.first().cloned().unwrap_or(Value::Opaque);
-        if !values.iter().all(|v| *v == any) && !values.iter().any(|v| v.tensor().is_some()) {
-            any = values
-                .iter()
-                .skip(1)
-                .fold(any, |acc, v| self.join(acc, v.clone(), &Cond::Unknown, at));
-        }
+        let mut all = values.iter().cloned();
+        let first = all.next().unwrap_or(Value::Opaque);
+        let any = all.fold(first, |acc, v| self.join(acc, v, &Cond::Unknown, at));
         Value::List {
             elems: Some(values),
             any: Box::new(any),
@@ -464,12 +489,7 @@ impl<'a> Trace<'_, 'a> {
         match name.as_str() {
             "bail" | "panic" | "unreachable" | "unimplemented" | "todo" => Value::Never,
             "vec" => self.vec_macro(act, mac, at),
-            "format" | "print" | "println" | "eprint" | "eprintln" | "write" | "writeln"
-            | "assert" | "assert_eq" | "assert_ne" | "debug_assert" | "debug_assert_eq"
-            | "debug_assert_ne" | "trace" | "debug" | "info" | "warn" | "error" | "span"
-            | "matches" | "concat" | "env" | "line" | "file" | "stringify" | "ensure" => {
-                Value::Opaque
-            }
+            name if SPEAKING.contains(&name) => Value::Opaque,
             _ => Self::lost(&text(mac)),
         }
     }
