@@ -368,6 +368,46 @@ fn closures_and_macros_that_write_are_not_overlooked() {
 }
 
 #[test]
+fn a_field_that_a_setter_writes_is_no_cache() {
+    // An adapter that is set before training takes part in the forward: both branches are analysed.
+    let source = edit(
+        &llama(),
+        "    lm_head: Linear,\n    last_token_only: bool,\n}",
+        "    lm_head: Linear,\n    last_token_only: bool,\n    shift: Option<Tensor>,\n}",
+    );
+    let source = edit(
+        &source,
+        "    /// Logits in f32:",
+        "    pub fn set_shift(&mut self, shift: Tensor) {\n        self.shift = Some(shift);\n    }\n\n    /// Logits in f32:",
+    );
+    let norm = "let x = self.norm.forward(&x)?;";
+    let used = |with: &str| {
+        edit(
+            &source,
+            norm,
+            &format!(
+                "{norm}\n        let x = match &self.shift {{ Some(s) => {with}, None => x }};"
+            ),
+        )
+    };
+    assert_eq!(
+        refuse(&used("x.broadcast_add(s)?.cumsum(1)?"))[0].code.id,
+        "AS0203"
+    );
+    let analysis = autosp_compiler::analyse(&used("x.broadcast_add(s)?")).expect("valid Rust");
+    assert!(
+        analysis.refusals.is_empty(),
+        "{}",
+        analysis.refusals[0].text(None)
+    );
+    let edits = analysis.plan.twins.iter().flat_map(|t| &t.edits);
+    let decided = edits
+        .filter(|e| matches!(e.action, autosp_plan::plan::Action::Arm(_)))
+        .count();
+    assert_eq!(decided, 0, "the match stays as it is written");
+}
+
+#[test]
 fn a_loop_that_turns_all_tokens_into_one() {
     let block = "            x = block.forward(&x, index_pos, layer, cache)?;\n";
     let one = format!("{block}            x = x.i((.., 0, ..))?.unsqueeze(1)?;\n");

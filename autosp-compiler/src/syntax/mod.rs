@@ -6,7 +6,7 @@ pub(crate) mod number;
 mod text;
 pub(crate) mod types;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use syn::spanned::Spanned;
 pub(crate) use text::text;
@@ -63,6 +63,7 @@ pub(crate) struct Function<'a> {
     /// Item (and item of the `impl`) that holds it.
     pub(crate) place: (usize, Option<usize>),
     pub(crate) numbers: number::Numbers<'a>,
+    pub(crate) effects: number::Effects,
 }
 
 impl Function<'_> {
@@ -80,11 +81,9 @@ pub(crate) struct Scope<'a> {
     methods: HashMap<(String, String), usize>,
     free: HashMap<String, usize>,
     pub(crate) names: Names,
-    /// Fields that a method writes to (other than by building the struct): what a model keeps between calls.
-    pub(crate) written: std::collections::HashSet<String>,
     pub(crate) consts: HashMap<String, &'a syn::Expr>,
     /// Types that are `Clone`.
-    pub(crate) cloneable: std::collections::HashSet<String>,
+    pub(crate) cloneable: HashSet<String>,
 }
 
 impl<'a> Scope<'a> {
@@ -97,9 +96,8 @@ impl<'a> Scope<'a> {
             methods: HashMap::new(),
             free: HashMap::new(),
             names: Names::default(),
-            written: std::collections::HashSet::new(),
             consts: HashMap::new(),
-            cloneable: std::collections::HashSet::new(),
+            cloneable: HashSet::new(),
         };
         for item in items {
             if let syn::Item::Use(u) = item {
@@ -208,9 +206,6 @@ impl<'a> Scope<'a> {
                 self.free.entry(name.clone()).or_insert(id);
             }
         }
-        if sig.receiver().is_some() {
-            number::written_fields(block, &mut self.written);
-        }
         let numbers = number::Numbers::new(block);
         self.functions.push(Function {
             path,
@@ -221,6 +216,7 @@ impl<'a> Scope<'a> {
             public,
             place,
             numbers,
+            effects: number::Effects::of(block),
         });
     }
 
@@ -232,6 +228,22 @@ impl<'a> Scope<'a> {
 
     pub(crate) fn free(&self, name: &str) -> Option<usize> {
         self.free.get(name).copied()
+    }
+
+    /// The fields that are written when a function runs, by it or by what it may call: what the model keeps between calls.
+    pub(crate) fn written_by(&self, root: usize) -> HashSet<String> {
+        let mut written = HashSet::new();
+        let mut seen = HashSet::new();
+        let mut stack = vec![root];
+        while let Some(id) = stack.pop() {
+            if seen.insert(id) {
+                let effects = &self.functions[id].effects;
+                written.extend(effects.writes.iter().cloned());
+                let called = |f: &Function<'_>| effects.calls.contains(&f.name);
+                stack.extend((0..self.functions.len()).filter(|k| called(&self.functions[*k])));
+            }
+        }
+        written
     }
 
     /// The declared type, seen from the scope.

@@ -94,22 +94,46 @@ pub(crate) const WRITERS: &[&str] = &[
     "get_or_insert",
 ];
 
-/// Adds the fields that a body assigns to or calls a writing method on.
-pub(crate) fn written_fields(block: &syn::Block, out: &mut HashSet<String>) {
-    struct Find<'o>(&'o mut HashSet<String>);
-    impl<'a> Visit<'a> for Find<'_> {
-        fn visit_expr(&mut self, e: &'a syn::Expr) {
-            match e {
-                syn::Expr::Assign(a) => self.0.extend(place_field(&a.left)),
-                syn::Expr::MethodCall(m) if WRITERS.contains(&m.method.to_string().as_str()) => {
-                    self.0.extend(place_field(&m.receiver));
-                }
-                _ => {}
-            }
-            visit::visit_expr(self, e);
-        }
+/// What a body does to the world round it.
+#[derive(Debug, Default)]
+pub(crate) struct Effects {
+    /// Fields that it assigns to or calls a writing method on.
+    pub(crate) writes: HashSet<String>,
+    /// Names of the functions and methods that it calls.
+    pub(crate) calls: HashSet<String>,
+}
+
+impl Effects {
+    pub(crate) fn of(block: &syn::Block) -> Self {
+        let mut effects = Self::default();
+        effects.visit_block(block);
+        effects
     }
-    Find(out).visit_block(block);
+}
+
+impl<'a> Visit<'a> for Effects {
+    fn visit_expr(&mut self, e: &'a syn::Expr) {
+        match e {
+            syn::Expr::Assign(a) => self.writes.extend(place_field(&a.left)),
+            syn::Expr::MethodCall(m) => {
+                let name = m.method.to_string();
+                if WRITERS.contains(&name.as_str()) {
+                    self.writes.extend(place_field(&m.receiver));
+                }
+                // `x.apply(&layer)` is `layer.forward(&x)`.
+                self.calls.insert(if name == "apply" {
+                    "forward".to_string()
+                } else {
+                    name
+                });
+            }
+            syn::Expr::Path(p) => self
+                .calls
+                .extend(p.path.segments.last().map(|s| s.ident.to_string())),
+            _ => {}
+        }
+        visit::visit_expr(self, e);
+    }
 }
 
 /// Local variables that a body writes to (by assignment, a writing method or `&mut`), for the values carried round a loop.

@@ -53,6 +53,16 @@ impl<'a> Trace<'_, 'a> {
         if inputs.is_empty() && !matches!(row.place, PlaceRule::Make | PlaceRule::Random) {
             return Self::lost(what);
         }
+        // An operand that is missing here was lost, or is something that the analysis has no name for.
+        let needed = match row.shape {
+            ShapeRule::Matmul => 2,
+            ShapeRule::Select | ShapeRule::Rope | ShapeRule::RopeThd => 3,
+            ShapeRule::Broadcast if row.name().starts_with("broadcast_") => 2,
+            _ => 0,
+        };
+        if inputs.len() < needed {
+            return Self::lost(what);
+        }
         if row.shape == ShapeRule::Chunk {
             return self.chunk(row, &inputs, args, at, what);
         }

@@ -82,6 +82,17 @@ impl<'a> Trace<'_, 'a> {
                     let object = object.clone();
                     return self.apply(row, &args, at, &text(m), Some(&object));
                 }
+                // What a layer shows of its weights
+                if path.starts_with("candle_nn::") {
+                    let tensor = |this: &mut Self| {
+                        this.of_type(&Ty::Tensor, &format!("{object}.{name}()"), at)
+                    };
+                    match name.as_str() {
+                        "weight" | "embeddings" => return tensor(self),
+                        "bias" => return Value::Option(Presence::Maybe, Box::new(tensor(self))),
+                        _ => {}
+                    }
+                }
                 if TRANSPARENT.contains(&name.as_str()) {
                     return receiver;
                 }

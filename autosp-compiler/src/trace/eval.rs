@@ -357,7 +357,7 @@ impl<'a> Trace<'_, 'a> {
                     return Value::Opaque;
                 };
                 let path = format!("{path}.{name}");
-                if self.scope.written.contains(&name) && declared.holds_tensor() {
+                if self.written.contains(&name) && declared.holds_tensor() {
                     return self.stored(&declared, &path, at);
                 }
                 self.of_type(&declared, &path, at)
@@ -429,7 +429,7 @@ impl<'a> Trace<'_, 'a> {
         if let Some(field) = number::place_field(&a.left) {
             let mut tensors = Vec::new();
             value.tensors(&mut tensors);
-            if self.scope.written.contains(&field)
+            if self.written.contains(&field)
                 && (!tensors.is_empty() || matches!(value, Value::Option(..)))
             {
                 self.acts[act].facts.push((at.expr, Fact::Write));

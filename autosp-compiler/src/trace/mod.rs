@@ -16,7 +16,7 @@ mod shapes;
 pub(crate) mod size;
 pub(crate) mod value;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
 
 use autosp_plan::codes;
@@ -109,6 +109,8 @@ pub(crate) struct Trace<'s, 'a> {
     /// Tensors that are read to the host: what follows depends on them in ways that are not seen.
     pub(crate) reads: Vec<NodeId>,
     table: &'static Table,
+    /// Fields that are written while the root runs.
+    written: HashSet<String>,
     fields: HashMap<String, NodeId>,
     /// What stands in a `vec!`, parsed once.
     macros: HashMap<*const syn::Macro, &'static syn::Expr>,
@@ -131,6 +133,7 @@ impl<'s, 'a> Trace<'s, 'a> {
             offsets: Vec::new(),
             reads: Vec::new(),
             table,
+            written: scope.written_by(root),
             fields: HashMap::new(),
             macros: HashMap::new(),
             depth: 0,
