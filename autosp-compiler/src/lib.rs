@@ -23,7 +23,7 @@ use std::path::Path;
 use autosp_plan::codes;
 use autosp_plan::plan::Plan;
 use proc_macro2::{Span, TokenStream};
-use quote::{ToTokens, quote};
+use quote::quote;
 
 pub use error::Refusal;
 
@@ -304,9 +304,4 @@ fn positions<T>(f: impl FnOnce() -> T) -> T {
     proc_macro2::fallback::force();
     let _restore = Restore;
     f()
-}
-
-/// The tokens of an item, for printing.
-pub fn tokens(file: &syn::File) -> TokenStream {
-    file.to_token_stream()
 }
