@@ -3,7 +3,7 @@
 use std::{ffi::OsString, path::PathBuf};
 
 use autosp::Result;
-use clap::{Parser, error::ErrorKind};
+use clap::{Parser, ValueEnum, error::ErrorKind};
 
 use crate::failure;
 
@@ -14,6 +14,21 @@ pub struct Options {
     /// Text files, or folders of them [default: the sources and documents of this workspace]
     #[arg(long, value_name = "PATH", num_args = 1..)]
     pub data: Vec<PathBuf>,
+    /// What makes tokens of text: a tokenizer.json, or a folder with one [default: each byte is a token]
+    #[arg(long, value_name = "FILE")]
+    pub tokenizer: Option<PathBuf>,
+    /// The data are JSON lines, and the text is in this field
+    #[arg(long, value_name = "NAME", requires = "data", conflicts_with = "token_width")]
+    pub json_field: Option<String>,
+    /// The data are files of tokens, of 16 or 32 bits each
+    #[arg(long, value_name = "BITS", requires = "data")]
+    pub token_width: Option<u8>,
+    /// What a sequence is made of: one document each, or the documents end to end
+    #[arg(long, value_enum, default_value_t = Documents::Pad)]
+    pub documents: Documents,
+    /// A Llama to go on from: a folder with config.json and safetensors [default: a small one, drawn]
+    #[arg(long, value_name = "FOLDER")]
+    pub model: Option<PathBuf>,
     /// Ranks that share one sequence
     #[arg(long, value_name = "N", default_value_t = 4)]
     pub sp: usize,
@@ -49,6 +64,15 @@ pub struct Options {
     /// The trained model goes here, as safetensors
     #[arg(long, value_name = "FILE", default_value = "out/llama.safetensors")]
     pub save: PathBuf,
+}
+
+/// What a sequence is made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Documents {
+    /// One document, padded at the end where it is short
+    Pad,
+    /// All documents end to end: attention crosses them
+    Cross,
 }
 
 impl Options {
@@ -94,6 +118,21 @@ impl Options {
         ] {
             if value == 0 {
                 return Err(failure(format!("expected {flag} of at least 1, found 0")));
+            }
+        }
+        if let Some(bits) = self.token_width
+            && !matches!(bits, 16 | 32)
+        {
+            return Err(failure(format!(
+                "expected --token-width 16 or 32, found {bits}"
+            )));
+        }
+        for path in &self.data {
+            if self.json_field.is_none() && path.extension().is_some_and(|ending| ending == "jsonl") {
+                return Err(failure(format!(
+                    "expected --json-field NAME for the JSON lines of `{}`, found none",
+                    path.display()
+                )));
             }
         }
         if !self.batch.is_multiple_of(self.dp) {
