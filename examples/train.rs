@@ -62,8 +62,8 @@ fn run(options: &Options) -> Result<()> {
 
     // Whether there are such batches is known before there are ranks.
     text.labelled_batch(options.seed, 0, options.batch, options.seq_len)?;
-    let settings_of_ranks = settings(options, options.dp, options.sp)?;
-    let (dp, sp) = (settings_of_ranks.dp(), settings_of_ranks.sp());
+    let settings = settings(options)?;
+    let (dp, sp) = (settings.dp(), settings.sp());
     println!(
         "{} tokens of text in {} documents; {} ranks: dp {dp} x sp {sp}; a step: {} sequences of {} tokens",
         text.len(),
@@ -72,7 +72,13 @@ fn run(options: &Options) -> Result<()> {
         options.batch,
         options.seq_len
     );
-    let first = autosp::run_with(settings_of_ranks, |sp| {
+    let said: Vec<String> = settings
+        .entries()
+        .filter(|(_, _, source)| **source != Source::Default)
+        .map(|(key, value, source)| format!("{} = {value} ({source})", key.name))
+        .collect();
+    println!("settings: {}; the rest by default", said.join(", "));
+    let first = autosp::run_with(settings.clone(), |sp| {
         train(
             sp,
             options,
@@ -89,7 +95,7 @@ fn run(options: &Options) -> Result<()> {
     if let Ok(report) = report.lock() {
         report.finish();
     }
-    let alone = autosp::run_with(settings(options, 1, 1)?, |sp| {
+    let alone = autosp::run_with(settings.on_mesh(1, 1), |sp| {
         train(sp, options, &config, &text, 1, None, |_| Ok(()))
     })?;
     compare(&first[0], &alone[0], dp * sp)?;
@@ -169,10 +175,24 @@ fn compare(ranks: &StepReport, alone: &StepReport, count: usize) -> Result<()> {
     }
 }
 
-fn settings(options: &Options, dp: usize, sp: usize) -> Result<Settings> {
-    let mut settings = Settings::from_env()?;
-    for (name, value) in [("dp", dp), ("sp", sp), ("groups", options.groups)] {
-        settings.set(name, &value.to_string(), Source::Flag(format!("--{name}")))?;
+/// Four ranks, unless a flag, a variable or `autosp.toml` says otherwise.
+fn settings(options: &Options) -> Result<Settings> {
+    let mut settings = Settings::default().with_sp(4).loaded()?;
+    let flags = [
+        ("dp", options.dp),
+        ("sp", options.sp),
+        ("groups", options.groups),
+    ];
+    for (name, value) in flags {
+        if let Some(value) = value {
+            settings.set(name, &value.to_string(), Source::Flag(format!("--{name}")))?;
+        }
+    }
+    let (dp, batch) = (settings.dp(), options.batch);
+    if !batch.is_multiple_of(dp) {
+        return Err(failure(format!(
+            "expected a --batch that divides by dp = {dp}, found {batch}"
+        )));
     }
     Ok(settings)
 }

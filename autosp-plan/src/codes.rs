@@ -91,6 +91,8 @@ codes! {
         "A settings file is TOML: lines of `name = value`, strings in quotes, `#` for comments.";
     CANDLE = "AS0311", "an operation of candle failed",
         "The message is candle's own: an operation got shapes, types or devices that it does not take. Set RUST_BACKTRACE=1 to see where.";
+    SETTINGS_CONTRADICT = "AS0312", "settings contradict each other",
+        "Two sources of the same strength, such as two files or `AUTOSP_SP` and `AUTOSP_sp`, say different things, or one setting rules out another. Which of them was meant cannot be known. The message says where each was read.";
 
     SITE_HEADS = "AS0321", "heads and ranks do not fit",
         "Each sp rank attends query_heads / sp heads, so sp divides the query heads; and kv heads are either divided among ranks or each is held by the same number of ranks, so sp divides the kv heads or the kv heads divide sp. The message lists the values of sp that fit this model.";

@@ -40,7 +40,11 @@ pub fn text(options: &Options) -> Result<TextData> {
         reader = reader.packing(Packing::Cross);
     }
     let text = if let Some(width) = options.token_width {
-        let width = if width == 16 { TokenWidth::U16 } else { TokenWidth::U32 };
+        let width = if width == 16 {
+            TokenWidth::U16
+        } else {
+            TokenWidth::U32
+        };
         reader.tokens(&options.data, width)?
     } else if let Some(field) = &options.json_field {
         reader.json_lines(&options.data, field)?

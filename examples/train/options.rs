@@ -18,7 +18,12 @@ pub struct Options {
     #[arg(long, value_name = "FILE")]
     pub tokenizer: Option<PathBuf>,
     /// The data are JSON lines, and the text is in this field
-    #[arg(long, value_name = "NAME", requires = "data", conflicts_with = "token_width")]
+    #[arg(
+        long,
+        value_name = "NAME",
+        requires = "data",
+        conflicts_with = "token_width"
+    )]
     pub json_field: Option<String>,
     /// The data are files of tokens, of 16 or 32 bits each
     #[arg(long, value_name = "BITS", requires = "data")]
@@ -29,12 +34,12 @@ pub struct Options {
     /// A Llama to go on from: a folder with config.json and safetensors [default: a small one, drawn]
     #[arg(long, value_name = "FOLDER")]
     pub model: Option<PathBuf>,
-    /// Ranks that share one sequence
-    #[arg(long, value_name = "N", default_value_t = 4)]
-    pub sp: usize,
-    /// Replicas that share a batch
-    #[arg(long, value_name = "M", default_value_t = 1)]
-    pub dp: usize,
+    /// Ranks that share one sequence [default: 4]
+    #[arg(long, value_name = "N")]
+    pub sp: Option<usize>,
+    /// Replicas that share a batch [default: 1]
+    #[arg(long, value_name = "M")]
+    pub dp: Option<usize>,
     /// Tokens (bytes) of a sequence
     #[arg(long, value_name = "S", default_value_t = 512)]
     pub seq_len: usize,
@@ -55,9 +60,9 @@ pub struct Options {
         allow_negative_numbers = true
     )]
     pub lr: f64,
-    /// Head groups of each attention: the next group's exchange overlaps this group's attention
-    #[arg(long, value_name = "G", default_value_t = 2)]
-    pub groups: usize,
+    /// Head groups of each attention: the next group's exchange overlaps this group's attention [default: 2]
+    #[arg(long, value_name = "G")]
+    pub groups: Option<usize>,
     /// One JSON object a step goes here
     #[arg(long, value_name = "FILE")]
     pub log: Option<PathBuf>,
@@ -109,12 +114,12 @@ impl Options {
 
     fn check(&self) -> Result<()> {
         for (flag, value) in [
-            ("--sp", self.sp),
-            ("--dp", self.dp),
+            ("--sp", self.sp.unwrap_or(1)),
+            ("--dp", self.dp.unwrap_or(1)),
             ("--seq-len", self.seq_len),
             ("--batch", self.batch),
             ("--steps", self.steps),
-            ("--groups", self.groups),
+            ("--groups", self.groups.unwrap_or(1)),
         ] {
             if value == 0 {
                 return Err(failure(format!("expected {flag} of at least 1, found 0")));
@@ -128,18 +133,13 @@ impl Options {
             )));
         }
         for path in &self.data {
-            if self.json_field.is_none() && path.extension().is_some_and(|ending| ending == "jsonl") {
+            if self.json_field.is_none() && path.extension().is_some_and(|ending| ending == "jsonl")
+            {
                 return Err(failure(format!(
                     "expected --json-field NAME for the JSON lines of `{}`, found none",
                     path.display()
                 )));
             }
-        }
-        if !self.batch.is_multiple_of(self.dp) {
-            let (dp, batch) = (self.dp, self.batch);
-            return Err(failure(format!(
-                "expected a --batch that divides by --dp {dp}, found {batch}"
-            )));
         }
         if !(self.lr.is_finite() && self.lr > 0.0) {
             return Err(failure(format!("expected --lr above 0, found {}", self.lr)));

@@ -62,7 +62,7 @@ impl TextData {
             let mut pieces = 0;
             let first = all.tokens.len();
             while seq_len - ids.len() >= 2 {
-                let piece = self.draw(&stream, u64::from(pieces), seq_len - ids.len());
+                let piece = self.draw(stream, u64::from(pieces), seq_len - ids.len());
                 ids.resize(ids.len() + piece.len(), pieces);
                 positions.extend(0..piece.len() as u32);
                 all.tokens.extend(self.tokens(piece));

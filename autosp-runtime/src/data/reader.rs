@@ -5,7 +5,7 @@ use std::path::Path;
 use autosp_plan::codes;
 
 use super::text::{Documents, TextData};
-use super::{Packing, Tokenizer, files};
+use super::{Packing, Tokenizer, VOCABULARY, files};
 use crate::{Error, Result};
 
 /// The size of a token in a file of tokens.
@@ -140,7 +140,8 @@ impl TextReader {
     }
 
     fn take(&self, documents: &mut Documents, text: &str) -> Result<()> {
-        if self.tokenizer.is_bytes() && self.end.is_none() {
+        let all_bytes = self.vocabulary.is_none_or(|tokens| tokens >= VOCABULARY);
+        if self.tokenizer.is_bytes() && self.end.is_none() && all_bytes {
             documents.push_bytes(text.as_bytes());
         } else {
             let tokens = self.tokenizer.encode(text)?;

@@ -229,7 +229,7 @@ impl TextData {
                     let start = stream.below(draw, (self.len() - seq_len + 1) as u64) as usize;
                     start..start + seq_len
                 }
-                Packing::Pad => self.draw(&stream, draw, seq_len),
+                Packing::Pad => self.draw(stream, draw, seq_len),
             };
             self.documents.read(range, &mut all.tokens);
             all.pad();
@@ -238,7 +238,7 @@ impl TextData {
     }
 
     /// A piece of at most `most` tokens out of one document of at least 2, which [`check`](Self::check) has found.
-    pub(super) fn draw(&self, stream: &Stream, draw: u64, most: usize) -> Range<usize> {
+    pub(super) fn draw(&self, stream: Stream, draw: u64, most: usize) -> Range<usize> {
         let documents = &self.documents;
         let place = stream.below(draw.wrapping_mul(2), documents.len() as u64) as usize;
         let first = documents.at(place);
@@ -302,8 +302,7 @@ impl TextData {
 pub(super) struct Rows {
     pub(super) tokens: Vec<u32>,
     pub(super) labels: Vec<i64>,
-    rows: usize,
-    seq_len: usize,
+    shape: (usize, usize),
 }
 
 impl Rows {
@@ -311,8 +310,7 @@ impl Rows {
         Self {
             tokens: Vec::with_capacity(rows * seq_len),
             labels: Vec::with_capacity(rows * seq_len),
-            rows,
-            seq_len,
+            shape: (rows, seq_len),
         }
     }
 
@@ -321,16 +319,15 @@ impl Rows {
         let read = self.labels.len();
         self.labels
             .extend(self.tokens[read..].iter().map(|&token| i64::from(token)));
-        let row = read.checked_div(self.seq_len).unwrap_or(0) + 1;
-        self.tokens.resize(row * self.seq_len, 0);
-        self.labels.resize(row * self.seq_len, IGNORE);
+        let end = read + self.shape.1;
+        self.tokens.resize(end, 0);
+        self.labels.resize(end, IGNORE);
     }
 
     pub(super) fn tensors(self) -> Result<(Tensor, Tensor)> {
-        let shape = (self.rows, self.seq_len);
         Ok((
-            Tensor::from_vec(self.tokens, shape, &Device::Cpu)?,
-            Tensor::from_vec(self.labels, shape, &Device::Cpu)?,
+            Tensor::from_vec(self.tokens, self.shape, &Device::Cpu)?,
+            Tensor::from_vec(self.labels, self.shape, &Device::Cpu)?,
         ))
     }
 }

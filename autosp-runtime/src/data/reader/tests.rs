@@ -68,6 +68,15 @@ fn bytes_take_an_end_token_too() {
 }
 
 #[test]
+fn bytes_are_held_to_the_vocabulary_too() {
+    let folder = folder("small");
+    fs::write(folder.join("a"), "ab").unwrap();
+    let read = |tokens| TextReader::new().vocabulary(tokens).text(&[&folder]);
+    assert_eq!(all(&read(99).unwrap()), [vec![97, 98]]);
+    assert_eq!(read(98).err().unwrap().code(), codes::TOKEN_FILE);
+}
+
+#[test]
 fn a_line_that_cannot_be_used_is_named() {
     let folder = folder("lines");
     let path = folder.join("x.jsonl");
