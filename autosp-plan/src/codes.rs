@@ -113,6 +113,9 @@ codes! {
     FILL = "AS0330", "a fill is not one number",
         "where_cond at a site takes scores on one side and one number on the other: a scalar tensor, or a scalar that was broadcast. A tensor of S x S different values would be the dense scores again.";
 
+    REPLAY = "AS0351", "a block that is computed again takes another way",
+        "The forward of a block that is computed again in the backward has to run the same attention sites in the same order as the first time. A block that decides by something that changes between the two, such as a counter or a random number, cannot be in a checkpoint scope; use policy `all`.";
+
     RANK_FAILED = "AS0401", "a rank failed",
         "The code of one rank panicked. The other ranks were stopped, since they would have waited for it. The message names the rank that failed first.";
     MISMATCH = "AS0402", "ranks run different collectives",
@@ -162,6 +165,9 @@ codes! {
         "The message names the setting, what it takes and what was found.";
     NOT_EQUIVALENT = "AS0517", "sharded training differs from one rank",
         "The loss or a gradient differs by more than the contract allows: per tensor |a - b| <= 1e-5 |b| + 1e-7 x global gradient norm. The message names the tensor and the place of the largest difference.";
+
+    CHECKPOINT = "AS0561", "a checkpoint is of another model or optimizer",
+        "A run goes on with the variables and the optimizer that wrote the checkpoint; mesh, ZeRO stage, policy, learning rate and data may change. The message names what differs. To begin a new run with the same parameters, load `parameters.safetensors` of the checkpoint with `load_trainable`.";
 
     UNREADABLE_FILE = "AS0601", "a file named on the command line cannot be read",
         "The path does not exist, is a folder, is not UTF-8 text, or may not be read. The message says which. `plan` and `expand` take one Rust source file.";

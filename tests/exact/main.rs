@@ -7,9 +7,13 @@ mod finite_differences;
 mod golden;
 mod job;
 mod leaks;
+mod loops;
 mod matrix;
 mod models;
 mod repeat;
+mod resume;
+mod training;
+mod zoo;
 
 /// The example Llama with the attribute; `autosp_reference::llama` is the same file without.
 #[autosp::sequence_parallel]
