@@ -122,7 +122,10 @@ fn step(policy: Policy, sp: usize, s: usize) -> (usize, usize) {
         sp.barrier()?;
         trainer.step(loss)?;
         sp.barrier()?;
-        Ok((COUNTED.peak.load(Ordering::SeqCst).saturating_sub(before), held))
+        Ok((
+            COUNTED.peak.load(Ordering::SeqCst).saturating_sub(before),
+            held,
+        ))
     })
     .unwrap();
     bytes[0]

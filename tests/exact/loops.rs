@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::Optimizer as _;
 
 use crate::job::draw;
-use crate::zoo::{Model, VOCABULARY, annotated};
+use crate::trained::{Model, VOCABULARY, annotated};
 
 const STEPS: u64 = 6;
 const RATE: f64 = 0.1;

@@ -12,8 +12,8 @@ mod matrix;
 mod models;
 mod repeat;
 mod resume;
+mod trained;
 mod training;
-mod zoo;
 
 /// The example Llama with the attribute; `autosp_reference::llama` is the same file without.
 #[autosp::sequence_parallel]

@@ -14,7 +14,7 @@ use autosp_plan::settings::{Policy, Zero};
 use candle_core::{DType, Tensor};
 
 use crate::job::draw;
-use crate::zoo::{Model, VOCABULARY, annotated};
+use crate::trained::{Model, VOCABULARY, annotated};
 
 /// Steps of the whole run.
 const STEPS: u64 = 24;

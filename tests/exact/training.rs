@@ -13,7 +13,7 @@ use autosp_reference::{Tensors, global_norm};
 use candle_core::{DType, Device, Tensor};
 
 use crate::job::draw;
-use crate::zoo::{Model, VOCABULARY, annotated, plain};
+use crate::trained::{Model, VOCABULARY, annotated, plain};
 
 /// Rows of a micro-batch: one for each replica of dp 2.
 const ROWS: usize = 2;
@@ -21,7 +21,7 @@ const ROWS: usize = 2;
 /// The learning rate of a step from which the gradient is read: so high that the parameter before it is rounded away.
 const RATE: f64 = 1e3;
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Labels {
     /// Every position but the last has a target.
     All,
@@ -45,7 +45,7 @@ impl Labels {
 }
 
 /// What a reference run depends on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 struct Problem {
     model: Model,
     /// Micro-batches of a step.
@@ -55,7 +55,7 @@ struct Problem {
     half: bool,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy)]
 struct Case {
     problem: Problem,
     sp: usize,

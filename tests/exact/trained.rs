@@ -9,7 +9,7 @@ use crate::{gpt2, job, llama};
 pub const VOCABULARY: usize = 40;
 
 /// A model over tokens [b, s] whose logits are [b, s, [`VOCABULARY`]].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Model {
     Llama,
     Gpt2,
