@@ -145,12 +145,19 @@ fn memory_grows_with_the_length() {
                 mb(held)
             );
         }
-        // Twice the length adds twice the bytes; the square would add four times.
+        // Twice the length adds twice the bytes, the square would add four times.
         for three in found.windows(3) {
-            let [a, b, c] = [0, 1, 2].map(|i| three[i].0 as f64);
+            let [a, b, c] = [0, 1, 2].map(|i| three[i].1 as f64);
             let growth = (c - b) / (b - a);
-            assert!((1.7..2.3).contains(&growth), "{policy:?}: {found:?}");
+            assert!((1.95..2.05).contains(&growth), "{policy:?}: {found:?}");
         }
+        // The most that two ranks hold together depends on which of them is ahead.
+        for pair in found.windows(2) {
+            let growth = pair[1].0 as f64 / pair[0].0 as f64;
+            assert!((1.3..2.8).contains(&growth), "{policy:?}: {found:?}");
+        }
+        let all = found[4].0 as f64 / found[0].0 as f64;
+        assert!((8.0..20.0).contains(&all), "{policy:?}: {found:?}");
     }
     // What one layer's blocks hold is what the formula says, and more with each policy that keeps more.
     let s = 2048;

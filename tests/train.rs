@@ -397,7 +397,8 @@ fn a_run_goes_on_from_its_checkpoint() {
     };
     let start = |name: &str, more: &[&str]| {
         let (save, log) = (format!("{name}.safetensors"), format!("{name}.jsonl"));
-        let (good, text) = run(&[&flags, &["--save", &save, "--log", &log], more].concat());
+        let own = ["--save", save.as_str(), "--log", log.as_str()];
+        let (good, text) = run(&[&flags[..], &own[..], more].concat());
         assert!(good, "{text}");
         text
     };

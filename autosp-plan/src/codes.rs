@@ -114,6 +114,10 @@ codes! {
         "Attention on the CPU takes f32, f64, bf16 and f16, one type for q, k and v.";
     FILL = "AS0330", "a fill is not one number",
         "where_cond at a site takes scores on one side and one number on the other: a scalar tensor, or a scalar that was broadcast. A tensor of S x S different values would be the dense scores again.";
+    HELPER = "AS0331", "a helper is not what it was taken for",
+        "A layer or function of another library was followed by what its name stands for, such as `repeat_kv` or a linear layer. At its first use it is held against that; this one does something else, or has no backward.";
+    UNTAKEN = "AS0332", "a branch that is not sharded is taken",
+        "Some branches of a model cannot be sharded, such as a call of a flash attention library, and are decided by the model's configuration. The other branches are sharded; this one is an error when a run takes it.";
 
     REPLAY = "AS0351", "a block that is computed again takes another way",
         "The forward of a block that is computed again in the backward has to run the same attention sites in the same order as the first time. A block that decides by something that changes between the two, such as a counter or a random number, cannot be in a checkpoint scope; use policy `all`.";

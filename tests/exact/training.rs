@@ -8,9 +8,11 @@ use std::sync::{Arc, Mutex};
 
 use autosp::loss::cross_entropy;
 use autosp::{Optimizer, Parameters, Schedule, Settings, TrainSettings, Trainer};
+use autosp_plan::cost;
 use autosp_plan::settings::{Policy, Zero};
 use autosp_reference::{Tensors, global_norm};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{D, DType, Device, Tensor};
+use candle_nn::ops::log_softmax;
 
 use crate::job::draw;
 use crate::trained::{Model, VOCABULARY, annotated, plain};
@@ -74,6 +76,10 @@ fn product() -> Vec<Case> {
                     .into_iter()
                     .flat_map(move |s| [false, true].map(|half| (batches, s, half)))
             }) {
+                // The GPT-2 adds a mask of f32 to its scores: without the attribute it runs in no other type.
+                if half && model == Model::Gpt2 {
+                    continue;
+                }
                 let problem = Problem {
                     model,
                     batches,
@@ -191,15 +197,15 @@ impl Problem {
     /// The parameters that every run starts from.
     fn start(&self) -> Tensors {
         let parameters = Parameters::init(9, self.dtype(), &Device::Cpu);
-        annotated(self.model, parameters.builder(), self.dtype()).unwrap();
+        let _ = annotated(self.model, parameters.builder(), self.dtype()).unwrap();
         let named = parameters.named().into_iter();
         named
             .map(|(name, var)| (name, var.as_detached_tensor()))
             .collect()
     }
 
-    /// Loss and gradients of the plain model on one device, all rows in one batch, in a type.
-    fn reference(&self, dtype: DType) -> (f64, Tensors) {
+    /// Loss, gradients and token losses of the plain model on one device, all rows in one batch, in a type.
+    fn reference(&self, dtype: DType) -> Reference {
         let start: Tensors = self
             .start()
             .into_iter()
@@ -209,23 +215,35 @@ impl Problem {
         let builder = autosp_reference::builder(&vars, dtype, &Device::Cpu);
         let (tokens, labels) = self.data();
         let logits = plain(self.model, builder, dtype).unwrap()(&tokens).unwrap();
-        // The loss of one device in bf16 is computed as the trainer does: in f32.
-        let wide = if dtype == DType::F64 {
-            DType::F64
-        } else {
-            DType::F32
-        };
-        let logits = logits.to_dtype(wide).unwrap();
         let loss = autosp_reference::cross_entropy(&logits, &labels).unwrap();
         let (loss, gradients) = autosp_reference::gradients(&vars, &loss).unwrap();
-        (f64::from(loss), gradients)
+        let rows = labels.flatten_all().unwrap().to_vec1::<i64>().unwrap();
+        let logits = logits.detach().to_dtype(DType::F64).unwrap();
+        let chances = log_softmax(&logits.flatten_to(1).unwrap(), D::Minus1)
+            .unwrap()
+            .to_vec2::<f64>()
+            .unwrap();
+        let tokens = chances.iter().zip(&rows).filter(|(_, label)| **label >= 0);
+        Reference {
+            loss: f64::from(loss),
+            gradients,
+            tokens: tokens.map(|(row, &label)| -row[label as usize]).collect(),
+        }
     }
 }
 
-/// What a problem is compared with: the reference in its own type and in f64.
+/// What the plain model computes on one device.
+struct Reference {
+    loss: f64,
+    gradients: Tensors,
+    /// The loss of every target.
+    tokens: Vec<f64>,
+}
+
+/// What a problem is compared with: the reference in its own type and, for bf16, in f64.
 struct Expected {
-    own: (f64, Tensors),
-    exact: Option<(f64, Tensors)>,
+    own: Reference,
+    exact: Option<Reference>,
 }
 
 /// References are the same for many cases.
@@ -248,6 +266,9 @@ impl References {
 /// Loss, gradients and norm before clipping, as a rank sees them.
 type Found = (f64, Tensors, f64);
 
+/// Blocks of every model, each with one site.
+const BLOCKS: usize = 2;
+
 impl Case {
     fn settings(&self) -> Settings {
         Settings::default()
@@ -256,6 +277,29 @@ impl Case {
             .with_groups(self.groups)
             .with_policy(self.policy)
             .with_zero(self.zero)
+    }
+
+    /// The plan's formula for the exchanges of all ranks: forward, and backward with what the policy did not keep.
+    fn exchanged(&self) -> u64 {
+        let problem = self.problem;
+        // The Llama casts queries, keys and values to f32 before its attention.
+        let (kv_heads, element) = match problem.model {
+            Model::Llama => (2, 4),
+            Model::Gpt2 => (8, problem.dtype().size_in_bytes()),
+        };
+        let site = cost::Site {
+            batch: ROWS / self.dp,
+            heads: 8,
+            kv_heads,
+            key_width: 4,
+            value_width: 4,
+            padded: problem.s.div_ceil(self.sp) * self.sp,
+            ranks: self.sp,
+            element,
+            lse_element: 4,
+        };
+        let runs = BLOCKS * problem.batches * self.sp * self.dp;
+        runs as u64 * (site.forward_bytes() + site.backward_bytes(self.policy))
     }
 
     /// One step of the trainer on all ranks.
@@ -289,6 +333,7 @@ impl Case {
                 let step = ((before - wide(var)?)? / RATE)?;
                 gradients.insert(name.clone(), step);
             }
+            assert_eq!(report.exchange_bytes, self.exchanged(), "{self:?}");
             Ok((report.loss, gradients, report.grad_norm))
         })
         .unwrap()
@@ -305,7 +350,8 @@ impl Case {
     }
 
     /// fp32: |a - b| <= 1e-5 |b| + 1e-7 x the norm of all gradients, for each tensor.
-    fn contract(&self, (loss, gradients, norm): &Found, (expected, tensors): &(f64, Tensors)) {
+    fn contract(&self, (loss, gradients, norm): &Found, reference: &Reference) {
+        let (expected, tensors) = (reference.loss, &reference.gradients);
         assert!(
             (loss - expected).abs() <= 1e-5 * expected.abs(),
             "{self:?}: loss: expected {expected}, found {loss}"
@@ -326,22 +372,27 @@ impl Case {
         }
     }
 
-    /// bf16: as far from fp64 as twice bf16 on one device, in the loss, all gradients together and each of them.
-    fn half(&self, (loss, gradients, norm): &Found, own: &(f64, Tensors), exact: &(f64, Tensors)) {
-        let global = global_norm(&exact.1).unwrap();
+    /// bf16: at most twice as far from f64 as bf16 on one device, in the loss, all gradients together and each of them.
+    fn half(&self, (loss, gradients, norm): &Found, own: &Reference, exact: &Reference) {
+        let global = global_norm(&exact.gradients).unwrap();
         // The smallest error that counts: a unit in the last place of bf16.
         let unit = 2f64.powi(-8);
-        let allowed = (2.0 * (own.0 - exact.0).abs()).max(unit * unit * exact.0);
+        // The errors of token losses have either sign, and one device may be lucky with their mean: what counts is how far the mean of
+        // such errors is from nought, their deviation by the root of their number.
+        let errors = own.tokens.iter().zip(&exact.tokens).map(|(a, b)| a - b);
+        let squares: f64 = errors.map(|error| error * error).sum();
+        let spread = squares.sqrt() / exact.tokens.len() as f64;
+        let allowed = 2.0 * (own.loss - exact.loss).abs().max(spread);
         assert!(
-            (loss - exact.0).abs() <= allowed,
-            "{self:?}: loss: {loss} against {} in f64 and {} in bf16",
-            exact.0,
-            own.0
+            (loss - exact.loss).abs() <= allowed,
+            "{self:?}: loss: {loss} against {} in f64 and {} in bf16, allowed {allowed:e}",
+            exact.loss,
+            own.loss
         );
         let (mut found_error, mut own_error) = (0.0, 0.0);
-        for (name, exact) in &exact.1 {
+        for (name, exact) in &exact.gradients {
             let found = apart(&gradients[name], exact);
-            let own = apart(&own.1[name], exact);
+            let own = apart(&own.gradients[name], exact);
             found_error += found * found;
             own_error += own * own;
             let allowed = 2.0 * own + unit * unit * global;
