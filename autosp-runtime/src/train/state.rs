@@ -6,6 +6,7 @@
 
 mod files;
 
+use std::collections::HashMap;
 use std::ops::Range;
 use std::path::Path;
 
@@ -52,21 +53,21 @@ impl Trainer {
         } else {
             None
         };
-        let name = self.from_main(own)?;
+        let name = self.said_by_main(own)?;
         let place = folder.join(&name);
         if self.sp.is_main() {
             self.parameters.save(place.join(PARAMETERS))?;
         }
         if let Some(file) = self.state_file(self.sp.rank()) {
-            let mut tensors = Vec::new();
+            let mut tensors = HashMap::new();
             for (slot, piece) in self.pieces.iter().flatten().enumerate() {
                 for part in Part::ALL {
                     if let Some(values) = self.updater.part(slot, part)? {
-                        tensors.push((self.entry(part, piece), values));
+                        tensors.insert(self.entry(part, piece), values);
                     }
                 }
             }
-            files::write_tensors(&place.join(file), tensors.into_iter().collect())?;
+            files::write_tensors(&place.join(file), &tensors)?;
         }
         barrier(self.sp.world_group(), Tag::new("checkpoint", "written"))?;
         if self.sp.is_main() {
@@ -101,7 +102,7 @@ impl Trainer {
         } else {
             None
         };
-        let name = self.from_main(own)?;
+        let name = self.said_by_main(own)?;
         if name.is_empty() {
             return Ok(None);
         }
@@ -153,7 +154,7 @@ impl Trainer {
     }
 
     /// A text of the main rank on all ranks.
-    fn from_main(&self, own: Option<String>) -> Result<String> {
+    fn said_by_main(&self, own: Option<String>) -> Result<String> {
         let engine = self.sp.world_group();
         let bytes = own.unwrap_or_default().into_bytes();
         let count = bytes.len();
@@ -242,7 +243,7 @@ impl Trainer {
 fn kind(optimizer: Optimizer) -> &'static str {
     match optimizer {
         Optimizer::AdamW { .. } => "adamw",
-        Optimizer::Sgd { momentum, .. } if momentum == 0.0 => "sgd",
+        Optimizer::Sgd { momentum: 0.0, .. } => "sgd",
         Optimizer::Sgd { .. } => "sgd with momentum",
     }
 }

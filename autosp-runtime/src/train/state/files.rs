@@ -112,9 +112,9 @@ pub(super) fn create(folder: &Path, step: u64) -> Result<String> {
 }
 
 /// Writes tensors as a safetensors file that appears whole or not at all.
-pub(super) fn write_tensors(path: &Path, tensors: HashMap<String, Tensor>) -> Result<()> {
+pub(super) fn write_tensors(path: &Path, tensors: &HashMap<String, Tensor>) -> Result<()> {
     replace_file(path, |temporary| {
-        candle_core::safetensors::save(&tensors, temporary)
+        candle_core::safetensors::save(tensors, temporary)
             .map_err(|error| Error::from(error).message().to_owned())
     })
 }
