@@ -68,6 +68,8 @@ codes! {
         "A function is called with tensors and with attention scores in a way that one signature cannot express.";
     VERIFY = "AS0215", "a plan that does not hold",
         "The verifier found that an operand does not have the placement that its operation requires. This is a fault of the compiler; please report it with the model.";
+    LOSS = "AS0216", "no loss over all tokens",
+        "With the argument `loss` a function that keeps one token is followed for every token: all tokens become rows of the batch, and what comes after the pick runs as it stands. Here it counts or mixes rows.";
 
     MESH = "AS0301", "the mesh does not fit",
         "A run has dp x sp ranks. Every rank count is at least 1, and a model's heads must divide among the sp ranks of a group, or each kv head must be held by the same number of ranks.";

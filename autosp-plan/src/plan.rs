@@ -127,6 +127,8 @@ pub struct Root {
     pub offsets: Vec<String>,
     /// Index into [`Plan::twins`].
     pub twin: usize,
+    /// The twin that gives a row for every token where the function keeps one, if a loss was asked for.
+    pub loss: Option<usize>,
 }
 
 /// A function that a user could call, and that only works inside the functions that call it.
@@ -211,6 +213,8 @@ pub enum Action {
     Slice(i64),
     /// One token of a sharded tensor.
     Pick(usize),
+    /// In the place of a pick: all tokens as rows of the batch.
+    Fold(usize),
     /// The expression inside, with this number, takes its place.
     Inner(u32),
     /// The `if` always takes its first branch.

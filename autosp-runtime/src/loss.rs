@@ -69,6 +69,15 @@ pub fn cross_entropy(logits: &Tensor, labels: &Tensor) -> Result<Tensor> {
     )
 }
 
+/// [`cross_entropy`] of rows `[b * s, V]`, with dimensions of length 1 between, against the labels `[b, s]` of a shard.
+///
+/// # Errors
+/// As [`cross_entropy`].
+pub fn token_loss(rows: &Tensor, labels: &Tensor) -> Result<Tensor> {
+    let classes = rows.dim(D::Minus1)?;
+    cross_entropy(&rows.reshape(((), classes))?, &labels.flatten_all()?)
+}
+
 /// Runs `f`, in which a loss without any target is 0 with a gradient of 0.
 pub(crate) fn allow_empty<R>(f: impl FnOnce() -> R) -> R {
     struct Restore(bool);

@@ -172,6 +172,13 @@ impl Rewriter<'_> {
                     *e = parse_quote!(#rt::pick(&#receiver, #dim, #index));
                 }
             }
+            Action::Fold(dim) => {
+                if let Expr::MethodCall(m) = &*e {
+                    let (receiver, keep) = (&m.receiver, m.method == "narrow");
+                    let dim = proc_macro2::Literal::usize_unsuffixed(*dim);
+                    *e = parse_quote!(#rt::fold(&#receiver, #dim, #keep));
+                }
+            }
             Action::Inner(inner) => {
                 if let Some(saved) = self.saved.get(inner) {
                     let owned = strip(saved);
