@@ -91,6 +91,8 @@ codes! {
         "A settings file is TOML: lines of `name = value`, strings in quotes, `#` for comments.";
     CANDLE = "AS0311", "an operation of candle failed",
         "The message is candle's own: an operation got shapes, types or devices that it does not take. Set RUST_BACKTRACE=1 to see where.";
+    INPUT_RANK = "AS0312", "an input has another number of dimensions than the model was analysed with",
+        "The model never reads how many dimensions this input has, and its uses were taken to say it. Read its sizes in the model, as in `let (b, s) = mask.dims2()?`, so that both are known.";
 
     SITE_HEADS = "AS0321", "heads and ranks do not fit",
         "Each sp rank attends query_heads / sp heads, so sp divides the query heads; and kv heads are either divided among ranks or each is held by the same number of ranks, so sp divides the kv heads or the kv heads divide sp. The message lists the values of sp that fit this model.";
@@ -112,6 +114,8 @@ codes! {
         "Attention on the CPU takes f32, f64, bf16 and f16, one type for q, k and v.";
     FILL = "AS0330", "a fill is not one number",
         "where_cond at a site takes scores on one side and one number on the other: a scalar tensor, or a scalar that was broadcast. A tensor of S x S different values would be the dense scores again.";
+    SEQUENCE_GRADIENT = "AS0331", "a running sum along the sequence that would need a gradient",
+        "Running sums over sharded tokens are computed for masks and counts, which are constants. A tensor that depends on variables would lose its gradient there.";
 
     RANK_FAILED = "AS0401", "a rank failed",
         "The code of one rank panicked. The other ranks were stopped, since they would have waited for it. The message names the rank that failed first.";
