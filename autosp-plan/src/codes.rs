@@ -68,6 +68,8 @@ codes! {
         "A function is called with tensors and with attention scores in a way that one signature cannot express.";
     VERIFY = "AS0215", "a plan that does not hold",
         "The verifier found that an operand does not have the placement that its operation requires. This is a fault of the compiler; please report it with the model.";
+    LEARNED_BIAS = "AS0216", "a learned bias on the scores",
+        "A site gives gradients to queries, keys and values. A bias on the scores that comes out of a layer would need a fourth one, from all tokens against all, and is refused rather than trained without it.";
 
     MESH = "AS0301", "the mesh does not fit",
         "A run has dp x sp ranks. Every rank count is at least 1, and a model's heads must divide among the sp ranks of a group, or each kv head must be held by the same number of ranks.";

@@ -25,7 +25,7 @@ pub mod testing;
 pub mod train;
 
 pub use autosp_plan::{Settings, codes, io_reason, settings};
-pub use data::{Batch, TextData};
+pub use data::{Batch, Rows, TextData};
 pub use error::{Error, Result};
 pub use ledger::{Bytes, Ledger};
 pub use mesh::Mesh;

@@ -3,6 +3,11 @@
 //! Padding takes no part. Sums of half-precision values are taken in `f32` and rounded once. Outside a sharded scope, and on one
 //! rank, they are candle's own.
 
+#![allow(
+    clippy::needless_pass_by_value,
+    reason = "the argument forms of candle"
+)]
+
 use autosp_plan::codes;
 use candle_core::shape::Dim;
 use candle_core::{DType, Device, Result, Tensor};
