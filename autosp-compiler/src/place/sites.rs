@@ -271,7 +271,7 @@ impl Finder<'_, '_, '_> {
             }
             return None;
         };
-        let (masks, keys) = self.masks(&chain, sequence)?;
+        let (masks, keys) = self.masks(&chain)?;
         let (q, k, v) = (
             trace.nodes[matmul].inputs[0],
             trace.nodes[matmul].inputs[1],
@@ -300,7 +300,7 @@ impl Finder<'_, '_, '_> {
 
     /// The tensors that make up the masks: what is made from a rule or takes its sizes from the scores, and the operands
     /// that are tensors over keys.
-    fn masks(&mut self, chain: &Chain, sequence: AtomId) -> Option<Masks> {
+    fn masks(&mut self, chain: &Chain) -> Option<Masks> {
         let mut masks: Vec<NodeId> = Vec::new();
         let mut keys: Vec<(NodeId, usize)> = Vec::new();
         let mut stack: Vec<(NodeId, usize)> = chain.others.clone();
@@ -312,7 +312,7 @@ impl Finder<'_, '_, '_> {
             let n = &self.trace.nodes[node];
             if !self.reaches_rule(node) && !self.sized_by_scores(node, chain, &masks) {
                 // A scalar or a fill: all elements alike.
-                if constant(self.trace, node) || !self.ranges(node, sequence) {
+                if constant(self.trace, node) || !self.ranges(node) {
                     continue;
                 }
                 if !self.takes_mask(user, operand) {
@@ -351,14 +351,9 @@ impl Finder<'_, '_, '_> {
         Some((masks, keys))
     }
 
-    /// Whether a tensor ranges over queries or keys, as far as is known.
-    fn ranges(&self, node: NodeId, sequence: AtomId) -> bool {
-        let over = |dims: &[Dim]| {
-            dims.iter().any(|d| {
-                d.0.iter()
-                    .any(|f| self.trace.atoms.normal(&f.size).contains(sequence))
-            })
-        };
+    /// Whether a tensor may range over queries or keys: which of the inputs' dimensions are the sequence may still be open.
+    fn ranges(&self, node: NodeId) -> bool {
+        let over = |dims: &[Dim]| dims.iter().any(|d| d.anchored(&self.trace.atoms));
         match &self.trace.nodes[node].shape {
             Shape::Known(dims) => over(dims),
             Shape::Either(all) => all.iter().any(|dims| over(dims)),
