@@ -33,7 +33,7 @@ pub fn enter(function: &str, inputs: &[(&str, &Tensor, usize)]) -> Result<()> {
 /// sequence that is in progress.
 ///
 /// # Errors
-/// AS0312 for another number of dims; AS0303 and AS0307 as [`enter`].
+/// AS0313 for another number of dims; AS0303 and AS0307 as [`enter`].
 pub fn enter_beside(function: &str, name: &str, x: &Tensor, dim: usize, rank: usize) -> Result<()> {
     Ok(scope::enter_beside(function, name, x, dim, rank)?)
 }
