@@ -189,20 +189,22 @@ fn a_mask_of_unknown_rank_is_taken_for_scores_and_nothing_else() {
     assert_eq!(plan.roots[0].inputs, [("tokens".into(), 1)]);
     assert!(plan.roots[0].beside.iter().all(|b| b.name == "types"));
     for use_of in [
-        "mask.softmax(1)?",
-        "mask.i((.., 0))?.unsqueeze(1)?",
+        "candle_nn::ops::softmax(mask, 1)?",
         "mask.narrow(1, 0, 1)?",
         "mask.flip(&[1])?",
+        "mask.matmul(&x)?",
     ] {
-        let use_of = use_of.replace("mask.softmax(1)", "candle_nn::ops::softmax(mask, 1)");
-        let source = edit(
-            &source,
-            POOL,
-            &format!("None => x.mean(1)?.broadcast_mul(&{use_of})?,"),
-        );
-        let refusals = analysed(&source).expect_err(&use_of);
+        let pool = format!("None => x.mean(1)?.broadcast_mul(&{use_of})?,");
+        let refusals = analysed(&edit(&source, POOL, &pool)).expect_err(use_of);
         assert!(refusals[0].help.is_some(), "{}", refusals[0].text(None));
     }
+    // An index says how many dimensions there are at least; that there are no more is compared when the model is entered.
+    let pool = "None => x.mean(1)?.broadcast_mul(&mask.i((.., 0))?.unsqueeze(1)?)?,";
+    let root = analysed(&edit(&source, POOL, pool))
+        .expect("accepted")
+        .roots
+        .remove(0);
+    assert!(root.beside.iter().any(|b| b.name == "mask" && b.rank == 2));
 }
 
 /// A count that meets the tokens nowhere still counts the tokens of all ranks.
