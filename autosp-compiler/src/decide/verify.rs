@@ -72,7 +72,7 @@ fn property(trace: &Trace<'_, '_>, placed: &Placed, node: NodeId) -> Result<(), 
     let over_ranks = placed
         .conversions
         .iter()
-        .any(|(m, c)| *m == node && matches!(c, Conversion::Sequence | Conversion::PickOne { .. }));
+        .any(|(m, c)| *m == node && matches!(c, Conversion::Sequence));
     for (i, d) in n.touches.iter().filter(|_| !over_ranks) {
         let Some(input) = n.inputs.get(*i) else {
             continue;
@@ -182,7 +182,7 @@ mod tests {
             .iter()
             .position(|f| f.name == "forward")
             .expect("the root");
-        let mut trace = Trace::run(&scope, crate::ops::candle(), root);
+        let mut trace = Trace::run(&scope, crate::ops::candle(), root, Vec::new());
         let mut placed = place(&mut trace).expect("placements");
         let (mut plan, refusals) =
             crate::decide::decide(&scope, crate::ops::candle(), proc_macro2::Span::call_site());

@@ -61,8 +61,6 @@ pub(crate) enum Conversion {
     Slice { input: usize, dim: i64 },
     /// Fetch one token from the rank that owns it.
     Pick { dim: usize },
-    /// The same where the dimension stays, with length one.
-    PickOne { dim: usize },
     /// Run along the whole sequence, over all ranks.
     Sequence,
     /// Operand `input` is a mask over keys, of which each rank holds its own; the same for all queries, whatever it looks like.
@@ -143,7 +141,7 @@ pub(crate) fn place(trace: &mut Trace<'_, '_>) -> Result<Placed, Vec<Refusal>> {
         let behind = trace.nodes[*node]
             .inputs
             .iter()
-            .any(|i| placer.problems.contains_key(&i.node));
+            .any(|i| placer.follows_problem(i.node, &mut HashSet::new()));
         if !behind {
             refusals.push(placer.problems[node].clone());
         }
@@ -278,6 +276,7 @@ impl Placer<'_, '_, '_> {
     ) -> Place {
         let mut refusal = Refusal::new(code, self.trace.nodes[node].at.span, message);
         refusal.notes.extend(note);
+        refusal.branch = self.trace.nodes[node].branch;
         self.problems.insert(node, refusal.help(help));
         Place::Sharded
     }
@@ -327,6 +326,15 @@ impl Placer<'_, '_, '_> {
             }
             Op::Row(row) => self.row(node, row, &inputs, sharded),
         }
+    }
+
+    /// Whether a problem stands at a tensor, or at one that meets others in it.
+    fn follows_problem(&self, node: NodeId, seen: &mut HashSet<NodeId>) -> bool {
+        let n = &self.trace.nodes[node];
+        self.problems.contains_key(&node)
+            || (matches!(n.op, Op::Phi { .. })
+                && seen.insert(node)
+                && n.inputs.iter().any(|i| self.follows_problem(i.node, seen)))
     }
 
     /// Whether a value that could not be followed comes from the tokens at all.
@@ -387,11 +395,11 @@ impl Placer<'_, '_, '_> {
                 Role::Unclassified(what) => {
                     if local {
                         let size = self.trace.atoms.show(&u.size.poly);
-                        refusals.push(
-                            Refusal::new(codes::SIZE_USE, u.span, format!("cannot tell whether `{what}` wants the length of the shard or of the sequence"))
-                                .note(format!("the size is `{size}`, of which each rank sees its own part"))
-                                .help("compare it, reshape with it, or move the function that takes it into the annotated module"),
-                        );
+                        let mut refusal = Refusal::new(codes::SIZE_USE, u.span, format!("cannot tell whether `{what}` wants the length of the shard or of the sequence"))
+                            .note(format!("the size is `{size}`, of which each rank sees its own part"))
+                            .help("compare it, reshape with it, or move the function that takes it into the annotated module");
+                        refusal.branch = u.branch;
+                        refusals.push(refusal);
                     }
                     continue;
                 }
