@@ -1,6 +1,7 @@
 //! The fourth room: findings become a plan, which is plain data.
 
 mod blocks;
+mod loss;
 mod mask;
 mod repeat;
 mod twins;
@@ -321,12 +322,18 @@ fn add(
             plan.blocks.push(block.plan.clone());
         }
     }
-    let twin = match twins::build(plan, trace, placed, &site_ids, &elided, &blocks) {
+    let twin = match twins::build(plan, trace, placed, &site_ids, &elided, &blocks, false) {
         Ok(twin) => twin,
         Err(refusal) => {
             plan.sites.truncate(first_site);
             return Err(vec![refusal]);
         }
+    };
+    let loss = if trace.scope.loss && loss::foldable(trace, placed).map_err(|r| vec![r])? {
+        let twin = twins::build(plan, trace, placed, &site_ids, &elided, &blocks, true);
+        Some(twin.map_err(|r| vec![r])?)
+    } else {
+        None
     };
     let f = &trace.scope.functions[root];
     let (plain, beside) = entries(trace, placed, root)?;
@@ -337,6 +344,7 @@ fn add(
         beside,
         offsets: trace.offsets.clone(),
         twin,
+        loss,
     });
     for a in &trace.acts {
         for (_, fact) in &a.facts {

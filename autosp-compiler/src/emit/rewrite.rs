@@ -161,6 +161,13 @@ impl Rewriter<'_> {
                 let operand = by_reference(e);
                 *e = parse_quote!(&#rt::#mask(#operand)?);
             }
+            Action::Fold(dim) => {
+                let Some((operand, _, keep)) = picked(e) else {
+                    return;
+                };
+                let dim = proc_macro2::Literal::usize_unsuffixed(*dim);
+                *e = parse_quote!(#rt::fold(#operand, #dim, #keep));
+            }
             Action::Inner(inner) => {
                 if let Some(saved) = self.saved.get(inner) {
                     let owned = strip(saved);
@@ -394,20 +401,30 @@ fn always(e: &mut Expr) {
     }
 }
 
-/// `x.i((.., index, ..))` and `x.narrow(dim, index, 1)` as the pick of one token.
-fn pick(e: &mut Expr, dim: usize, rt: &syn::Ident) {
-    let (operand, args, narrows): (_, Vec<&Expr>, _) = match &*e {
-        Expr::MethodCall(m) => (
+/// The operand, the arguments behind it, and whether it narrows: of `x.i(..)`, `x.narrow(..)` and their forms as functions.
+fn picked(e: &Expr) -> Option<(Expr, Vec<&Expr>, bool)> {
+    match e {
+        Expr::MethodCall(m) => Some((
             by_reference(&m.receiver),
             m.args.iter().collect(),
             m.method == "narrow",
-        ),
+        )),
         Expr::Call(c) => {
-            let Some(x) = c.args.first() else { return };
             let narrows = matches!(&*c.func, Expr::Path(p) if p.path.segments.last().is_some_and(|s| s.ident == "narrow"));
-            (by_reference(x), c.args.iter().skip(1).collect(), narrows)
+            Some((
+                by_reference(c.args.first()?),
+                c.args.iter().skip(1).collect(),
+                narrows,
+            ))
         }
-        _ => return,
+        _ => None,
+    }
+}
+
+/// `x.i((.., index, ..))` and `x.narrow(dim, index, 1)` as the pick of one token.
+fn pick(e: &mut Expr, dim: usize, rt: &syn::Ident) {
+    let Some((operand, args, narrows)) = picked(e) else {
+        return;
     };
     let (name, index) = if narrows {
         ("pick_narrow", args.get(1).copied())
