@@ -9,6 +9,8 @@ mod job;
 mod leaks;
 mod matrix;
 mod models;
+mod own_loop;
+mod packed;
 mod repeat;
 
 /// The example Llama with the attribute; `autosp_reference::llama` is the same file without.
@@ -30,4 +32,11 @@ pub mod gpt2 {
 #[allow(dead_code, missing_docs, clippy::pedantic)]
 pub mod window {
     include!("../models/window.rs");
+}
+
+/// A decoder that keeps attention within a document, with the attribute.
+#[autosp::sequence_parallel]
+#[allow(dead_code, missing_docs, clippy::pedantic)]
+pub mod documents {
+    include!("../models/packed.rs");
 }
