@@ -10,6 +10,8 @@ mod leaks;
 mod loops;
 mod matrix;
 mod models;
+mod own_loop;
+mod packed;
 mod repeat;
 mod resume;
 mod trained;
@@ -34,4 +36,11 @@ pub mod gpt2 {
 #[allow(dead_code, missing_docs, clippy::pedantic)]
 pub mod window {
     include!("../models/window.rs");
+}
+
+/// A decoder that keeps attention within a document, with the attribute.
+#[autosp::sequence_parallel]
+#[allow(dead_code, missing_docs, clippy::pedantic)]
+pub mod documents {
+    include!("../models/packed.rs");
 }
