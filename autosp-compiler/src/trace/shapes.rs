@@ -561,7 +561,7 @@ impl<'a> Trace<'_, 'a> {
     }
 
     /// A range over positions that begins at an integer parameter begins at an offset into a cache.
-    fn starts_at_zero(&mut self, start: &super::value::Size, len: &super::value::Size) {
+    pub(super) fn starts_at_zero(&mut self, start: &super::value::Size, len: &super::value::Size) {
         if self.atoms.anchored(&len.poly) {
             let _ = self.atoms.without_offsets(&start.poly, &mut self.offsets);
         }
