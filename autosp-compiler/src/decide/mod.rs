@@ -192,7 +192,7 @@ fn roots<'s, 'a>(scope: &'s Scope<'a>, table: &'static Table) -> Vec<(usize, Tra
             syn::ReturnType::Type(_, ty) => scope.ty(ty, f.owner.as_deref()).holds_tensor(),
             syn::ReturnType::Default => false,
         };
-        if !takes_tensor || !gives_tensor || called.contains(&id) {
+        if !takes_tensor || !gives_tensor || called.contains(&id) || scope.is_library(id) {
             continue;
         }
         let trace = Trace::run(scope, table, id, Vec::new());
