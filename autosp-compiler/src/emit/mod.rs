@@ -51,7 +51,7 @@ fn library(
         #[allow(unused, clippy::all, clippy::pedantic, clippy::restriction, clippy::nursery)]
         pub(crate) mod #module {
             use super::autosp_sites;
-            use #facade::rt::candle_core;
+            use #facade::rt::{candle_core, candle_nn};
             #twins
         }
     }
@@ -188,6 +188,18 @@ fn checks(sig: &syn::Signature, root: &Root, plan: &Plan, names: &Paths) -> Toke
         let ident = format_ident!("{name}");
         quote!(#rt::no_offset(#function, #name, #ident)?;)
     });
+    let beside = root.beside.iter().map(|b| {
+        let (name, ident) = (&b.name, format_ident!("{}", b.name));
+        let dim = proc_macro2::Literal::usize_unsuffixed(b.dim);
+        let rank = proc_macro2::Literal::usize_unsuffixed(b.rank);
+        if b.optional {
+            quote!(if let Some(#ident) = &#ident {
+                #rt::enter_beside(#function, #name, #ident, #dim, #rank)?;
+            })
+        } else {
+            quote!(#rt::enter_beside(#function, #name, &#ident, #dim, #rank)?;)
+        }
+    });
     let helpers = plan.helpers.iter().filter_map(|(path, name)| {
         let path: syn::Path = syn::parse_str(path).ok()?;
         let name = format_ident!("{name}");
@@ -195,6 +207,7 @@ fn checks(sig: &syn::Signature, root: &Root, plan: &Plan, names: &Paths) -> Toke
     });
     quote! {
         #rt::enter(#function, &[#(#inputs),*])?;
+        #(#beside)*
         #(#offsets)*
         #(#helpers)*
     }
@@ -271,8 +284,8 @@ fn emit_twins(item: &syn::Item, twins: &[(usize, &Twin)], names: &Paths) -> Toke
         syn::Item::Fn(f) => twins
             .iter()
             .map(|(_, twin)| {
-                let function = twin_fn(&f.sig, &f.block, twin, names);
-                quote!(#function)
+                let (function, cfgs) = (twin_fn(&f.sig, &f.block, twin, names), cfgs(&f.attrs));
+                quote!(#(#cfgs)* #function)
             })
             .collect(),
         syn::Item::Impl(imp) => {
@@ -280,7 +293,11 @@ fn emit_twins(item: &syn::Item, twins: &[(usize, &Twin)], names: &Paths) -> Toke
                 twins
                     .iter()
                     .filter_map(|(_, twin)| match imp.items.get(twin.place.1?) {
-                        Some(syn::ImplItem::Fn(f)) => Some(twin_fn(&f.sig, &f.block, twin, names)),
+                        Some(syn::ImplItem::Fn(f)) => {
+                            let (function, cfgs) =
+                                (twin_fn(&f.sig, &f.block, twin, names), cfgs(&f.attrs));
+                            Some(quote!(#(#cfgs)* #function))
+                        }
                         _ => None,
                     });
             let (generics, _, bounds) = imp.generics.split_for_impl();
@@ -289,6 +306,11 @@ fn emit_twins(item: &syn::Item, twins: &[(usize, &Twin)], names: &Paths) -> Toke
         }
         _ => TokenStream::new(),
     }
+}
+
+/// The conditions under which an item exists.
+fn cfgs(attrs: &[syn::Attribute]) -> impl Iterator<Item = &syn::Attribute> {
+    attrs.iter().filter(|a| a.path().is_ident("cfg"))
 }
 
 fn twin_fn(sig: &syn::Signature, block: &syn::Block, twin: &Twin, names: &Paths) -> TokenStream {

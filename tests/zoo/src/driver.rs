@@ -37,6 +37,8 @@ pub struct Zoo {
     pub kind: Kind,
     /// Variables that get no gradient on one device either, because the model's own code detaches them.
     pub detached: Vec<&'static str>,
+    /// Whether candle runs the file as it stands, with its caches and fused operations.
+    pub original: bool,
     /// Tokens of a sequence.
     pub seq_len: usize,
     /// Tokens are below this; at most the width of the result.
@@ -50,6 +52,7 @@ impl Default for Zoo {
             off: Vec::new(),
             kind: Kind::Tokens,
             detached: Vec::new(),
+            original: true,
             // Neither two nor four ranks divide it, and it is more than three windows of 5.
             seq_len: 19,
             vocabulary: 24,
@@ -80,6 +83,9 @@ impl Zoo {
             .unwrap_or_else(|e| panic!("{name}, one device: {e}"));
         self.no_part_is_idle(name, plain, &tokens, &expected);
         self.all_get_gradients(name, &expected);
+        if self.original {
+            self.the_original_runs(name, &start, annotated, &tokens, &expected);
+        }
         for sp in [1, 2, 4] {
             let found = self
                 .on_ranks(&start, annotated, &tokens, sp)
@@ -273,6 +279,29 @@ impl Zoo {
             let allowed = 1e-5 * size + 1e-7 * global;
             assert!(difference <= allowed, "{what}: the gradient of {name} differs by {difference:e} of {size:e}, allowed {allowed:e}");
         }
+    }
+
+    /// Outside a scope the annotated model is the file as it stands, on candle's fused operations.
+    fn the_original_runs(
+        &self,
+        name: &str,
+        start: &Tensors,
+        annotated: Model,
+        tokens: &Tensor,
+        expected: &Found,
+    ) {
+        let vars = autosp_reference::variables(start).expect("copies");
+        let out = annotated(&self.config, builder(&vars), tokens)
+            .unwrap_or_else(|e| panic!("{name}, original: {e}"));
+        let largest =
+            |t: &Tensor| global_norm(&Tensors::from([(String::new(), t.clone())])).expect("a norm");
+        let apart =
+            largest(&(&out - &expected.out).unwrap_or_else(|e| panic!("{name}, original: {e}")));
+        let size = largest(&expected.out);
+        assert!(
+            apart <= 1e-5 * size,
+            "{name}: the original differs from the slow operations by {apart:e} of {size:e}"
+        );
     }
 
     /// Every variable gets a gradient on one device, but for those that the model's own code detaches.
