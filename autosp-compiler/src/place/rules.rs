@@ -105,7 +105,11 @@ impl Placer<'_, '_, '_> {
             }
             Shape::Known(_) if self.varying_dims(node).len() > 1 => self.refuse(
                 node,
-                codes::MIXES_TOKENS,
+                if row.shape == ShapeRule::Matmul {
+                    codes::NO_SOFTMAX
+                } else {
+                    codes::MIXES_TOKENS
+                },
                 format!(
                     "`{}` pairs every token with every token, outside a softmax attention",
                     n.text
@@ -399,6 +403,32 @@ impl Placer<'_, '_, '_> {
                 None,
                 "make the numbers before the model runs and pass them in",
             ),
+            PlaceRule::Window => {
+                let (message, note) = (
+                    format!("`{text}` slides over tokens of different ranks"),
+                    self.first_note(node),
+                );
+                self.refuse(
+                    node,
+                    codes::CONVOLUTION,
+                    message,
+                    note,
+                    "leave the convolution out, or compute it before the tokens are sharded",
+                )
+            }
+            PlaceRule::Scan => {
+                let (message, note) = (
+                    format!("`{text}` goes from token to token"),
+                    self.first_note(node),
+                );
+                self.refuse(
+                    node,
+                    codes::SCAN,
+                    message,
+                    note,
+                    "use attention in the place of the recurrent layer",
+                )
+            }
             PlaceRule::Host => {
                 let note = self.first_note(node);
                 self.refuse(

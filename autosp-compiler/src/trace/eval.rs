@@ -4,8 +4,10 @@ use super::graph::{ActId, At};
 use super::size::Poly;
 use super::value::{Closure, Cmp, Cond, Presence, Size, Value};
 use super::{DEPTH, Fact, Role, STEPS, Trace};
+use crate::syntax::asserts::Kind;
 use crate::syntax::types::Ty;
 use crate::syntax::{number, text};
+use autosp_plan::codes;
 
 /// Macros that give no tensor and write to no variable.
 pub(super) const SPEAKING: &[&str] = &[
@@ -359,13 +361,26 @@ impl<'a> Trace<'_, 'a> {
                 ty: Ty::Scope(ty),
                 path,
             } => {
+                let key = format!("{ty}::{name}");
+                let said = self
+                    .scope
+                    .asserted(&key, &[Kind::Tokenwise, Kind::Replicated]);
                 let declared = match self.scope.types.get(&ty) {
                     Some(crate::syntax::TypeDef::Struct(fields)) => fields.get(&name).cloned(),
-                    _ => None,
+                    Some(crate::syntax::TypeDef::Enum(_)) => None,
+                    None => return self.outside(&ty, &name),
                 };
                 let Some(declared) = declared else {
                     return Value::Opaque;
                 };
+                if let Some(kind) = said {
+                    let path = format!("{path}.{name}");
+                    return if kind == Kind::Replicated && declared.holds_tensor() {
+                        self.of_type(&declared, &path, at)
+                    } else {
+                        Value::Asserted(kind)
+                    };
+                }
                 let path = format!("{path}.{name}");
                 if self.written.contains(&name) && declared.holds_tensor() {
                     return self.stored(&declared, &path, at);
@@ -378,6 +393,18 @@ impl<'a> Trace<'_, 'a> {
             Value::Unknown(r) => Value::Unknown(r),
             _ => Value::Opaque,
         }
+    }
+
+    /// A field of a type that is not among the annotated items.
+    fn outside(&self, ty: &str, name: &str) -> Value {
+        Value::Unknown(
+            super::graph::Reason {
+                code: codes::ITEM,
+                message: format!("the field `{name}` of `{ty}` is declared outside of the annotated item"),
+                help: format!("put `{ty}` and its `impl`s into `mod model {{ .. }}` and the attribute on the module"),
+            }
+            .into(),
+        )
     }
 
     /// A field that the model writes to between calls: empty, as it is before the first call.

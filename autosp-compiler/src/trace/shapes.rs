@@ -546,6 +546,9 @@ impl<'a> Trace<'_, 'a> {
                 self.use_size(at, size, role);
             }
         }
+        if dims[d].anchored(&self.atoms) && self.counts_tokens(&start) {
+            return Err(Self::scan(what));
+        }
         self.starts_at_zero(&start, &len);
         let len = self.dimension(&len);
         let whole = self.atoms.equal(&len, &dims[d].size(&self.atoms));
@@ -558,6 +561,20 @@ impl<'a> Trace<'_, 'a> {
             dims[d] = Dim::of(len);
         }
         Ok((Shape::Known(dims), touches))
+    }
+
+    /// Whether a size comes from the counter of a loop over the tokens.
+    pub(super) fn counts_tokens(&self, size: &super::value::Size) -> bool {
+        self.counters.iter().any(|c| size.poly.contains(*c))
+    }
+
+    /// Why one token a round is not followed.
+    pub(super) fn scan(what: &str) -> Reason {
+        Reason {
+            code: autosp_plan::codes::SCAN,
+            message: format!("`{what}` takes one token in each round of a loop over the tokens"),
+            help: "compute all tokens at once, with operations on the whole tensor".to_string(),
+        }
     }
 
     /// A range over positions that begins at an integer parameter begins at an offset into a cache.
