@@ -46,26 +46,8 @@ impl Placer<'_, '_, '_> {
         if let Some(refused) = self.never_on_shards(node, row) {
             return refused;
         }
-        if inputs.contains(&Place::Either)
-            && !(n.inputs.len() == 1
-                && matches!(
-                    row.shape,
-                    ShapeRule::Same | ShapeRule::Linear | ShapeRule::AlongLast
-                ))
-        {
-            return self.refuse(
-                node,
-                codes::NOT_FOLLOWED,
-                format!(
-                    "cannot follow `{}`: its operand is one token or all of them, by a condition",
-                    n.text
-                ),
-                None,
-                "end the function in both branches",
-            );
-        }
         if inputs.contains(&Place::Either) {
-            return Place::Either;
+            return self.one_or_all(node, row);
         }
         if let Some(refused) = self.shapes_are_read(node, row, inputs) {
             return refused;
@@ -119,6 +101,29 @@ impl Placer<'_, '_, '_> {
             ),
             _ => Place::Sharded,
         }
+    }
+
+    /// What may happen to one token or all of them: what does the same to both.
+    fn one_or_all(&mut self, node: NodeId, row: &Row) -> Place {
+        let n = &self.trace.nodes[node];
+        if !(n.inputs.len() == 1
+            && matches!(
+                row.shape,
+                ShapeRule::Same | ShapeRule::Linear | ShapeRule::AlongLast
+            ))
+        {
+            return self.refuse(
+                node,
+                codes::NOT_FOLLOWED,
+                format!(
+                    "cannot follow `{}`: its operand is one token or all of them, by a condition",
+                    n.text
+                ),
+                None,
+                "end the function in both branches",
+            );
+        }
+        Place::Either
     }
 
     /// What may happen to an input of a rank that nobody reads: it stays one.

@@ -63,7 +63,7 @@ impl Assert {
         }
     }
 
-    fn refuse(&self, message: String) -> Refusal {
+    fn refuse(&self, message: &str) -> Refusal {
         let place = self
             .place
             .as_ref()
@@ -147,7 +147,7 @@ impl Scope<'_> {
             if let Some(other) = self.asserts[..i].iter().find(|a| a.path == *path) {
                 refusals.push(
                     assert
-                        .refuse(format!(
+                        .refuse(&format!(
                             "`{path}` is said to be {} and {said}",
                             other.kind.name()
                         ))
@@ -177,7 +177,7 @@ impl Scope<'_> {
                 (None, None, _) => {
                     refusals.push(
                         assert
-                            .refuse(format!(
+                            .refuse(&format!(
                                 "`{path}` is neither a function nor a field of this module"
                             ))
                             .help(self.near(path, said)),
@@ -188,7 +188,7 @@ impl Scope<'_> {
             if let Some(what) = wrong {
                 refusals.push(
                     assert
-                        .refuse(format!("`{path}` is {what}, which cannot be {said}"))
+                        .refuse(&format!("`{path}` is {what}, which cannot be {said}"))
                         .help("say it of a function that gives a tensor, or of a field that holds a layer"),
                 );
             }
@@ -201,7 +201,7 @@ impl Scope<'_> {
         let unused = self.asserts.iter().filter(|a| !a.used.get());
         unused
             .map(|a| {
-                a.refuse(format!(
+                a.refuse(&format!(
                     "nothing that is sharded depends on `{}` being {}",
                     a.path,
                     a.kind.name()

@@ -7,7 +7,6 @@ use super::{DEPTH, Fact, Role, STEPS, Trace};
 use crate::syntax::asserts::Kind;
 use crate::syntax::types::Ty;
 use crate::syntax::{number, text};
-use autosp_plan::codes;
 
 /// Macros that give no tensor and write to no variable.
 pub(super) const SPEAKING: &[&str] = &[
@@ -368,7 +367,7 @@ impl<'a> Trace<'_, 'a> {
                 let declared = match self.scope.types.get(&ty) {
                     Some(crate::syntax::TypeDef::Struct(fields)) => fields.get(&name).cloned(),
                     Some(crate::syntax::TypeDef::Enum(_)) => None,
-                    None => return self.outside(&ty, &name),
+                    None => return Self::outside(&ty, &name),
                 };
                 let Some(declared) = declared else {
                     return Value::Opaque;
@@ -393,18 +392,6 @@ impl<'a> Trace<'_, 'a> {
             Value::Unknown(r) => Value::Unknown(r),
             _ => Value::Opaque,
         }
-    }
-
-    /// A field of a type that is not among the annotated items.
-    fn outside(&self, ty: &str, name: &str) -> Value {
-        Value::Unknown(
-            super::graph::Reason {
-                code: codes::ITEM,
-                message: format!("the field `{name}` of `{ty}` is declared outside of the annotated item"),
-                help: format!("put `{ty}` and its `impl`s into `mod model {{ .. }}` and the attribute on the module"),
-            }
-            .into(),
-        )
     }
 
     /// A field that the model writes to between calls: empty, as it is before the first call.

@@ -11,6 +11,7 @@ mod call;
 mod control;
 mod eval;
 pub(crate) mod graph;
+mod parts;
 mod pattern;
 pub(crate) mod shape;
 mod shapes;

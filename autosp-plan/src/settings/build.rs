@@ -178,7 +178,7 @@ mod tests {
                 "a.toml:2:14",
                 codes::SETTING_VALUE,
             ),
-            ("build = 1\n", "a.toml:1:9", codes::SETTING_VALUE),
+            ("build = 1\n", "a.toml:1:1", codes::UNKNOWN_SETTING),
         ];
         for (text, place, code) in cases {
             let error = build("a.toml", text).unwrap_err();
