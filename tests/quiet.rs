@@ -92,10 +92,13 @@ fn nothing_is_printed_and_no_subscriber_installed() {
     );
 }
 
-/// Counts spans and events by name, with the names of their fields.
+/// How often a span or event was seen, and with which fields.
+type Seen = (usize, Vec<String>);
+
+/// Counts spans and events by name.
 #[derive(Clone, Default)]
 struct Counts {
-    seen: Arc<Mutex<BTreeMap<String, (usize, Vec<String>)>>>,
+    seen: Arc<Mutex<BTreeMap<String, Seen>>>,
     next: Arc<AtomicU64>,
 }
 
