@@ -4,6 +4,7 @@
 mod anybody;
 mod faults;
 mod finite_differences;
+mod frozen;
 mod golden;
 mod job;
 mod leaks;
