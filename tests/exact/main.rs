@@ -12,7 +12,6 @@ mod leaks;
 mod loops;
 mod matrix;
 mod models;
-mod own_loop;
 mod packed;
 mod repeat;
 mod resume;
