@@ -361,15 +361,12 @@ impl Case {
             let report = trainer.step_over(0..problem.batches, |batch| {
                 let rows = |x: &Tensor| x.narrow(0, batch * ROWS, ROWS);
                 let (tokens, mask, labels) = (rows(&tokens)?, rows(&mask)?, rows(&labels)?);
-                let (tokens, mask, labels) = match problem.model {
-                    Model::Encoder => {
-                        let rows = sp.shard_rows(&tokens, &labels)?;
-                        (rows.tokens, sp.shard_aligned(&mask)?, rows.labels)
-                    }
-                    _ => {
-                        let batch = sp.shard_targets(&tokens, &labels)?;
-                        (batch.tokens, mask, batch.labels)
-                    }
+                let (tokens, mask, labels) = if problem.model == Model::Encoder {
+                    let rows = sp.shard_rows(&tokens, &labels)?;
+                    (rows.tokens, sp.shard_aligned(&mask)?, rows.labels)
+                } else {
+                    let batch = sp.shard_targets(&tokens, &labels)?;
+                    (batch.tokens, mask, batch.labels)
                 };
                 let logits = model(&tokens, &mask)?;
                 Ok::<_, autosp::Error>(cross_entropy(&logits, &labels)?)
