@@ -197,9 +197,10 @@ impl Placer<'_, '_, '_> {
     }
 
     fn in_dim(&self, dim: &Dim) -> bool {
-        dim.0
-            .iter()
-            .any(|f| self.trace.atoms.normal(&f.size).contains(self.sequence))
+        dim.0.iter().any(|f| {
+            let size = self.trace.atoms.normal(&f.size);
+            size.contains(self.sequence) || self.trace.atoms.counts_rows(&size)
+        })
     }
 
     fn refuse(
@@ -242,7 +243,8 @@ impl Placer<'_, '_, '_> {
                     Place::Sharded
                 }
             }
-            Op::Field | Op::Mask(_) => Place::Replicated,
+            Op::Rows { .. } if sharded => Place::Sharded,
+            Op::Field | Op::Mask(_) | Op::Rows { .. } => Place::Replicated,
             Op::Phi { .. } => {
                 // In the first round, what comes round the loop has no place yet.
                 let known = n
@@ -307,6 +309,21 @@ impl Placer<'_, '_, '_> {
     fn sizes(&self, refusals: &mut Vec<Refusal>) -> Vec<SizeUse> {
         let mut valid = Vec::new();
         for u in &self.trace.sizes {
+            let rows = self
+                .trace
+                .atoms
+                .counts_rows(&self.trace.atoms.normal(&u.size.poly));
+            if rows && !matches!(u.role, Role::SizeOf(_)) {
+                refusals.push(
+                    Refusal::new(
+                        codes::SIZE_USE,
+                        u.span,
+                        "the number of listed rows is used, of which each rank has its own",
+                    )
+                    .help("compute with the tensors of the rows alone"),
+                );
+                continue;
+            }
             if !self
                 .trace
                 .atoms

@@ -4,6 +4,7 @@ pub(crate) mod args;
 pub(crate) mod include;
 pub(crate) mod library;
 pub(crate) mod number;
+pub(crate) mod rows;
 mod text;
 pub(crate) mod types;
 

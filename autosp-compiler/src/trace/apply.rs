@@ -27,6 +27,9 @@ impl<'a> Trace<'_, 'a> {
         object: Option<&str>,
     ) -> Value {
         let mut inputs: Vec<Input> = Vec::new();
+        if let (ShapeRule::Scalar, Some((Value::Rows(list), _))) = (row.shape, args.first()) {
+            return self.rows_tensor(&list.clone(), at, what);
+        }
         for (value, e) in args {
             if let Some(r) = value.lost() {
                 return Value::Unknown(r.clone());
@@ -99,7 +102,11 @@ impl<'a> Trace<'_, 'a> {
         }
         if row.place == PlaceRule::Host {
             self.reads.push(node);
-            return Value::Opaque;
+            return if row.name() == "to_vec2" {
+                self.read_rows(node, what)
+            } else {
+                Value::Opaque
+            };
         }
         Value::Tensor(node)
     }

@@ -12,6 +12,7 @@ mod control;
 mod eval;
 pub(crate) mod graph;
 mod pattern;
+pub(crate) mod rows;
 pub(crate) mod shape;
 mod shapes;
 pub(crate) mod size;
@@ -114,6 +115,10 @@ pub(crate) struct Trace<'s, 'a> {
     pub(crate) reads: Vec<NodeId>,
     /// Helpers of libraries that were followed through a definition of our own: the path as written, and the definition.
     pub(crate) helpers: Vec<(String, String)>,
+    /// Reads to the host whose rows were followed.
+    pub(crate) row_reads: HashSet<NodeId>,
+    /// The loops that evaluation is in: whether one passes over empty lists of rows.
+    skips: Vec<bool>,
     table: &'static Table,
     /// Fields that are written while the root runs.
     written: HashSet<String>,
@@ -148,6 +153,8 @@ impl<'s, 'a> Trace<'s, 'a> {
             offsets: Vec::new(),
             reads: Vec::new(),
             helpers: Vec::new(),
+            row_reads: HashSet::new(),
+            skips: Vec::new(),
             table,
             written: scope.written_by(root),
             fields: HashMap::new(),

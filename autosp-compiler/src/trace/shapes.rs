@@ -56,6 +56,38 @@ impl<'a> Trace<'_, 'a> {
                 plain(shape)
             }
             (ShapeRule::Matmul, Some(first)) => self.matmul(&inputs, first, &what),
+            (rule @ (ShapeRule::IndexSelect | ShapeRule::IndexAdd), Some(Shape::Known(_))) => {
+                let adds = rule == ShapeRule::IndexAdd;
+                self.by_index(&inputs, args, adds).ok_or_else(|| {
+                    Self::reason(
+                        format!("cannot follow the index in `{what}`"),
+                        "index along a literal dimension with a list of numbers",
+                    )
+                })
+            }
+            (ShapeRule::Gather, Some(Shape::Known(dims))) => {
+                let index = inputs
+                    .get(1)
+                    .and_then(|n| self.nodes[*n].shape.known())
+                    .map(<[Dim]>::to_vec);
+                let d = args
+                    .get(2)
+                    .and_then(|a| dim_argument(&a.0))
+                    .and_then(|d| resolve(d, dims.len()));
+                let (Some(index), Some(d)) = (index.filter(|i| i.len() == dims.len()), d) else {
+                    return Err(Self::reason(
+                        format!("cannot follow the index in `{what}`"),
+                        "gather along a literal dimension",
+                    ));
+                };
+                let others = (0..dims.len()).filter(|k| *k != d);
+                let same = others.into_iter().all(|k| dims[k] == index[k]);
+                let mut touches = vec![(0, d), (1, d)];
+                if !same {
+                    touches = (0..dims.len()).flat_map(|k| [(0, k), (1, k)]).collect();
+                }
+                Ok((Shape::Known(index), touches))
+            }
             (rule, Some(Shape::Either(all))) => {
                 self.each_alternative(rule, &inputs, all, args, at, &what)
             }
