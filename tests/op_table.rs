@@ -94,14 +94,14 @@ fn tensor_op(name: &str, seed: u64) -> Option<Case> {
         "index_select" => {
             let rows = Tensor::new(&[0u32, 2, 2, 5, 1, 3], &Device::Cpu).ok()?;
             case(vec![random(seed, &[N, N, N])], move |x| {
-                x[0].index_select(&rows, 1)
+                x[0].contiguous()?.index_select(&rows, 1)
             })
         }
         "index_add" => {
             let rows = Tensor::new(&[0u32, 2, 2, 5, 1, 3], &Device::Cpu).ok()?;
             case(
                 vec![random(seed, &[N, N, N]), random(seed + 1, &[N, N, N])],
-                move |x| x[0].index_add(&rows, &x[1], 1),
+                move |x| x[0].contiguous()?.index_add(&rows, &x[1].contiguous()?, 1),
             )
         }
         "gather" => {
