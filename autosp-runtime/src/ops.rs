@@ -14,6 +14,7 @@ mod norm;
 mod positions;
 mod record;
 mod rope;
+pub mod sequence;
 mod softmax;
 
 pub use layer::{layer, no_cache, norm_layer};

@@ -188,6 +188,18 @@ fn checks(sig: &syn::Signature, root: &Root, plan: &Plan, names: &Paths) -> Toke
         let ident = format_ident!("{name}");
         quote!(#rt::no_offset(#function, #name, #ident)?;)
     });
+    let beside = root.beside.iter().map(|b| {
+        let (name, ident) = (&b.name, format_ident!("{}", b.name));
+        let dim = proc_macro2::Literal::usize_unsuffixed(b.dim);
+        let rank = proc_macro2::Literal::usize_unsuffixed(b.rank);
+        if b.optional {
+            quote!(if let Some(#ident) = &#ident {
+                #rt::enter_beside(#function, #name, #ident, #dim, #rank)?;
+            })
+        } else {
+            quote!(#rt::enter_beside(#function, #name, &#ident, #dim, #rank)?;)
+        }
+    });
     let helpers = plan.helpers.iter().filter_map(|(path, name)| {
         let path: syn::Path = syn::parse_str(path).ok()?;
         let name = format_ident!("{name}");
@@ -195,6 +207,7 @@ fn checks(sig: &syn::Signature, root: &Root, plan: &Plan, names: &Paths) -> Toke
     });
     quote! {
         #rt::enter(#function, &[#(#inputs),*])?;
+        #(#beside)*
         #(#offsets)*
         #(#helpers)*
     }

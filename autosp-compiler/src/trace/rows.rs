@@ -8,6 +8,7 @@ use super::graph::{ActId, At, Input, NodeId, Op, Reason};
 use super::shape::{Dim, Shape};
 use super::size::{AtomKind, Poly};
 use super::value::Value;
+use crate::ops::ShapeRule;
 use crate::syntax::rows::{Pushed, row_loop};
 
 /// The rows of tensors, read to the host; only a loop over them can be followed.
@@ -191,13 +192,14 @@ impl<'a> Trace<'_, 'a> {
         })
     }
 
-    /// `x.index_select(rows, dim)`, `x.index_add(rows, y, dim)`: shape and what is mixed.
+    /// `x.index_select(rows, dim)`, `x.index_add(rows, y, dim)`, `x.gather(index, dim)`: shape and what is mixed.
     pub(super) fn by_index(
         &mut self,
+        rule: ShapeRule,
         inputs: &[NodeId],
         args: &[Arg<'a>],
-        adds: bool,
     ) -> Option<(Shape, Vec<(usize, usize)>)> {
+        let adds = rule == ShapeRule::IndexAdd;
         let (x, index) = (*inputs.first()?, *inputs.get(1)?);
         let Shape::Known(mut dims) = self.nodes[x].shape.clone() else {
             return None;
@@ -206,6 +208,16 @@ impl<'a> Trace<'_, 'a> {
             .get(if adds { 3 } else { 2 })
             .and_then(|a| super::builtin::dim_argument(&a.0))
             .and_then(|d| super::apply::resolve(d, dims.len()))?;
+        if rule == ShapeRule::Gather {
+            let index = self.nodes[index].shape.known()?.to_vec();
+            let same = |k: usize| k == d || dims.get(k) == index.get(k);
+            let touches = if (0..dims.len()).all(same) {
+                vec![(0, d), (1, d)]
+            } else {
+                (0..dims.len()).flat_map(|k| [(0, k), (1, k)]).collect()
+            };
+            return (index.len() == dims.len()).then_some((Shape::Known(index), touches));
+        }
         let rows = match self.nodes[index].shape.known() {
             Some([one]) => one.clone(),
             _ => return None,

@@ -25,6 +25,23 @@ impl<'a> Trace<'_, 'a> {
     ) -> Ruled {
         let inputs: Vec<NodeId> = self.nodes[node].inputs.iter().map(|i| i.node).collect();
         let what = self.nodes[node].text.clone();
+        if let Some(first) = inputs.first() {
+            let named = match row.shape {
+                ShapeRule::Reduce | ShapeRule::ReduceKeep | ShapeRule::Along => {
+                    Some(args.get(1).and_then(|a| dim_argument(&a.0)))
+                }
+                ShapeRule::Unsqueeze
+                | ShapeRule::Expand
+                | ShapeRule::Reshape
+                | ShapeRule::Transpose
+                | ShapeRule::Narrow
+                | ShapeRule::Flatten => Some(None),
+                _ => None,
+            };
+            if let Some(named) = named {
+                self.needs_rank(*first, named);
+            }
+        }
         let first = inputs.first().map(|n| self.nodes[*n].shape.clone());
         let plain = |shape: Shape| Ok((shape, Vec::new()));
         match (row.shape, first) {
@@ -56,38 +73,15 @@ impl<'a> Trace<'_, 'a> {
                 plain(shape)
             }
             (ShapeRule::Matmul, Some(first)) => self.matmul(&inputs, first, &what),
-            (rule @ (ShapeRule::IndexSelect | ShapeRule::IndexAdd), Some(Shape::Known(_))) => {
-                let adds = rule == ShapeRule::IndexAdd;
-                self.by_index(&inputs, args, adds).ok_or_else(|| {
-                    Self::reason(
-                        format!("cannot follow the index in `{what}`"),
-                        "index along a literal dimension with a list of numbers",
-                    )
-                })
-            }
-            (ShapeRule::Gather, Some(Shape::Known(dims))) => {
-                let index = inputs
-                    .get(1)
-                    .and_then(|n| self.nodes[*n].shape.known())
-                    .map(<[Dim]>::to_vec);
-                let d = args
-                    .get(2)
-                    .and_then(|a| dim_argument(&a.0))
-                    .and_then(|d| resolve(d, dims.len()));
-                let (Some(index), Some(d)) = (index.filter(|i| i.len() == dims.len()), d) else {
-                    return Err(Self::reason(
-                        format!("cannot follow the index in `{what}`"),
-                        "gather along a literal dimension",
-                    ));
-                };
-                let others = (0..dims.len()).filter(|k| *k != d);
-                let same = others.into_iter().all(|k| dims[k] == index[k]);
-                let mut touches = vec![(0, d), (1, d)];
-                if !same {
-                    touches = (0..dims.len()).flat_map(|k| [(0, k), (1, k)]).collect();
-                }
-                Ok((Shape::Known(index), touches))
-            }
+            (
+                ShapeRule::IndexSelect | ShapeRule::IndexAdd | ShapeRule::Gather,
+                Some(Shape::Known(_)),
+            ) => self.by_index(row.shape, &inputs, args).ok_or_else(|| {
+                Self::reason(
+                    format!("cannot follow the index in `{what}`"),
+                    "index along a literal dimension with a tensor whose shape is known",
+                )
+            }),
             (rule, Some(Shape::Either(all))) => {
                 self.each_alternative(rule, &inputs, all, args, at, &what)
             }
@@ -133,39 +127,6 @@ impl<'a> Trace<'_, 'a> {
             (rule, Some(Shape::Known(dims))) => {
                 self.known(rule, node, &inputs, dims, args, at, &what)
             }
-        }
-    }
-
-    /// Where the known dimensions of a tensor of unknown rank go, counted from the left.
-    fn partial(rule: ShapeRule, known: Vec<(usize, Dim)>, args: &[Arg<'a>]) -> Vec<(usize, Dim)> {
-        let place = |i: usize| {
-            let d = args.get(i).and_then(|a| dim_argument(&a.0))?;
-            usize::try_from(d).ok()
-        };
-        match (rule, place(1), place(2)) {
-            (ShapeRule::Unsqueeze, Some(at), _) => {
-                let moved = known
-                    .into_iter()
-                    .map(|(d, dim)| (d + usize::from(d >= at), dim));
-                moved.chain([(at, Dim::default())]).collect()
-            }
-            (ShapeRule::Squeeze, Some(at), _) => {
-                let rest = known.into_iter().filter(|(d, _)| *d != at);
-                rest.map(|(d, dim)| (d - usize::from(d > at), dim))
-                    .collect()
-            }
-            (ShapeRule::Transpose, Some(i), Some(j)) => {
-                let swapped = |d: usize| match d {
-                    d if d == i => j,
-                    d if d == j => i,
-                    d => d,
-                };
-                known
-                    .into_iter()
-                    .map(|(d, dim)| (swapped(d), dim))
-                    .collect()
-            }
-            _ => Vec::new(),
         }
     }
 
@@ -251,6 +212,10 @@ impl<'a> Trace<'_, 'a> {
             (Shape::Known(a), Shape::Known(b)) => (a, b),
             (Shape::Unknown(r), _) | (_, Shape::Unknown(r)) => {
                 return Ok((Shape::Unknown(r), Vec::new()));
+            }
+            // What a table of unknown shape is multiplied with is contracted along its rows.
+            (Shape::Partial(_), Shape::Known(b)) if b.len() >= 2 => {
+                return Ok((Shape::Partial(Vec::new()), vec![(1, b.len() - 2)]));
             }
             (Shape::Known(mut a), Shape::Partial(_)) if !a.is_empty() => {
                 // A weight whose sizes nobody reads
