@@ -438,7 +438,11 @@ impl<'a> Trace<'_, 'a> {
             };
             self.use_size(end_at, &end.clone(), Role::Valid);
         }
+        let tokens = matches!(&iter, Value::Range(_, end, _) if self.atoms.anchored(&end.poly));
         let elem = self.element(iter);
+        if let (true, Value::Size(round)) = (tokens, &elem) {
+            self.counters.extend(round.poly.as_atom());
+        }
         let over_parts = has_object(&elem);
         let before = self.carry_in(act, &f.body, at);
         self.skips.push(false);
@@ -447,21 +451,7 @@ impl<'a> Trace<'_, 'a> {
         self.block(act, &f.body);
         self.acts[act].scopes.pop();
         let carried = self.carry_out(act, &before);
-        // Rounds that are passed over where a rank has no rows may do nothing but add rows.
-        if self.skips.pop() == Some(true) {
-            let others = number::assigned_locals(&f.body).into_iter().filter(|n| {
-                self.lookup(act, n).is_some() && carried.iter().all(|(c, _, _)| c != n)
-            });
-            let others: Vec<String> = others.collect();
-            if !others.is_empty() || !self.only_adds_rows(&carried) {
-                for name in others
-                    .into_iter()
-                    .chain(carried.iter().map(|(n, _, _)| n.clone()))
-                {
-                    self.assign(act, &name, Self::lost(&crate::syntax::text(&f.expr)));
-                }
-            }
-        }
+        self.end_round(act, f, &carried);
         if over_parts {
             self.acts[act].loops.push(Loop {
                 expr: at.expr,
@@ -563,6 +553,7 @@ impl<'a> Trace<'_, 'a> {
     pub(super) fn element(&mut self, iter: Value) -> Value {
         match iter {
             Value::List { any, .. } => *any,
+            said @ Value::Asserted(_) => said,
             Value::Range(..) => Value::Size(Size::of(self.fresh_feature("round"))),
             other => other
                 .lost()

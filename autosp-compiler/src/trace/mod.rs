@@ -12,6 +12,7 @@ mod control;
 mod eval;
 pub(crate) mod graph;
 mod partial;
+mod parts;
 mod pattern;
 pub(crate) mod rows;
 pub(crate) mod shape;
@@ -114,6 +115,8 @@ pub(crate) struct Trace<'s, 'a> {
     pub(crate) offsets: Vec<String>,
     /// Tensors that are read to the host: what follows depends on them in ways that are not seen.
     pub(crate) reads: Vec<NodeId>,
+    /// Counters of loops over the tokens.
+    counters: Vec<size::AtomId>,
     /// Inputs whose rank was taken from their uses.
     pub(crate) assumed_ranks: Vec<String>,
     /// Helpers of libraries that were followed through a definition of our own: the path as written, and the definition.
@@ -155,6 +158,7 @@ impl<'s, 'a> Trace<'s, 'a> {
             sizes: Vec::new(),
             offsets: Vec::new(),
             reads: Vec::new(),
+            counters: Vec::new(),
             assumed_ranks: Vec::new(),
             helpers: Vec::new(),
             row_reads: HashSet::new(),
@@ -545,7 +549,8 @@ impl<'s, 'a> Trace<'s, 'a> {
                 continue;
             }
             let layer = |r: &crate::ops::Row| {
-                r.path.starts_with("candle_nn::") && !r.path.starts_with("candle_nn::ops::")
+                let own = r.path.starts_with("candle_core::Tensor::");
+                !own && !r.path.starts_with("candle_nn::ops::")
             };
             if row.is_some_and(layer) {
                 return Some(n);
@@ -553,31 +558,6 @@ impl<'s, 'a> Trace<'s, 'a> {
             stack.extend(self.nodes[n].inputs.iter().map(|i| i.node));
         }
         None
-    }
-
-    /// Whether a tensor is made of what callers give and of constants alone, through no weight: it needs no gradient.
-    pub(crate) fn data_only(&self, node: NodeId) -> bool {
-        let mut stack = vec![node];
-        let mut seen = HashSet::new();
-        while let Some(n) = stack.pop() {
-            if !seen.insert(n) {
-                continue;
-            }
-            let node = &self.nodes[n];
-            let fine = match &node.op {
-                Op::Param(_) | Op::Mask(_) | Op::Phi { .. } | Op::Pick { .. } => true,
-                Op::Row(row) => {
-                    row.path.starts_with("candle_core::Tensor::")
-                        || row.path.starts_with("candle_nn::ops::")
-                }
-                Op::Field | Op::Unknown(_) | Op::Rows { .. } => false,
-            };
-            if !fine {
-                return false;
-            }
-            stack.extend(node.inputs.iter().map(|i| i.node));
-        }
-        true
     }
 
     /// A reason with the code for what the analysis cannot follow.

@@ -9,6 +9,7 @@ use super::shape::{Dim, Shape};
 use super::size::{AtomKind, Poly};
 use super::value::Value;
 use crate::ops::ShapeRule;
+use crate::syntax::number;
 use crate::syntax::rows::{Pushed, row_loop};
 
 /// The rows of tensors, read to the host; only a loop over them can be followed.
@@ -180,6 +181,29 @@ impl<'a> Trace<'_, 'a> {
             *seen = true;
         }
         skips && !self.skips.is_empty()
+    }
+
+    /// The end of a loop: rounds that are passed over where a rank has no rows may do nothing but add rows.
+    pub(super) fn end_round(
+        &mut self,
+        act: ActId,
+        f: &'a syn::ExprForLoop,
+        carried: &[(String, NodeId, NodeId)],
+    ) {
+        if self.skips.pop() != Some(true) {
+            return;
+        }
+        let others: Vec<String> = number::assigned_locals(&f.body)
+            .into_iter()
+            .filter(|n| self.lookup(act, n).is_some() && carried.iter().all(|(c, _, _)| c != n))
+            .collect();
+        if others.is_empty() && self.only_adds_rows(carried) {
+            return;
+        }
+        let written = carried.iter().map(|(n, _, _)| n.clone());
+        for name in others.into_iter().chain(written) {
+            self.assign(act, &name, Self::lost(&crate::syntax::text(&f.expr)));
+        }
     }
 
     /// Whether a loop that skips empty lists changes its tensors in the rows of the lists alone.
