@@ -146,12 +146,8 @@ fn without_branches<'s, 'a>(
             Err(problems) => problems,
         };
         let known = untaken.len();
-        // A call into another library may be anything, and a mask is a caller's to give or not; what is known to be wrong is
-        // wrong in every configuration.
-        let open = |p: &Refusal| {
-            p.branch
-                .filter(|_| [codes::UNKNOWN_CALL, codes::MASK].contains(&p.code))
-        };
+        // A call into another library may be anything; what is known to be wrong is wrong in every configuration.
+        let open = |p: &Refusal| p.branch.filter(|_| p.code == codes::UNKNOWN_CALL);
         for problem in &problems {
             if let Some(branch) = open(problem)
                 && untaken.iter().all(|(b, _)| *b != branch)

@@ -326,7 +326,7 @@ impl Placer<'_, '_, '_> {
                         "it is {shape}; a mask from the caller has one number a key, [b, 1, 1, s]"
                     ))
                     .help("`mask.reshape((b, 1, 1, s))?` of a mask [b, s]")
-                    .in_branch(trace.branch_of(operand).or(trace.nodes[node].branch)),
+                    .in_branch(trace.nodes[node].branch),
                 );
             }
             self.conversions

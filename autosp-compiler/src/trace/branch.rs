@@ -65,21 +65,6 @@ impl<'a> Trace<'_, 'a> {
         self.may_fail(self.acts[act].function) && self.closures == 0
     }
 
-    /// The branch in which a tensor, or something that it is made of, comes to be.
-    pub(crate) fn branch_of(&self, node: usize) -> Option<Branch> {
-        let mut stack = vec![node];
-        let mut seen = std::collections::HashSet::new();
-        while let Some(n) = stack.pop() {
-            if seen.insert(n) {
-                if let Some(branch) = self.nodes[n].branch {
-                    return Some(branch);
-                }
-                stack.extend(self.nodes[n].inputs.iter().map(|i| i.node));
-            }
-        }
-        None
-    }
-
     /// Whether a tensor is made of what callers give and of constants alone, through no weight: it needs no gradient.
     pub(crate) fn data_only(&self, node: NodeId) -> bool {
         let mut stack = vec![node];

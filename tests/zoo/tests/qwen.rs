@@ -16,11 +16,6 @@ fn qwen2() -> Zoo {
     }
 }
 
-zoo!(qwen2_tokens: qwen2, qwen2(), |m, json, vb, tokens| {
-    let config: m::Config = config(json)?;
-    m::Model::new(&config, vb)?.forward(tokens, 0, None)
-});
-
 zoo!(qwen2_last: qwen2, Zoo { kind: Kind::Last, ..qwen2() }, |m, json, vb, tokens| {
     let config: m::Config = config(json)?;
     m::ModelForCausalLM::new(&config, vb)?.forward(tokens, 0)
