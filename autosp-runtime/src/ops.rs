@@ -8,6 +8,7 @@
 //!
 //! An operand that nothing tracks (a frozen weight, rope tables) gets no gradient and costs none.
 
+mod dropout;
 mod kernel;
 mod layer;
 mod norm;
@@ -17,6 +18,7 @@ mod rope;
 pub mod sequence;
 mod softmax;
 
+pub use dropout::{RowsAndTokens, dropout, dropout_layer};
 pub use layer::{layer, no_cache, norm_layer};
 pub use norm::{layer_norm, layer_norm_op, rms_norm, rms_norm_op};
 pub use positions::{fold, pick, pick_narrow, slice};

@@ -34,6 +34,9 @@ impl Placer<'_, '_, '_> {
                 "use the attention's result instead",
             );
         }
+        if row.place == PlaceRule::Dropout {
+            return self.dropout(node, inputs);
+        }
         if !sharded {
             return match inputs.iter().position(|p| *p == Place::Given) {
                 Some(i) => self.given(node, row, n.inputs[i].node),
@@ -73,6 +76,9 @@ impl Placer<'_, '_, '_> {
                     },
                 ));
             }
+        }
+        if let Some(refused) = self.rows_of_the_batch(node) {
+            return refused;
         }
         match &n.shape {
             Shape::Unknown(why) => {
@@ -124,6 +130,55 @@ impl Placer<'_, '_, '_> {
             );
         }
         Place::Either
+    }
+
+    /// Dropout draws by global row and token, which have to be told apart from features.
+    fn dropout(&mut self, node: NodeId, inputs: &[Place]) -> Place {
+        let trace = self.trace;
+        let n = &trace.nodes[node];
+        let place = inputs.first().copied().unwrap_or(Place::Replicated);
+        let known = n
+            .shape
+            .known()
+            .filter(|_| matches!(place, Place::Sharded | Place::Replicated));
+        let axes = known.and_then(|dims| {
+            let (mut rows, mut tokens) = (None, None);
+            for (d, dim) in dims
+                .iter()
+                .enumerate()
+                .filter(|(_, dim)| dim.anchored(&trace.atoms))
+            {
+                let [factor] = dim.0.as_slice() else {
+                    return None;
+                };
+                let atom = trace.atoms.normal(&factor.size).as_atom()?;
+                let slot = if atom == self.sequence {
+                    &mut tokens
+                } else {
+                    &mut rows
+                };
+                if slot.replace(d).is_some() {
+                    return None;
+                }
+            }
+            // What is whole has its tokens from the first on, whatever this rank's are.
+            Some((rows, tokens.filter(|_| place == Place::Sharded)))
+        });
+        let Some((rows, tokens)) = axes else {
+            return self.refuse(
+                node,
+                codes::RANDOM,
+                format!(
+                    "`{}` drops elements of which rows and tokens cannot be told apart",
+                    n.text
+                ),
+                None,
+                "drop elements of [batch, sequence, width], before rows and tokens are merged",
+            );
+        };
+        self.conversions
+            .push((node, Conversion::Draw { rows, tokens }));
+        place
     }
 
     /// What may happen to an input of a rank that nobody reads: it stays one.
@@ -369,9 +424,9 @@ impl Placer<'_, '_, '_> {
             dims.and_then(|dims| dims.get(*d)).is_some_and(foreign)
         });
         let pairs = |dims: &[Dim]| {
-            let rows: Vec<&Dim> = dims
-                .iter()
-                .filter(|d| foreign(d) && !d.has_repeat())
+            let rows = dims.iter().filter(|d| foreign(d) && !d.has_repeat());
+            let rows: Vec<_> = rows
+                .map(|d| trace.atoms.normal(&d.size(&trace.atoms)))
                 .collect();
             rows.iter().enumerate().any(|(i, d)| rows[..i].contains(d))
         };
@@ -392,15 +447,7 @@ impl Placer<'_, '_, '_> {
         let text = &self.trace.nodes[node].text;
         let random = format!("`{text}` draws random numbers, which differ between ranks");
         let host = format!("`{text}` reads a sharded tensor to the host");
-        let dropout = row.name() == "dropout" || row.path.contains("Dropout");
         Some(match row.place {
-            PlaceRule::Random if dropout => self.refuse(
-                node,
-                codes::RANDOM,
-                random,
-                None,
-                "set the probability to 0 or leave the dropout out while training in parallel",
-            ),
             PlaceRule::Random => self.refuse(
                 node,
                 codes::RANDOM,
