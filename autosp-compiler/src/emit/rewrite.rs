@@ -399,12 +399,9 @@ fn draw(e: &mut Expr, rows: Option<usize>, tokens: Option<usize>, rt: &syn::Iden
     let function = matches!(e, Expr::Call(c) if c.args.len() == 2);
     let name = format_ident!("{}", if function { "dropout" } else { "dropout_layer" });
     *e = call(&quote!(#rt::ops::#name), e);
-    let axis = |d: Option<usize>| match d {
-        Some(d) => {
-            let d = proc_macro2::Literal::usize_unsuffixed(d);
-            quote!(Some(#d))
-        }
-        None => quote!(None),
+    let axis = |d: Option<usize>| {
+        let d = d.map(proc_macro2::Literal::usize_unsuffixed);
+        d.map_or_else(|| quote!(None), |d| quote!(Some(#d)))
     };
     let (rows, tokens) = (axis(rows), axis(tokens));
     if let Expr::Call(c) = e {

@@ -73,14 +73,11 @@ pub fn dropout_layer(
     let p = shown
         .split(|c: char| !(c.is_ascii_digit() || matches!(c, '.' | '-' | 'e')))
         .find_map(|part| part.parse::<f32>().ok());
-    match p {
-        Some(p) => dropout(x, p, axes),
-        None => {
-            let text =
-                format!("dropout: expected a layer that shows its probability, found {shown}");
-            Err(Error::new(codes::DROPOUT, text).into())
-        }
-    }
+    let Some(p) = p else {
+        let text = format!("dropout: expected a layer that shows its probability, found {shown}");
+        return Err(Error::new(codes::DROPOUT, text).into());
+    };
+    dropout(x, p, axes)
 }
 
 /// What one dropout draws for its elements.
@@ -151,7 +148,7 @@ impl Draws {
 #[cfg(test)]
 mod tests {
     use autosp_plan::Settings;
-    use candle_core::{Result, Var};
+    use candle_core::Var;
 
     use super::*;
     use crate::run_with;
@@ -211,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn a_scope_entered_again_where_it_was_draws_the_same() -> Result<()> {
+    fn a_scope_entered_again_where_it_was_draws_the_same() {
         let drawn = run_with(Settings::default(), |sp| {
             let shard = Shard::new(8, 0, 1);
             let own = Tensor::ones((1, 8, 4), DType::F32, &Device::Cpu)?;
@@ -231,7 +228,6 @@ mod tests {
         let (first, second, again, _) = drawn.unwrap().remove(0);
         assert_ne!(first, second);
         assert_eq!(first, again);
-        Ok(())
     }
 
     #[test]
