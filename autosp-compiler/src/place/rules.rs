@@ -2,13 +2,11 @@
 
 use autosp_plan::codes;
 
-use super::sites::Site;
 use super::{Conversion, Place, Placer};
-use crate::error::Refusal;
 use crate::ops::{PlaceRule, Row, ShapeRule};
 use crate::trace::Role;
 use crate::trace::graph::{NodeId, Op};
-use crate::trace::shape::{Dim, Shape, show};
+use crate::trace::shape::{Dim, Shape};
 
 impl Placer<'_, '_, '_> {
     pub(super) fn row(
@@ -33,6 +31,9 @@ impl Placer<'_, '_, '_> {
                 Some("scores of all tokens against all are never made on a rank".into()),
                 "use the attention's result instead",
             );
+        }
+        if let Some(refused) = self.counts_own_rows(node, row, sharded) {
+            return refused;
         }
         if row.place == PlaceRule::Dropout {
             return self.dropout(node, inputs);
@@ -107,6 +108,33 @@ impl Placer<'_, '_, '_> {
             ),
             _ => Place::Sharded,
         }
+    }
+
+    /// Numbers of rows that a rank counts from its own first one, used for anything but its own rows.
+    fn counts_own_rows(&mut self, node: NodeId, row: &Row, sharded: bool) -> Option<Place> {
+        let trace = self.trace;
+        let n = &trace.nodes[node];
+        let rows = |i: &crate::trace::graph::Input| {
+            matches!(
+                trace.nodes[i.node].op,
+                crate::trace::graph::Op::Rows { index: true }
+            )
+        };
+        let by_index = matches!(row.shape, ShapeRule::IndexSelect | ShapeRule::IndexAdd);
+        let placed = n.inputs.get(1).is_some_and(rows) && by_index && n.touches.is_empty();
+        if sharded && n.inputs.iter().any(rows) && !placed {
+            return Some(self.refuse(
+                node,
+                codes::MIXES_TOKENS,
+                format!(
+                    "`{}` uses numbers of rows, which every rank counts from its own first one",
+                    n.text
+                ),
+                None,
+                "select and add rows of the tensor that the loop was over",
+            ));
+        }
+        None
     }
 
     /// What may happen to one token or all of them: what does the same to both.
@@ -296,79 +324,6 @@ impl Placer<'_, '_, '_> {
         Some(place)
     }
 
-    /// The masks over keys that the operands of a site's scores are.
-    pub(super) fn keys(&mut self, site: &Site) {
-        for (node, input) in site.keys.iter().copied() {
-            let trace = self.trace;
-            let operand = trace.nodes[node].inputs[input].node;
-            let shapes: Vec<&[Dim]> = match &trace.nodes[operand].shape {
-                Shape::Known(dims) => vec![dims],
-                Shape::Either(all) => all.iter().map(Vec::as_slice).collect(),
-                _ => Vec::new(),
-            };
-            let has = |dim: &Dim, repeated: bool| {
-                dim.0.iter().any(|f| {
-                    f.repeat == repeated && trace.atoms.normal(&f.size).contains(self.sequence)
-                })
-            };
-            let mut all_queries = false;
-            let place = self.place[operand];
-            if let Some(layer) = trace.learned(operand) {
-                self.problems.insert(
-                    node,
-                    Refusal::new(
-                        codes::LEARNED_BIAS,
-                        trace.nodes[node].at.span,
-                        format!(
-                            "`{}` adds a learned bias to the scores",
-                            trace.nodes[node].text
-                        ),
-                    )
-                    .note(format!("it comes out of `{}`", trace.nodes[layer].text))
-                    .help(
-                        "`.detach()` it if it is not trained, or use rotary or absolute positions",
-                    ),
-                );
-                continue;
-            }
-            let fine = match place {
-                Place::Given | Place::Replicated => true,
-                Place::Sharded => shapes.iter().all(|dims| {
-                    let Some((keys, before)) = dims.split_last() else {
-                        return false;
-                    };
-                    all_queries |= before.last().is_some_and(|q| has(q, true));
-                    has(keys, false)
-                        && keys.0.len() == 1
-                        && before.iter().all(|d| !has(d, false))
-                        && before.iter().rev().skip(1).all(|d| !has(d, true))
-                }),
-                _ => false,
-            };
-            if !fine || (place == Place::Sharded && shapes.is_empty()) {
-                let shape = match shapes.first() {
-                    Some(dims) => show(&trace.atoms, dims),
-                    None => "of an unknown shape".to_string(),
-                };
-                self.problems.insert(
-                    node,
-                    Refusal::new(
-                        codes::MASK,
-                        trace.nodes[node].at.span,
-                        format!("cannot follow the mask `{}`", trace.nodes[operand].text),
-                    )
-                    .note(format!(
-                        "it is {shape}; a mask from the caller has one number a key, [b, 1, 1, s]"
-                    ))
-                    .help("`mask.reshape((b, 1, 1, s))?` of a mask [b, s]")
-                    .in_branch(trace.nodes[node].branch),
-                );
-            }
-            self.conversions
-                .push((node, Conversion::Keys { input, all_queries }));
-        }
-    }
-
     /// An operation that runs along the sequence or the batch of a shard.
     fn computes_along_tokens(
         &mut self,
@@ -455,6 +410,8 @@ impl Placer<'_, '_, '_> {
                 None,
                 "make the numbers before the model runs and pass them in",
             ),
+            // A loop over the rows was followed: each rank reads its own.
+            PlaceRule::Host if self.trace.row_reads.contains(&node) => return Some(Place::Sharded),
             PlaceRule::Window => {
                 let (message, note) = (
                     format!("`{text}` slides over tokens of different ranks"),
