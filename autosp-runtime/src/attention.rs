@@ -1,4 +1,4 @@
-//! Exact attention on the CPU, forward and backward, without S x S memory.
+//! Exact attention, forward and backward, without S x S memory. On GPUs `cuda::attention` computes it; here, the CPU does.
 //!
 //! Tensors are [b, h, S, d] (queries), [b, g, S, d] (keys) and [b, g, S, dv] (values); `dv` may differ from `d`, and query head
 //! `h` uses kv head [`Spec::kv_of`]`[h]` without repeating it. With scores
@@ -21,6 +21,10 @@
     reason = "inlining decides which instructions are used"
 )]
 
+#[cfg(any(feature = "cuda", test))]
+pub(crate) mod blocks;
+#[cfg(any(feature = "cuda", test))]
+pub(crate) mod graphs;
 pub(crate) mod real;
 mod reference;
 mod simd;
@@ -146,7 +150,7 @@ pub struct Output {
     /// The logarithm of the softmax's denominator.
     pub lse: Tensor,
     /// What rounding took from `lse`, of its shape: a row filled with -1e9 altogether has LSE = -1e9 + ln n, of which `f32` keeps
-    /// only -1e9. Weights are exp((s - lse) - rest).
+    /// only -1e9. Weights are exp((s - lse) - rest). Empty where such rows are refused, on GPUs.
     pub rest: Tensor,
 }
 
@@ -195,6 +199,10 @@ macro_rules! by_type {
 /// `AS0323` for shapes that do not fit, `AS0329` for a type that is not a float or a device other than the CPU.
 pub fn forward(kernel: Kernel, spec: &Spec, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Output> {
     let sizes = Sizes::new(spec, q, k, v)?;
+    #[cfg(feature = "cuda")]
+    if q.device().is_cuda() {
+        return crate::cuda::attention::forward(kernel, spec, q, k, v);
+    }
     by_type!(q, E => with_view::<E, _>(q, |q| with_view::<E, _>(k, |k| with_view::<E, _>(v, |v| {
         let problem = Problem { spec, sizes, q, k, v };
         let (o, lse, rest) = match kernel {
@@ -244,6 +252,10 @@ pub fn backward(
                 ),
             ));
         }
+    }
+    #[cfg(feature = "cuda")]
+    if q.device().is_cuda() {
+        return crate::cuda::attention::backward(kernel, spec, (q, k, v), output, grad);
     }
     let (lse, rest) = (output.lse.flatten_all()?, output.rest.flatten_all()?);
     by_type!(q, E => {

@@ -4,6 +4,8 @@
 
 pub mod attention;
 pub mod comm;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod data;
 pub mod error;
 pub mod layout;

@@ -21,7 +21,7 @@ pub use rope::{rope, rope_i, rope_thd};
 pub use softmax::{softmax, softmax_last_dim};
 
 pub(crate) use kernel::{Kernel, Real, Rows, Visit, compute, max, per_row, sum, visit};
-pub(crate) use record::{owned, record1, record2, record3, tensor, tracked};
+pub(crate) use record::{owned, record1, record2, record3, taken, tensor, tracked};
 
 #[cfg(test)]
 mod tests;
