@@ -11,14 +11,16 @@ pub(crate) mod attention;
 mod cudnn;
 mod device;
 mod failure;
+mod kernels;
 mod library;
 mod memory;
 pub(crate) mod nccl;
+pub(crate) mod ops;
 mod watch;
 
 pub use device::{Memory, memory};
 pub(crate) use device::{Gpu, open};
-pub(crate) use memory::{address, unwritten};
+pub(crate) use memory::{address, device_of, unwritten};
 pub(crate) use watch::Watch;
 pub(crate) use failure::Explain;
 pub use library::{Versions, versions};

@@ -3,18 +3,20 @@
 //! candle's `softmax_last_dim`, `rms_norm`, `layer_norm` and the three rope variants run a fused forward and record nothing, so
 //! that a gradient silently stops there. The functions here give the same forward result and record a backward. On the CPU both
 //! directions are fused kernels: they run on all threads, read operands of any layout, accumulate in `f32` (`f64` for `f64`
-//! tensors, and for every sum over rows), and give the same bits whatever the number of threads. On other devices they are
-//! composed of candle operations that have a backward.
+//! tensors, and for every sum over rows), and give the same bits whatever the number of threads. On CUDA GPUs they are kernels of
+//! `templates/kernels`; elsewhere they are composed of candle operations that have a backward.
 //!
 //! An operand that nothing tracks (a frozen weight, rope tables) gets no gradient and costs none.
 
 mod kernel;
+mod modules;
 mod norm;
 mod positions;
 mod record;
 mod rope;
 mod softmax;
 
+pub use modules::{embedding, linear, silu};
 pub use norm::{layer_norm, layer_norm_op, rms_norm, rms_norm_op};
 pub use positions::{pick, slice};
 pub use rope::{rope, rope_i, rope_thd};

@@ -2,7 +2,7 @@
 // units, and units along the last dim are neighbours in both tensors.
 
 typedef long long i64;
-typedef {{ unit }} Unit;
+typedef {{ self.unit() }} Unit;
 
 struct Sizes { i64 b, c, d; };
 struct Strides { i64 a, b, c; };

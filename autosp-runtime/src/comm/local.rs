@@ -255,6 +255,10 @@ pub(super) fn given(part: Tensor) -> Result<Tensor> {
     } else {
         part
     };
+    #[cfg(feature = "cuda")]
+    if part.device().is_cuda() {
+        return crate::cuda::ops::contiguous(&part);
+    }
     Ok(part.detach().contiguous()?)
 }
 

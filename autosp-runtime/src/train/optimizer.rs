@@ -1,4 +1,7 @@
-//! The optimizers' arithmetic, on the host.
+//! The optimizers' arithmetic: `AdamW` of variables on a GPU there, everything else on the host.
+
+#[cfg(feature = "cuda")]
+mod gpu;
 
 use candle_core::{DType, Device, Tensor, Var, WithDType};
 use rayon::prelude::*;
@@ -10,7 +13,7 @@ use crate::ops::Real;
 /// Elements that one task updates.
 const BLOCK: usize = 16 * 1024;
 
-/// The state of all variables. Lives on the host.
+/// The state of all variables.
 pub(super) struct Updater {
     rule: Optimizer,
     slots: Vec<Slot>,
@@ -21,6 +24,9 @@ pub(super) struct Updater {
 enum Slot {
     Single(State<f32>),
     Double(State<f64>),
+    /// `AdamW` of a variable on a GPU, which stays there.
+    #[cfg(feature = "cuda")]
+    Gpu(Box<gpu::State>),
 }
 
 /// One variable's state; each list is empty until it is needed.
@@ -62,7 +68,15 @@ impl Updater {
             number: self.steps as f64,
         };
         for (slot, (var, grad)) in self.slots.iter_mut().zip(updates) {
+            #[cfg(feature = "cuda")]
+            if let (Slot::Single(_), Optimizer::AdamW { .. }, true) =
+                (&*slot, self.rule, var.device().is_cuda())
+            {
+                *slot = Slot::Gpu(Box::new(gpu::State::new(var)?));
+            }
             match slot {
+                #[cfg(feature = "cuda")]
+                Slot::Gpu(state) => state.step(step, var, grad)?,
                 Slot::Single(state) => state.step(step, var, grad)?,
                 Slot::Double(state) => state.step(step, var, grad)?,
             }

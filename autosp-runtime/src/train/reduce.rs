@@ -191,11 +191,34 @@ pub(crate) fn reduce(
 /// The 2-norm of all gradients together, in `f64`, the same bits whatever the number of threads.
 pub(crate) fn global_norm(grads: &[Tensor]) -> Result<f64> {
     let mut sum = 0.0;
+    #[cfg(feature = "cuda")]
+    let grads = &crate::train::reduce::on_gpu(grads, &mut sum)?;
     for grad in grads {
         let grad = grad.to_device(&candle_core::Device::Cpu)?.flatten_all()?;
         sum += visit(&SquareSum, [&grad])?;
     }
     Ok(sum.sqrt())
+}
+
+/// Adds the squares of what kernels take, read back together; returns the others.
+#[cfg(feature = "cuda")]
+fn on_gpu(grads: &[Tensor], sum: &mut f64) -> Result<Vec<Tensor>> {
+    let (mut partial, mut others) = (Vec::new(), Vec::new());
+    for grad in grads {
+        let squares = if grad.device().is_cuda() {
+            crate::cuda::ops::squares(grad)?
+        } else {
+            None
+        };
+        match squares {
+            Some(squares) => partial.push(squares),
+            None => others.push(grad.clone()),
+        }
+    }
+    if !partial.is_empty() {
+        *sum += Tensor::cat(&partial, 0)?.to_vec1::<f64>()?.iter().sum::<f64>();
+    }
+    Ok(others)
 }
 
 struct SquareSum;
