@@ -6,10 +6,12 @@ pub mod attention;
 pub mod comm;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+pub mod config;
 pub mod data;
 pub mod error;
 pub mod layout;
 pub mod ledger;
+pub mod library;
 pub mod loss;
 pub mod mask;
 pub mod memory;
@@ -27,7 +29,8 @@ pub mod testing;
 pub mod train;
 
 pub use autosp_plan::{Settings, codes, io_reason, settings};
-pub use data::{Batch, TextData};
+pub use config::ModelConfig;
+pub use data::{Batch, Packing, TextData, TextReader, Tokenizer};
 pub use error::{Error, Result};
 pub use ledger::{Bytes, Ledger};
 pub use mesh::Mesh;

@@ -196,6 +196,9 @@ impl<'a> Trace<'_, 'a> {
         let left = self.eval(act, &b.left);
         if matches!(b.op, syn::BinOp::And(_) | syn::BinOp::Or(_)) {
             let right = self.eval(act, &b.right);
+            if let Some(r) = left.lost().or(right.lost()) {
+                return Value::Unknown(r.clone());
+            }
             let (Value::Bool(l), Value::Bool(r)) = (left, right) else {
                 return Value::Bool(Cond::Unknown);
             };
@@ -309,8 +312,15 @@ impl<'a> Trace<'_, 'a> {
         }
     }
 
-    fn compare(&self, l: &Poly, cmp: Cmp, r: &Poly) -> Cond {
-        let (l, r) = (self.atoms.normal(l), self.atoms.normal(r));
+    fn compare(&mut self, l: &Poly, cmp: Cmp, r: &Poly) -> Cond {
+        let (mut l, mut r) = (self.atoms.normal(l), self.atoms.normal(r));
+        // An offset into a cache that is held against nothing: zero while training, which the twin checks.
+        let zero = Poly::default();
+        if r == zero && self.atoms.without_offsets(&l, &mut Vec::new()) == zero {
+            l = self.atoms.without_offsets(&l, &mut self.offsets);
+        } else if l == zero && self.atoms.without_offsets(&r, &mut Vec::new()) == zero {
+            r = self.atoms.without_offsets(&r, &mut self.offsets);
+        }
         if let Some(d) = l.sub(&r).as_constant() {
             return Cond::Known(match cmp {
                 Cmp::Lt => d < 0,
@@ -409,12 +419,24 @@ impl<'a> Trace<'_, 'a> {
                 .as_constant()
                 .and_then(|k| elems.get(k as usize).cloned())
                 .unwrap_or(*any),
-            (Value::List { elems: None, any }, _) => *any,
+            (Value::List { elems: None, any }, _) => self.any_element(*any),
             (Value::ShapeOf(node), Value::Size(s)) => match s.poly.as_constant() {
                 Some(k) => self.dim_of(node, k, at),
                 None => Value::Opaque,
             },
             _ => Value::Opaque,
+        }
+    }
+
+    /// One element of a list of which only the kind is known. A number is none that was seen before: two elements may differ.
+    fn any_element(&mut self, any: Value) -> Value {
+        match any {
+            // One that a shard may have a part of stays what it is: its uses are classified.
+            Value::Size(s) if !self.atoms.anchored(&s.poly) => {
+                let poly = self.fresh_feature("element");
+                Value::Size(Size { poly, ..s })
+            }
+            other => other,
         }
     }
 

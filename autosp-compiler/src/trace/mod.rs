@@ -5,6 +5,7 @@
 
 mod adapter;
 mod apply;
+pub(crate) mod branch;
 mod builtin;
 mod call;
 mod control;
@@ -65,6 +66,8 @@ pub(crate) enum Fact {
     Arm(usize),
     /// The statement writes to a cache or memo, which a sharded scope does not keep.
     Write,
+    /// This alternative cannot be sharded: an error if it is taken.
+    Untaken(usize, String),
 }
 
 /// A `for` over a list of the model's parts.
@@ -84,6 +87,7 @@ pub(crate) struct SizeUse {
     pub(crate) size: Size,
     pub(crate) role: Role,
     pub(crate) span: Span,
+    pub(crate) branch: Option<branch::Branch>,
 }
 
 /// What a size is used for.
@@ -108,6 +112,8 @@ pub(crate) struct Trace<'s, 'a> {
     pub(crate) offsets: Vec<String>,
     /// Tensors that are read to the host: what follows depends on them in ways that are not seen.
     pub(crate) reads: Vec<NodeId>,
+    /// Helpers of libraries that were followed through a definition of our own: the path as written, and the definition.
+    pub(crate) helpers: Vec<(String, String)>,
     table: &'static Table,
     /// Fields that are written while the root runs.
     written: HashSet<String>,
@@ -117,13 +123,22 @@ pub(crate) struct Trace<'s, 'a> {
     depth: usize,
     steps: usize,
     fresh: u32,
-    /// Conditions that hold where evaluation is.
-    assumed: Vec<value::Cond>,
+    /// The branches that evaluation is in and that may be left untaken.
+    branches: Vec<branch::Branch>,
+    /// Branches that are known to be untaken, and why.
+    pub(crate) untaken: Vec<(branch::Branch, String)>,
+    /// Closures that evaluation is in: a branch there cannot leave its function.
+    closures: usize,
 }
 
 impl<'s, 'a> Trace<'s, 'a> {
     /// Evaluates a root function on its own parameters.
-    pub(crate) fn run(scope: &'s Scope<'a>, table: &'static Table, root: usize) -> Self {
+    pub(crate) fn run(
+        scope: &'s Scope<'a>,
+        table: &'static Table,
+        root: usize,
+        untaken: Vec<(branch::Branch, String)>,
+    ) -> Self {
         let mut trace = Self {
             scope,
             atoms: Atoms::default(),
@@ -132,6 +147,7 @@ impl<'s, 'a> Trace<'s, 'a> {
             sizes: Vec::new(),
             offsets: Vec::new(),
             reads: Vec::new(),
+            helpers: Vec::new(),
             table,
             written: scope.written_by(root),
             fields: HashMap::new(),
@@ -139,7 +155,9 @@ impl<'s, 'a> Trace<'s, 'a> {
             depth: 0,
             steps: 0,
             fresh: 0,
-            assumed: Vec::new(),
+            branches: Vec::new(),
+            untaken,
+            closures: 0,
         };
         let function = &scope.functions[root];
         let at = At {
@@ -249,6 +267,7 @@ impl<'s, 'a> Trace<'s, 'a> {
             touches: Vec::new(),
             text: text.to_string(),
             sizes_read: false,
+            branch: self.branches.last().copied(),
         });
         self.nodes.len() - 1
     }
@@ -385,6 +404,7 @@ impl<'s, 'a> Trace<'s, 'a> {
                 size: size.clone(),
                 role,
                 span: at.span,
+                branch: self.branches.last().copied(),
             });
         }
     }
