@@ -38,7 +38,7 @@ use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
 
 use crate::error::{Error, Result};
-use crate::mask::Term;
+use crate::mask::{Action, Band, Mask, Term, mask_rule};
 use real::{Element, Real};
 use view::{View, with_view};
 
@@ -71,6 +71,23 @@ impl Spec {
             kv_of: (0..heads).map(|h| h / share).collect(),
             heads: (0..heads).collect(),
         }
+    }
+
+    /// With scores of -inf where a query does not see a key.
+    ///
+    /// # Errors
+    /// None for a band; the form is that of masks.
+    pub fn with_band(mut self, band: Band) -> Result<Self> {
+        let length = self.valid;
+        let host = mask_rule(length, length, move |i, j| u8::from(!band.contains(i, j)));
+        let mask = Mask::from_slice(&host.band(band, 0, 1), (length, length), &Device::Cpu)?;
+        let action = Action::Fill {
+            value: f64::NEG_INFINITY,
+            nonzero: true,
+        };
+        self.terms
+            .push(Term::new(&mask, action, 1, self.heads.len(), length)?);
+        Ok(self)
     }
 }
 

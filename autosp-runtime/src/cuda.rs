@@ -18,9 +18,9 @@ pub(crate) mod nccl;
 pub(crate) mod ops;
 mod watch;
 
-pub use device::{Memory, memory};
 pub(crate) use device::{Gpu, open};
-pub(crate) use memory::{address, device_of, unwritten};
-pub(crate) use watch::Watch;
+pub use device::{Memory, memory};
 pub(crate) use failure::Explain;
 pub use library::{Versions, versions};
+pub(crate) use memory::{address, device_of, unwritten};
+pub(crate) use watch::Watch;

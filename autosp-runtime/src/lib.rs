@@ -4,9 +4,9 @@
 
 pub mod attention;
 pub mod comm;
+pub mod config;
 #[cfg(feature = "cuda")]
 pub mod cuda;
-pub mod config;
 pub mod data;
 pub mod error;
 pub mod layout;

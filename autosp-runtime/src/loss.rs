@@ -213,9 +213,12 @@ impl Kernel<1> for Backward<'_> {
 fn on_gpu(logits: &Tensor, classes: &[Option<u32>], valid: usize) -> Result<Option<Tensor>> {
     use crate::cuda::ops;
     let rows = classes.len();
-    let classes: Vec<u32> = classes.iter().map(|class| class.unwrap_or(ops::NO_CLASS)).collect();
+    let classes: Vec<u32> = classes
+        .iter()
+        .map(|class| class.unwrap_or(ops::NO_CLASS))
+        .collect();
     let classes = Tensor::from_vec(classes, rows, logits.device())?;
-    let flat = |x: &Tensor| x.detach().reshape((rows, x.dim(D::Minus1)?));
+    let flat = move |x: &Tensor| x.detach().reshape((rows, x.dim(D::Minus1)?));
     let Some([lse, losses]) = ops::loss_forward(&flat(logits)?, &classes)? else {
         return Ok(None);
     };

@@ -461,15 +461,5 @@ impl std::ops::Sub<Mask> for f64 {
     }
 }
 
-/// A band as a term of attention over `(batch, heads, length)`, for tests: 1 where a pair is hidden, filled with -inf.
-#[cfg(test)]
-pub(crate) fn band_term(lo: Option<i64>, hi: Option<i64>, (batch, heads, length): (usize, usize, usize)) -> Term {
-    let band = Band { lo, hi };
-    let host = mask_rule(length, length, move |i, j| u8::from(!band.contains(i, j))).band(band, 0, 1);
-    let mask = Mask::from_slice(&host, (length, length), &Device::Cpu).unwrap();
-    let action = Action::Fill { value: f64::NEG_INFINITY, nonzero: true };
-    Term::new(&mask, action, batch, heads, length).unwrap()
-}
-
 #[cfg(test)]
 mod tests;

@@ -84,7 +84,11 @@ pub fn all() -> Vec<(String, String)> {
     for element in Element::ALL {
         for pack in [element.widest(), 1] {
             for steps in [1, 4] {
-                let rows = Rows { element, pack, steps };
+                let rows = Rows {
+                    element,
+                    pack,
+                    steps,
+                };
                 sources.push((format!("rows-{element}-{pack}-{steps}"), rows.to_string()));
             }
         }
@@ -99,11 +103,24 @@ mod tests {
 
     #[test]
     fn a_module_is_for_its_type_and_width_alone() {
-        let source = Rows { element: Element::F16, pack: 8, steps: 2 }.to_string();
+        let source = Rows {
+            element: Element::F16,
+            pack: 8,
+            steps: 2,
+        }
+        .to_string();
         assert!(source.contains("#define PACK 8\n#define STEPS 2\n"));
-        assert!(source.contains("cvt.f32.f16") && !source.contains("bf16.f32") && !source.contains("typedef float T"));
+        assert!(
+            source.contains("cvt.f32.f16")
+                && !source.contains("bf16.f32")
+                && !source.contains("typedef float T")
+        );
         assert!(source.contains("extern \"C\" __global__ void norm_forward("));
-        assert!(Copy { bytes: 16 }.to_string().contains("typedef uint4 Unit;"));
+        assert!(
+            Copy { bytes: 16 }
+                .to_string()
+                .contains("typedef uint4 Unit;")
+        );
     }
 
     #[test]
@@ -111,7 +128,10 @@ mod tests {
         let sources = all();
         assert_eq!(sources.len(), 17);
         for (i, (name, text)) in sources.iter().enumerate() {
-            assert!(sources[..i].iter().all(|(n, t)| n != name && t != text), "{name}");
+            assert!(
+                sources[..i].iter().all(|(n, t)| n != name && t != text),
+                "{name}"
+            );
         }
     }
 }

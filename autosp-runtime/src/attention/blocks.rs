@@ -13,7 +13,11 @@ use crate::mask::Band;
 const SCORES: usize = 1 << 26;
 
 fn wide(dtype: DType) -> DType {
-    if dtype == DType::F64 { DType::F64 } else { DType::F32 }
+    if dtype == DType::F64 {
+        DType::F64
+    } else {
+        DType::F32
+    }
 }
 
 /// [b, h, s, d] in the type to compute in, valid tokens alone.
@@ -34,12 +38,18 @@ fn rows(batch: usize, heads: usize, keys: usize) -> usize {
 }
 
 /// Pairs that a block of queries may not see, as 1, or nothing if it sees all: [1, 1, queries, keys].
-fn hidden(band: &Band, (first, count): (usize, usize), keys: usize, like: &Tensor) -> Result<Option<Tensor>> {
+fn hidden(
+    band: &Band,
+    (first, count): (usize, usize),
+    keys: usize,
+    like: &Tensor,
+) -> Result<Option<Tensor>> {
     if band.lo.is_none() && band.hi.is_none() {
         return Ok(None);
     }
     let device = like.device();
-    let query = Tensor::arange(first as i64, (first + count) as i64, device)?.reshape((1, 1, count, 1))?;
+    let query =
+        Tensor::arange(first as i64, (first + count) as i64, device)?.reshape((1, 1, count, 1))?;
     let key = Tensor::arange(0, keys as i64, device)?.reshape((1, 1, 1, keys))?;
     let distance = key.broadcast_sub(&query)?;
     let mut hidden = distance.zeros_like()?.to_dtype(DType::U8)?;
@@ -53,7 +63,12 @@ fn hidden(band: &Band, (first, count): (usize, usize), keys: usize, like: &Tenso
 }
 
 /// Scores of a block after scale, cap and band, and d score / d (scale q·k) of the cap, if there is one.
-fn scores(spec: &Spec, q: &Tensor, k: &Tensor, hidden: Option<&Tensor>) -> Result<(Tensor, Option<Tensor>)> {
+fn scores(
+    spec: &Spec,
+    q: &Tensor,
+    k: &Tensor,
+    hidden: Option<&Tensor>,
+) -> Result<(Tensor, Option<Tensor>)> {
     let mut scores = (q.matmul(&k.t()?)? * spec.scale)?;
     let mut slope = None;
     if let Some(cap) = spec.cap {
@@ -63,7 +78,9 @@ fn scores(spec: &Spec, q: &Tensor, k: &Tensor, hidden: Option<&Tensor>) -> Resul
     }
     if let Some(hidden) = hidden {
         let below = Tensor::new(f32::NEG_INFINITY, q.device())?.to_dtype(q.dtype())?;
-        scores = hidden.broadcast_as(scores.shape())?.where_cond(&below.broadcast_as(scores.shape())?, &scores)?;
+        scores = hidden
+            .broadcast_as(scores.shape())?
+            .where_cond(&below.broadcast_as(scores.shape())?, &scores)?;
     }
     Ok((scores, slope))
 }
@@ -71,20 +88,38 @@ fn scores(spec: &Spec, q: &Tensor, k: &Tensor, hidden: Option<&Tensor>) -> Resul
 /// Rows of zeros after the valid ones.
 fn padded(x: &Tensor, rows: usize) -> Result<Tensor> {
     let missing = rows - x.dim(2)?;
-    Ok(if missing == 0 { x.clone() } else { x.pad_with_zeros(2, 0, missing)? })
+    Ok(if missing == 0 {
+        x.clone()
+    } else {
+        x.pad_with_zeros(2, 0, missing)?
+    })
 }
 
-pub(crate) fn forward(spec: &Spec, band: &Band, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Output> {
+pub(crate) fn forward(
+    spec: &Spec,
+    band: &Band,
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+) -> Result<Output> {
     let (batch, heads, queries, _) = q.dims4()?;
     let (dtype, valid) = (q.dtype(), spec.valid.min(queries));
     let q = raised(q, valid)?;
-    let (k, v) = (shared(&raised(k, valid)?, &spec.kv_of)?, shared(&raised(v, valid)?, &spec.kv_of)?);
+    let (k, v) = (
+        shared(&raised(k, valid)?, &spec.kv_of)?,
+        shared(&raised(v, valid)?, &spec.kv_of)?,
+    );
     let (mut outputs, mut logs) = (Vec::new(), Vec::new());
     let step = rows(batch, heads, valid);
     for first in (0..valid).step_by(step) {
         let count = step.min(valid - first);
         let hidden = hidden(band, (first, count), valid, &q)?;
-        let (scores, _) = scores(spec, &q.narrow(2, first, count)?.contiguous()?, &k, hidden.as_ref())?;
+        let (scores, _) = scores(
+            spec,
+            &q.narrow(2, first, count)?.contiguous()?,
+            &k,
+            hidden.as_ref(),
+        )?;
         let top = scores.max_keepdim(D::Minus1)?;
         let weights = scores.broadcast_sub(&top)?.exp()?;
         drop(scores);
@@ -93,8 +128,14 @@ pub(crate) fn forward(spec: &Spec, band: &Band, q: &Tensor, k: &Tensor, v: &Tens
         logs.push((total.log()? + top)?);
     }
     let o = padded(&Tensor::cat(&outputs, 2)?.to_dtype(dtype)?, queries)?.contiguous()?;
-    let lse = padded(&Tensor::cat(&logs, 2)?, queries)?.squeeze(3)?.contiguous()?;
-    Ok(Output { o, rest: Tensor::zeros(0, lse.dtype(), lse.device())?, lse })
+    let lse = padded(&Tensor::cat(&logs, 2)?, queries)?
+        .squeeze(3)?
+        .contiguous()?;
+    Ok(Output {
+        o,
+        rest: Tensor::zeros(0, lse.dtype(), lse.device())?,
+        lse,
+    })
 }
 
 pub(crate) fn backward(
@@ -107,9 +148,20 @@ pub(crate) fn backward(
     let (batch, heads, queries, _) = q.dims4()?;
     let (kv_heads, keys) = (k.dim(1)?, k.dim(2)?);
     let (dtype, valid) = (q.dtype(), spec.valid.min(queries));
-    let (q, o, grad) = (raised(q, valid)?, raised(&output.o, valid)?, raised(grad, valid)?);
-    let (k, v) = (shared(&raised(k, valid)?, &spec.kv_of)?, shared(&raised(v, valid)?, &spec.kv_of)?);
-    let lse = output.lse.narrow(2, 0, valid)?.unsqueeze(3)?.to_dtype(q.dtype())?;
+    let (q, o, grad) = (
+        raised(q, valid)?,
+        raised(&output.o, valid)?,
+        raised(grad, valid)?,
+    );
+    let (k, v) = (
+        shared(&raised(k, valid)?, &spec.kv_of)?,
+        shared(&raised(v, valid)?, &spec.kv_of)?,
+    );
+    let lse = output
+        .lse
+        .narrow(2, 0, valid)?
+        .unsqueeze(3)?
+        .to_dtype(q.dtype())?;
     let delta = (&o * &grad)?.sum_keepdim(D::Minus1)?;
     let (mut dq, mut dk, mut dv) = (Vec::new(), k.zeros_like()?, v.zeros_like()?);
     let step = rows(batch, heads, valid);
@@ -146,6 +198,75 @@ pub(crate) fn backward(
             .collect::<Result<Vec<_>>>()?;
         Ok(Tensor::cat(&parts, 1)?)
     };
-    let finish = |x: Tensor, rows: usize| -> Result<Tensor> { Ok(padded(&x.to_dtype(dtype)?, rows)?.contiguous()?) };
-    Ok(Gradients { q: finish(dq, queries)?, k: finish(summed(&dk)?, keys)?, v: finish(summed(&dv)?, keys)? })
+    let finish = |x: Tensor, rows: usize| -> Result<Tensor> {
+        Ok(padded(&x.to_dtype(dtype)?, rows)?.contiguous()?)
+    };
+    Ok(Gradients {
+        q: finish(dq, queries)?,
+        k: finish(summed(&dk)?, keys)?,
+        v: finish(summed(&dv)?, keys)?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::attention::{self, Kernel};
+    use candle_core::Device;
+
+    #[test]
+    fn blocks_compute_what_the_plain_loop_does() {
+        let noise = |h: usize, seed: f64| {
+            let values: Vec<f64> = (0..2 * h * 13 * 6)
+                .map(|i| ((i as f64 + seed) * 12.9898).sin())
+                .collect();
+            Tensor::from_vec(values, (2, h, 13, 6), &Device::Cpu).unwrap()
+        };
+        let (q, k, v, grad) = (noise(4, 1.0), noise(2, 2.0), noise(2, 3.0), noise(4, 4.0));
+        let bands = [
+            (None, None),
+            (None, Some(0)),
+            (Some(-4), Some(0)),
+            (Some(-2), Some(3)),
+        ];
+        for (lo, hi) in bands {
+            for (valid, cap) in [(13, None), (11, Some(1.5))] {
+                let band = Band { lo, hi };
+                let mut spec = Spec::new(0.4, valid, 4, 2).with_band(band).unwrap();
+                spec.cap = cap;
+                let wanted = attention::forward(Kernel::Reference, &spec, &q, &k, &v).unwrap();
+                let found = forward(&spec, &band, &q, &k, &v).unwrap();
+                let apart = |a: &Tensor, b: &Tensor| {
+                    let most = (a - b)
+                        .unwrap()
+                        .abs()
+                        .unwrap()
+                        .flatten_all()
+                        .unwrap()
+                        .max(0)
+                        .unwrap();
+                    most.to_scalar::<f64>().unwrap()
+                };
+                assert!(
+                    apart(&wanted.o, &found.o) < 1e-12 && apart(&wanted.lse, &found.lse) < 1e-12
+                );
+                let wanted_grads =
+                    attention::backward(Kernel::Reference, &spec, (&q, &k, &v), &wanted, &grad)
+                        .unwrap();
+                let grads = backward(&spec, &band, (&q, &k, &v), &found, &grad).unwrap();
+                assert!(
+                    apart(&wanted_grads.q, &grads.q) < 1e-12,
+                    "{lo:?} {hi:?} {valid}"
+                );
+                assert!(
+                    apart(&wanted_grads.k, &grads.k) < 1e-12,
+                    "{lo:?} {hi:?} {valid}"
+                );
+                assert!(
+                    apart(&wanted_grads.v, &grads.v) < 1e-12,
+                    "{lo:?} {hi:?} {valid}"
+                );
+            }
+        }
+    }
 }

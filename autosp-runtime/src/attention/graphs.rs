@@ -91,7 +91,13 @@ pub(crate) enum Operation {
     /// y = a b.
     MatMul { a: usize, b: usize, y: usize },
     /// y = op(x, b, t).
-    Pointwise { op: Pointwise, x: usize, b: Option<usize>, t: Option<usize>, y: usize },
+    Pointwise {
+        op: Pointwise,
+        x: usize,
+        b: Option<usize>,
+        t: Option<usize>,
+        y: usize,
+    },
     /// y = the sum (or the maximum) of x along what y has size 1 in, or fewer heads.
     Reduce { max: bool, x: usize, y: usize },
     /// y = x with other dims.
@@ -150,11 +156,20 @@ fn transposed([a, b, c, d]: [i64; 4]) -> [i64; 4] {
 
 impl Graph {
     fn new(element: Element) -> Self {
-        Self { element, nodes: Vec::new(), operations: Vec::new() }
+        Self {
+            element,
+            nodes: Vec::new(),
+            operations: Vec::new(),
+        }
     }
 
     fn node(&mut self, dims: [i64; 4], strides: [i64; 4], kind: Kind, home: Home) -> usize {
-        self.nodes.push(Node { dims, strides, kind, home });
+        self.nodes.push(Node {
+            dims,
+            strides,
+            kind,
+            home,
+        });
         self.nodes.len() - 1
     }
 
@@ -172,14 +187,22 @@ impl Graph {
 
     fn pointwise(&mut self, op: Pointwise, x: usize, b: Option<usize>, kind: Kind) -> usize {
         let y = self.inner(self.wider(x, b), kind);
-        self.operations.push(Operation::Pointwise { op, x, b, t: None, y });
+        self.operations.push(Operation::Pointwise {
+            op,
+            x,
+            b,
+            t: None,
+            y,
+        });
         y
     }
 
     /// The dims of a result: those of the larger operand.
     fn wider(&self, x: usize, b: Option<usize>) -> [i64; 4] {
         let x = self.nodes[x].dims;
-        b.map_or(x, |b| std::array::from_fn(|i| x[i].max(self.nodes[b].dims[i])))
+        b.map_or(x, |b| {
+            std::array::from_fn(|i| x[i].max(self.nodes[b].dims[i]))
+        })
     }
 
     fn matmul(&mut self, a: usize, b: usize, kind: Kind) -> usize {
@@ -209,7 +232,11 @@ impl Graph {
                 moved = self.pointwise(Add, moved, Some(by), Kind::Int);
             }
             // After: row + hi >= column. Before: column + (1 - lo) > row.
-            let (op, other) = if after { (GreaterEqual, column) } else { (Greater, row) };
+            let (op, other) = if after {
+                (GreaterEqual, column)
+            } else {
+                (Greater, row)
+            };
             let visible = self.pointwise(op, moved, Some(other), Kind::Bool);
             let hidden = self.number(f32::NEG_INFINITY);
             let y = self.inner(self.nodes[scores].dims, Kind::Float);
@@ -252,7 +279,12 @@ impl Problem {
         use Pointwise::{Add, Div, Exp, Log, Mul, Sub};
         let mut g = Graph::new(self.element);
         let q = g.device(Role::Q, self.q_dims(), self.q, Kind::Io);
-        let k = g.device(Role::K, transposed(self.k_dims()), transposed(self.k), Kind::Io);
+        let k = g.device(
+            Role::K,
+            transposed(self.k_dims()),
+            transposed(self.k),
+            Kind::Io,
+        );
         let v = g.device(Role::V, self.v_dims(), self.v, Kind::Io);
         let scale = g.number(f32::from_bits(self.scale));
         let scores = g.matmul(q, k, Kind::Float);
@@ -264,10 +296,20 @@ impl Problem {
         let total = g.reduce(false, weights);
         let log = g.pointwise(Log, total, None, Kind::Float);
         let lse = g.device(Role::Lse, self.row_dims(), self.lse, Kind::Float);
-        g.operations.push(Operation::Pointwise { op: Add, x: top, b: Some(log), t: None, y: lse });
+        g.operations.push(Operation::Pointwise {
+            op: Add,
+            x: top,
+            b: Some(log),
+            t: None,
+            y: lse,
+        });
         let weights = g.pointwise(Div, weights, Some(total), Kind::Io);
         let o = g.device(Role::O, self.o_dims(), self.o, Kind::Io);
-        g.operations.push(Operation::MatMul { a: weights, b: v, y: o });
+        g.operations.push(Operation::MatMul {
+            a: weights,
+            b: v,
+            y: o,
+        });
         g
     }
 
@@ -276,8 +318,18 @@ impl Problem {
         use Pointwise::{Exp, Identity, Mul, Sub};
         let mut g = Graph::new(self.element);
         let q = g.device(Role::Q, self.q_dims(), self.q, Kind::Io);
-        let k = g.device(Role::K, transposed(self.k_dims()), transposed(self.k), Kind::Io);
-        let v = g.device(Role::V, transposed(self.v_dims()), transposed(self.v), Kind::Io);
+        let k = g.device(
+            Role::K,
+            transposed(self.k_dims()),
+            transposed(self.k),
+            Kind::Io,
+        );
+        let v = g.device(
+            Role::V,
+            transposed(self.v_dims()),
+            transposed(self.v),
+            Kind::Io,
+        );
         let o = g.device(Role::O, self.o_dims(), self.o, Kind::Io);
         let lse = g.device(Role::Lse, self.row_dims(), self.lse, Kind::Float);
         let grad = g.device(Role::GradO, self.o_dims(), grads.o, Kind::Io);
@@ -286,8 +338,19 @@ impl Problem {
 
         let product = g.pointwise(Mul, grad, Some(o), Kind::Float);
         let sum = g.reduce(false, product);
-        let delta = g.device(Role::Delta, self.row_dims(), contiguous(self.row_dims()), Kind::Float);
-        g.operations.push(Operation::Pointwise { op: Mul, x: sum, b: Some(one), t: None, y: delta });
+        let delta = g.device(
+            Role::Delta,
+            self.row_dims(),
+            contiguous(self.row_dims()),
+            Kind::Float,
+        );
+        g.operations.push(Operation::Pointwise {
+            op: Mul,
+            x: sum,
+            b: Some(one),
+            t: None,
+            y: delta,
+        });
 
         let scores = g.matmul(q, k, Kind::Float);
         let scores = g.pointwise(Mul, scores, Some(scale), Kind::Float);
@@ -304,31 +367,69 @@ impl Problem {
 
         let rows = g.node(self.k_dims(), self.k, Kind::Float, Home::Virtual);
         g.operations.push(Operation::Reshape { x: k, y: rows });
-        let sum = g.device(Role::SumQ, self.q_dims(), contiguous(self.q_dims()), Kind::Float);
-        g.operations.push(Operation::MatMul { a: slope, b: rows, y: sum });
+        let sum = g.device(
+            Role::SumQ,
+            self.q_dims(),
+            contiguous(self.q_dims()),
+            Kind::Float,
+        );
+        g.operations.push(Operation::MatMul {
+            a: slope,
+            b: rows,
+            y: sum,
+        });
         let dq = g.device(Role::GradQ, self.q_dims(), grads.q, Kind::Io);
-        g.operations.push(Operation::Pointwise { op: Identity, x: sum, b: None, t: None, y: dq });
+        g.operations.push(Operation::Pointwise {
+            op: Identity,
+            x: sum,
+            b: None,
+            t: None,
+            y: dq,
+        });
         g
     }
 
     /// The gradient of a kv operand: xᵀ `rows`, summed over the query heads that share a kv head.
-    fn summed_product(&self, g: &mut Graph, x: usize, rows: usize, (role, dims, strides): (Role, [i64; 4], [i64; 4])) {
+    fn summed_product(
+        &self,
+        g: &mut Graph,
+        x: usize,
+        rows: usize,
+        (role, dims, strides): (Role, [i64; 4], [i64; 4]),
+    ) {
         let scores = g.nodes[x].dims;
-        let turned = g.node(transposed(scores), transposed(contiguous(scores)), Kind::Io, Home::Virtual);
+        let turned = g.node(
+            transposed(scores),
+            transposed(contiguous(scores)),
+            Kind::Io,
+            Home::Virtual,
+        );
         g.operations.push(Operation::Reshape { x, y: turned });
         let out = g.device(role, dims, strides, Kind::Io);
         if self.heads == self.kv_heads {
-            g.operations.push(Operation::MatMul { a: turned, b: rows, y: out });
+            g.operations.push(Operation::MatMul {
+                a: turned,
+                b: rows,
+                y: out,
+            });
         } else {
             let each = g.matmul(turned, rows, Kind::Io);
-            g.operations.push(Operation::Reduce { max: false, x: each, y: out });
+            g.operations.push(Operation::Reduce {
+                max: false,
+                x: each,
+                y: out,
+            });
         }
     }
 
     /// Bytes of device memory that the backward needs besides its operands, about: what cuDNN asks for and the two sums in fp32.
     pub(crate) fn scratch(&self) -> u64 {
         let rows = self.batch * self.heads * self.queries;
-        let shared = if self.heads == self.kv_heads { 0 } else { 2 * (self.d + self.dv) * self.batch * self.heads * self.keys };
+        let shared = if self.heads == self.kv_heads {
+            0
+        } else {
+            2 * (self.d + self.dv) * self.batch * self.heads * self.keys
+        };
         (rows * (4 * self.d + 4) + shared) as u64
     }
 }
@@ -337,7 +438,16 @@ impl Problem {
 impl fmt::Display for Graph {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut text = format!("{{\"element\": \"{:?}\", \"tensors\": [", self.element);
-        for (id, Node { dims, strides, kind, home }) in self.nodes.iter().enumerate() {
+        for (
+            id,
+            Node {
+                dims,
+                strides,
+                kind,
+                home,
+            },
+        ) in self.nodes.iter().enumerate()
+        {
             let comma = if id == 0 { "" } else { "," };
             write!(
                 text,
@@ -349,13 +459,19 @@ impl fmt::Display for Graph {
             let comma = if at == 0 { "" } else { "," };
             let (name, operands) = match *operation {
                 Operation::MatMul { a, b, y } => ("MatMul".to_owned(), vec![a, b, y]),
-                Operation::Reduce { max, x, y } => ((if max { "Max" } else { "Sum" }).to_owned(), vec![x, y]),
-                Operation::Reshape { x, y } => ("Reshape".to_owned(), vec![x, y]),
-                Operation::Pointwise { op, x, b, t, y } => {
-                    (format!("{op:?}"), [Some(x), b, t, Some(y)].into_iter().flatten().collect())
+                Operation::Reduce { max, x, y } => {
+                    ((if max { "Max" } else { "Sum" }).to_owned(), vec![x, y])
                 }
+                Operation::Reshape { x, y } => ("Reshape".to_owned(), vec![x, y]),
+                Operation::Pointwise { op, x, b, t, y } => (
+                    format!("{op:?}"),
+                    [Some(x), b, t, Some(y)].into_iter().flatten().collect(),
+                ),
             };
-            write!(text, "{comma}\n  {{\"op\": \"{name}\", \"tensors\": {operands:?}}}")?;
+            write!(
+                text,
+                "{comma}\n  {{\"op\": \"{name}\", \"tensors\": {operands:?}}}"
+            )?;
         }
         text.push_str("\n]}");
         f.write_str(&text)

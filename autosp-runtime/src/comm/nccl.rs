@@ -53,12 +53,25 @@ pub(crate) struct NcclEngine {
 pub(crate) fn connect(world: &Arc<World>, mesh: Mesh, rank: usize) -> Result<Wires> {
     let size = mesh.world();
     if size == 1 {
-        return Ok(Wires { sp: None, dp: None, world: None, watch: None });
+        return Ok(Wires {
+            sp: None,
+            dp: None,
+            world: None,
+            watch: None,
+        });
     }
-    let group = Group { kind: "start", members: (0..size).collect() };
+    let group = Group {
+        kind: "start",
+        members: (0..size).collect(),
+    };
     let mail = LocalEngine::new(Arc::clone(world), group, rank, Arc::new(Ledger::default()));
     let own = if rank == 0 { new_id()? } else { [0; 128] };
-    let id = broadcast(&mail, Tag::new("nccl", "join"), &Tensor::from_slice(&own, 128, &Device::Cpu)?, 0)?;
+    let id = broadcast(
+        &mail,
+        Tag::new("nccl", "join"),
+        &Tensor::from_slice(&own, 128, &Device::Cpu)?,
+        0,
+    )?;
     let id: Id = id.to_vec1::<u8>()?.try_into().unwrap_or([0; 128]);
     let whole = Arc::new(Communicator::join(&id, rank, size)?);
     let part = |members: usize, color: usize, place: usize| -> Result<Option<Arc<Communicator>>> {
@@ -70,32 +83,77 @@ pub(crate) fn connect(world: &Arc<World>, mesh: Mesh, rank: usize) -> Result<Wir
     };
     let sp = part(mesh.sp, mesh.dp_rank(rank), mesh.sp_rank(rank))?;
     let dp = part(mesh.dp, mesh.sp_rank(rank), mesh.dp_rank(rank))?;
-    let all: Vec<Weak<Communicator>> = [&sp, &dp].into_iter().flatten().chain([&whole]).map(Arc::downgrade).collect();
+    let all: Vec<Weak<Communicator>> = [&sp, &dp]
+        .into_iter()
+        .flatten()
+        .chain([&whole])
+        .map(Arc::downgrade)
+        .collect();
     let aborted = all.clone();
-    world.on_failure(move || aborted.iter().filter_map(Weak::upgrade).for_each(|group| group.abort()));
+    world.on_failure(move || {
+        aborted
+            .iter()
+            .filter_map(Weak::upgrade)
+            .for_each(|group| group.abort())
+    });
     let (for_late, deadline) = (Arc::downgrade(world), world.deadline);
     let watch = Watch::new(
         deadline,
-        move || all.iter().filter_map(Weak::upgrade).find_map(|group| group.asynchronous_error()),
+        move || {
+            all.iter()
+                .filter_map(Weak::upgrade)
+                .find_map(|group| group.asynchronous_error())
+        },
         move |what| {
             if let Some(world) = for_late.upgrade() {
                 let text = format!("rank {rank}: {what}");
-                world.raise(rank, Error::new(codes::DEADLINE, text).with_help("AUTOSP_DEADLINE=600 if the ranks only need longer"));
+                world.raise(
+                    rank,
+                    Error::new(codes::DEADLINE, text)
+                        .with_help("AUTOSP_DEADLINE=600 if the ranks only need longer"),
+                );
             }
         },
     )
-    .map_err(|error| Error::new(codes::CUDA, format!("rank {rank}: could not start a watchdog: {error}")))?;
-    Ok(Wires { sp, dp, world: Some(whole), watch: Some(Arc::new(watch)) })
+    .map_err(|error| {
+        Error::new(
+            codes::CUDA,
+            format!("rank {rank}: could not start a watchdog: {error}"),
+        )
+    })?;
+    Ok(Wires {
+        sp,
+        dp,
+        world: Some(whole),
+        watch: Some(Arc::new(watch)),
+    })
 }
 
 impl NcclEngine {
     /// The handle over `mail`, whose group `group` connects; a group of one has none.
-    pub(crate) fn new(mail: LocalEngine, gpu: Gpu, group: Option<Arc<Communicator>>, watch: Option<Arc<Watch>>) -> Self {
-        Self { mail, gpu, group, watch, flying: Mutex::default() }
+    pub(crate) fn new(
+        mail: LocalEngine,
+        gpu: Gpu,
+        group: Option<Arc<Communicator>>,
+        watch: Option<Arc<Watch>>,
+    ) -> Self {
+        Self {
+            mail,
+            gpu,
+            group,
+            watch,
+            flying: Mutex::default(),
+        }
     }
 
     /// Puts the parts on the communication stream. `letters` is what the peers announce.
-    fn launch(&self, tag: Tag, sequence: u64, parts: &[Option<Tensor>], letters: Vec<Letter>) -> Result<Flying> {
+    fn launch(
+        &self,
+        tag: Tag,
+        sequence: u64,
+        parts: &[Option<Tensor>],
+        letters: Vec<Letter>,
+    ) -> Result<Flying> {
         let mut received = Vec::with_capacity(letters.len());
         let (mut send, mut receive, mut sent) = (Vec::new(), Vec::new(), Vec::new());
         for (peer, letter) in letters.into_iter().enumerate() {
@@ -116,20 +174,30 @@ impl NcclEngine {
             }
         }
         let mut done = None;
-        if let Some(group) = self.group.as_ref().filter(|_| !(send.is_empty() && receive.is_empty())) {
+        if let Some(group) = self
+            .group
+            .as_ref()
+            .filter(|_| !(send.is_empty() && receive.is_empty()))
+        {
             let Gpu { compute, side, .. } = &self.gpu;
             let what = || format!("rank {}, {tag}, collective #{sequence}", self.world_rank());
             // What is sent has been written and what is received has been allocated, in the order of the compute stream.
             side.join(compute).explain(what())?;
             let start = side.record_event(None).explain(what())?;
-            group.exchange(side, &send, &receive).map_err(|error| error.context(what()))?;
+            group
+                .exchange(side, &send, &receive)
+                .map_err(|error| error.context(what()))?;
             let finish = Arc::new(side.record_event(None).explain(what())?);
             if let Some(watch) = &self.watch {
                 watch.add(what(), start, Arc::clone(&finish));
             }
             done = Some(finish);
         }
-        Ok(Flying { _sent: sent, received, done })
+        Ok(Flying {
+            _sent: sent,
+            received,
+            done,
+        })
     }
 }
 
@@ -139,7 +207,11 @@ fn piece(x: &Tensor, peer: usize) -> Result<Option<Piece>> {
     if bytes == 0 {
         return Ok(None);
     }
-    Ok(Some(Piece { address: address(x)?, bytes, peer }))
+    Ok(Some(Piece {
+        address: address(x)?,
+        bytes,
+        peer,
+    }))
 }
 
 impl Engine for NcclEngine {
@@ -164,7 +236,9 @@ impl Engine for NcclEngine {
             .collect::<Result<Vec<_>>>()?;
         let letters = parts.iter().map(|part| match part {
             None => Letter::Empty,
-            Some(part) if part.device().is_cuda() => Letter::Announced(part.dims().to_vec(), part.dtype()),
+            Some(part) if part.device().is_cuda() => {
+                Letter::Announced(part.dims().to_vec(), part.dtype())
+            }
             Some(part) => Letter::Part(part.clone()),
         });
         let sequence = self.mail.send(tag, letters.collect())?;
@@ -173,19 +247,34 @@ impl Engine for NcclEngine {
         let flying = self
             .launch(tag, sequence, &parts, letters)
             .map_err(|error| self.mail.fault(error))?;
-        self.flying.lock().unwrap_or_else(PoisonError::into_inner).insert(sequence, flying);
+        self.flying
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(sequence, flying);
         Ok(Pending { tag, sequence, own })
     }
 
     fn wait(&self, pending: Pending) -> Result<Vec<Option<Tensor>>> {
         let Pending { tag, sequence, own } = pending;
-        let flying = self.flying.lock().unwrap_or_else(PoisonError::into_inner).remove(&sequence);
-        let Some(Flying { mut received, done, _sent }) = flying else {
+        let flying = self
+            .flying
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(&sequence);
+        let Some(Flying {
+            mut received,
+            done,
+            _sent,
+        }) = flying
+        else {
             let text = format!("{tag}: collective #{sequence} was not started by this engine");
             return Err(Error::new(codes::COLLECTIVE_ARGUMENT, text));
         };
         if let Some(done) = &done {
-            self.gpu.compute.wait(done).explain(format_args!("rank {}, {tag}", self.world_rank()))?;
+            self.gpu
+                .compute
+                .wait(done)
+                .explain(format_args!("rank {}, {tag}", self.world_rank()))?;
         }
         self.mail.completed(sequence);
         received[self.mail.rank()] = own;
@@ -196,7 +285,10 @@ impl Engine for NcclEngine {
 impl Drop for NcclEngine {
     /// Collectives that were never waited for, after a failure: their memory is theirs until the stream has passed them.
     fn drop(&mut self) {
-        let flying = self.flying.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let flying = self
+            .flying
+            .get_mut()
+            .unwrap_or_else(PoisonError::into_inner);
         if !flying.is_empty() && self.gpu.side.synchronize().is_err() {
             // The context is lost: its memory goes with the process.
             std::mem::forget(std::mem::take(flying));

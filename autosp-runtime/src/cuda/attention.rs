@@ -6,8 +6,6 @@
 //!
 //! cuDNN adds up dQ in the order in which blocks finish: a backward is not repeatable to the bit, here as everywhere on GPUs.
 
-
-
 use autosp_plan::codes;
 use candle_core::{DType, Tensor};
 
@@ -22,8 +20,9 @@ use crate::{Error, Result};
 const SCRATCH: u64 = 1 << 30;
 
 fn refuse(why: impl std::fmt::Display) -> Error {
-    Error::new(codes::KERNEL, format!("attention on a GPU: {why}"))
-        .with_help("AUTOSP_ATTENTION=reference computes it from matrix products, with more memory and time")
+    Error::new(codes::KERNEL, format!("attention on a GPU: {why}")).with_help(
+        "AUTOSP_ATTENTION=reference computes it from matrix products, with more memory and time",
+    )
 }
 
 /// The band that all terms together leave visible.
@@ -53,7 +52,9 @@ fn strides(x: &Tensor) -> Result<[i64; 4]> {
 fn adjacent(x: &Tensor) -> Result<Tensor> {
     let x = x.detach();
     let steps = x.stride();
-    let fits = steps[3] == 1 && steps[..3].iter().all(|step| step % 8 == 0) && x.layout().start_offset() % 8 == 0;
+    let fits = steps[3] == 1
+        && steps[..3].iter().all(|step| step % 8 == 0)
+        && x.layout().start_offset() % 8 == 0;
     if fits {
         Ok(x)
     } else {
@@ -69,7 +70,9 @@ fn by_blocks(kernel: Kernel, q: &Tensor) -> bool {
 /// The problem without strides, of valid tokens.
 fn problem(spec: &Spec, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Problem> {
     if let Some(cap) = spec.cap {
-        return Err(refuse(format_args!("expected scores without a cap, found one of {cap}")));
+        return Err(refuse(format_args!(
+            "expected scores without a cap, found one of {cap}"
+        )));
     }
     let (batch, heads, queries, d) = q.dims4()?;
     let (_, kv_heads, keys, dv) = v.dims4()?;
@@ -81,12 +84,21 @@ fn problem(spec: &Spec, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Problem> {
         )));
     }
     if d % 8 != 0 || dv % 8 != 0 || d > 256 || dv > 256 {
-        return Err(refuse(format_args!("expected heads of a width that 8 divides, at most 256, found {d} and {dv}")));
+        return Err(refuse(format_args!(
+            "expected heads of a width that 8 divides, at most 256, found {d} and {dv}"
+        )));
     }
     let Band { lo, hi } = band(spec)?;
-    let bound = |x: Option<i64>| x.filter(|x| x.unsigned_abs() < keys as u64).map(|x| x as i32);
+    let bound = |x: Option<i64>| {
+        x.filter(|x| x.unsigned_abs() < keys as u64)
+            .map(|x| x as i32)
+    };
     Ok(Problem {
-        element: if q.dtype() == DType::F16 { Element::F16 } else { Element::Bf16 },
+        element: if q.dtype() == DType::F16 {
+            Element::F16
+        } else {
+            Element::Bf16
+        },
         batch: batch as i64,
         heads: heads as i64,
         kv_heads: kv_heads as i64,
@@ -106,7 +118,12 @@ fn problem(spec: &Spec, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Problem> {
 }
 
 /// A tensor whose first `valid` rows are to be written: zeros where there are others.
-fn target(like: &Tensor, dims: (usize, usize, usize, usize), dtype: DType, valid: usize) -> Result<Tensor> {
+fn target(
+    like: &Tensor,
+    dims: (usize, usize, usize, usize),
+    dtype: DType,
+    valid: usize,
+) -> Result<Tensor> {
     if valid < dims.2 {
         return Ok(Tensor::zeros(dims, dtype, like.device())?);
     }
@@ -117,7 +134,13 @@ fn target(like: &Tensor, dims: (usize, usize, usize, usize), dtype: DType, valid
 ///
 /// # Errors
 /// AS0329 for what it cannot do, AS0411 if a library refuses.
-pub(crate) fn forward(kernel: Kernel, spec: &Spec, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Output> {
+pub(crate) fn forward(
+    kernel: Kernel,
+    spec: &Spec,
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+) -> Result<Output> {
     if by_blocks(kernel, q) {
         return crate::attention::blocks::forward(spec, &band(spec)?, q, k, v);
     }
@@ -129,7 +152,11 @@ pub(crate) fn forward(kernel: Kernel, spec: &Spec, q: &Tensor, k: &Tensor, v: &T
     let o = target(&q, (batch, heads, queries, dv), q.dtype(), valid)?;
     let lse = target(&q, (batch, heads, queries, 1), DType::F32, valid)?;
     let key = Key {
-        problem: Problem { o: strides(&o)?, lse: strides(&lse)?, ..problem(spec, &q, &k, &v)? },
+        problem: Problem {
+            o: strides(&o)?,
+            lse: strides(&lse)?,
+            ..problem(spec, &q, &k, &v)?
+        },
         gradients: None,
     };
     let device = device_of(&q)?;
@@ -156,7 +183,18 @@ pub(crate) fn forward(kernel: Kernel, spec: &Spec, q: &Tensor, k: &Tensor, v: &T
 
 /// What cuDNN said, with the problem that it said it about.
 fn not_taken(error: Error, problem: &Problem, direction: &str) -> Error {
-    let Problem { element, batch, heads, kv_heads, queries, d, dv, lo, hi, .. } = problem;
+    let Problem {
+        element,
+        batch,
+        heads,
+        kv_heads,
+        queries,
+        d,
+        dv,
+        lo,
+        hi,
+        ..
+    } = problem;
     error.context(format_args!(
         "attention {direction} of {heads} query and {kv_heads} kv heads of width {d} and {dv}, {batch} x {queries} tokens, {element:?}, \
          band {lo:?} to {hi:?}"
@@ -190,7 +228,8 @@ pub(crate) fn backward(
     let lse = output.lse.unsqueeze(3)?.narrow(2, 0, valid)?;
     let whole = problem(spec, &q, &k, &v)?;
     // As many kv heads at once as the scratch allows, in parts of one size where that is possible.
-    let fit = (SCRATCH.saturating_mul(kv_heads as u64) / whole.scratch().max(1)).clamp(1, kv_heads as u64) as usize;
+    let fit = (SCRATCH.saturating_mul(kv_heads as u64) / whole.scratch().max(1))
+        .clamp(1, kv_heads as u64) as usize;
     let parts = kv_heads.div_ceil(fit);
     let share = heads / kv_heads;
     for part in 0..parts {
@@ -198,9 +237,18 @@ pub(crate) fn backward(
         let count = (part + 1) * kv_heads / parts - first;
         let of_queries = |x: &Tensor| x.narrow(1, first * share, count * share);
         let of_keys = |x: &Tensor| x.narrow(1, first, count);
-        let (q, o, grad, lse) = (of_queries(&q)?, of_queries(&o)?, of_queries(&grad)?, of_queries(&lse)?);
+        let (q, o, grad, lse) = (
+            of_queries(&q)?,
+            of_queries(&o)?,
+            of_queries(&grad)?,
+            of_queries(&lse)?,
+        );
         let (k, v) = (of_keys(&k)?, of_keys(&v)?);
-        let (dq, dk, dv) = (of_queries(&gradients.q)?, of_keys(&gradients.k)?, of_keys(&gradients.v)?);
+        let (dq, dk, dv) = (
+            of_queries(&gradients.q)?,
+            of_keys(&gradients.k)?,
+            of_keys(&gradients.v)?,
+        );
         backward_part([&q, &k, &v, &o, &lse, &grad, &dq, &dk, &dv], &whole)?;
     }
     Ok(gradients)
@@ -219,7 +267,12 @@ fn backward_part([q, k, v, o, lse, grad, dq, dk, dv]: [&Tensor; 9], whole: &Prob
             lse: strides(lse)?,
             ..*whole
         },
-        gradients: Some(GradientStrides { o: strides(grad)?, q: strides(dq)?, k: strides(dk)?, v: strides(dv)? }),
+        gradients: Some(GradientStrides {
+            o: strides(grad)?,
+            q: strides(dq)?,
+            k: strides(dk)?,
+            v: strides(dv)?,
+        }),
     };
     let device = device_of(q)?;
     let (batch, heads, queries, d) = q.dims4()?;
@@ -243,7 +296,11 @@ fn backward_part([q, k, v, o, lse, grad, dq, dk, dv]: [&Tensor; 9], whole: &Prob
         .map(|(role, x)| Ok((*role, address(x)?)))
         .collect::<Result<Vec<_>>>()?;
     with_plan(&device.cuda_stream(), &key, |handle, plan| {
-        plan.run(handle, &device, |role| at.iter().find(|(known, _)| *known == role).map(|(_, at)| *at))
+        plan.run(handle, &device, |role| {
+            at.iter()
+                .find(|(known, _)| *known == role)
+                .map(|(_, at)| *at)
+        })
     })
     .map_err(|error| not_taken(error, &key.problem, "backward"))
 }

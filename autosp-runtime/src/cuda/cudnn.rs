@@ -69,7 +69,10 @@ pub(super) fn with_plan<T>(
     f: impl FnOnce(&Handle, &Plan) -> Result<T>,
 ) -> Result<T> {
     SESSION.with_borrow_mut(|session| {
-        if session.as_ref().is_some_and(|session| session.stream.cu_stream() != stream.cu_stream()) {
+        if session
+            .as_ref()
+            .is_some_and(|session| session.stream.cu_stream() != stream.cu_stream())
+        {
             *session = None;
         }
         let session = match session {
@@ -93,7 +96,12 @@ impl Session {
         stream.context().bind_to_thread().explain("cuDNN")?;
         let handle = Handle(result::create_handle().explain("opening cuDNN")?);
         // SAFETY: the stream lives as long as the session, which owns it.
-        unsafe { result::set_stream(handle.0, stream.cu_stream().cast()) }.explain("cuDNN's stream")?;
-        Ok(Self { stream: Arc::clone(stream), plans: HashMap::new(), handle })
+        unsafe { result::set_stream(handle.0, stream.cu_stream().cast()) }
+            .explain("cuDNN's stream")?;
+        Ok(Self {
+            stream: Arc::clone(stream),
+            plans: HashMap::new(),
+            handle,
+        })
     }
 }

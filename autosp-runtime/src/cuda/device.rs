@@ -30,7 +30,9 @@ pub(crate) fn open(ordinal: usize) -> Result<(Device, Gpu)> {
             "opening a GPU",
             format_args!("expected a GPU below {count} (one a rank), found {ordinal}"),
         )
-        .with_help("set sp x dp to the number of GPUs, or AUTOSP_DEVICE=cuda-shared to try ranks on one"));
+        .with_help(
+            "set sp x dp to the number of GPUs, or AUTOSP_DEVICE=cuda-shared to try ranks on one",
+        ));
     }
     let device = Device::new_cuda_with_stream(ordinal)?;
     let cuda = device.as_cuda_device()?.clone();
@@ -43,7 +45,14 @@ pub(crate) fn open(ordinal: usize) -> Result<(Device, Gpu)> {
     let side = context
         .new_stream_with_priority(highest_priority())
         .explain("a stream for communication")?;
-    Ok((device, Gpu { device: cuda, compute, side }))
+    Ok((
+        device,
+        Gpu {
+            device: cuda,
+            compute,
+            side,
+        },
+    ))
 }
 
 fn highest_priority() -> i32 {

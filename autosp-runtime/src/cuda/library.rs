@@ -33,7 +33,8 @@ const NCCL: i32 = 21_800;
 
 impl fmt::Display for Versions {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let three = |v: i32, high: i32, low: i32| format!("{}.{}.{}", v / high, v % high / low, v % low);
+        let three =
+            |v: i32, high: i32, low: i32| format!("{}.{}.{}", v / high, v % high / low, v % low);
         write!(
             f,
             "driver for CUDA {}.{}, cuBLAS {}, cuDNN {}, NCCL {}",
@@ -51,10 +52,18 @@ impl Versions {
     /// AS0410 with one line that says what to install if a library is older than what this was built for.
     fn check(self) -> Result<Self> {
         let old = |what: &str, needs: &str, help: &str| {
-            Error::new(codes::CUDA_LIBRARY, format!("expected {what} {needs} or newer, found {self}")).with_help(help)
+            Error::new(
+                codes::CUDA_LIBRARY,
+                format!("expected {what} {needs} or newer, found {self}"),
+            )
+            .with_help(help)
         };
         if self.driver < DRIVER {
-            return Err(old("a driver for CUDA", "13.0", "install NVIDIA driver 580 or newer"));
+            return Err(old(
+                "a driver for CUDA",
+                "13.0",
+                "install NVIDIA driver 580 or newer",
+            ));
         }
         if self.cublas < CUBLAS {
             return Err(old("cuBLAS", "13.0", "pip install 'nvidia-cublas>=13'"));
@@ -90,7 +99,13 @@ pub fn versions() -> Result<Versions> {
         + property(Part::MINOR_VERSION) * 100
         + property(Part::PATCH_LEVEL);
     let nccl = nccl::result::get_nccl_version().explain("version of NCCL")?;
-    Versions { driver, cublas, cudnn: cudnn::result::get_version(), nccl }.check()
+    Versions {
+        driver,
+        cublas,
+        cudnn: cudnn::result::get_version(),
+        nccl,
+    }
+    .check()
 }
 
 #[cfg(test)]
@@ -99,14 +114,45 @@ mod tests {
 
     #[test]
     fn an_old_library_is_named_with_what_to_install() {
-        let good = Versions { driver: 13_000, cublas: 130_100, cudnn: 91_400, nccl: 22_803 };
-        assert_eq!(good.to_string(), "driver for CUDA 13.0, cuBLAS 13.1.0, cuDNN 9.14.0, NCCL 2.28.3");
+        let good = Versions {
+            driver: 13_000,
+            cublas: 130_100,
+            cudnn: 91_400,
+            nccl: 22_803,
+        };
+        assert_eq!(
+            good.to_string(),
+            "driver for CUDA 13.0, cuBLAS 13.1.0, cuDNN 9.14.0, NCCL 2.28.3"
+        );
         assert_eq!(good.check().unwrap(), good);
-        let error = Versions { cudnn: 90_100, ..good }.check().unwrap_err();
+        let error = Versions {
+            cudnn: 90_100,
+            ..good
+        }
+        .check()
+        .unwrap_err();
         assert_eq!(error.code(), codes::CUDA_LIBRARY);
-        assert!(error.to_string().contains("found driver for CUDA 13.0, cuBLAS 13.1.0, cuDNN 9.1.0"), "{error}");
+        assert!(
+            error
+                .to_string()
+                .contains("found driver for CUDA 13.0, cuBLAS 13.1.0, cuDNN 9.1.0"),
+            "{error}"
+        );
         assert_eq!(error.help(), Some("pip install nvidia-cudnn-cu13"));
-        for old in [Versions { driver: 12_080, ..good }, Versions { cublas: 120_900, ..good }, Versions { nccl: 21_703, ..good }] {
+        for old in [
+            Versions {
+                driver: 12_080,
+                ..good
+            },
+            Versions {
+                cublas: 120_900,
+                ..good
+            },
+            Versions {
+                nccl: 21_703,
+                ..good
+            },
+        ] {
             assert_eq!(old.check().unwrap_err().code(), codes::CUDA_LIBRARY);
         }
     }

@@ -1,9 +1,9 @@
 //! Device addresses of tensors, and tensors without values.
 
 use candle_core::backend::BackendDevice;
+use candle_core::cuda_backend::CudaStorageSlice as Slice;
 use candle_core::op::BackpropOp;
 use candle_core::{CudaDevice, DType, Device, Shape, Storage, Tensor};
-use candle_core::cuda_backend::CudaStorageSlice as Slice;
 use cudarc::driver::{CudaStream, DevicePtr};
 
 use super::failure::failure;
@@ -16,7 +16,13 @@ use crate::Result;
 pub(crate) fn address(x: &Tensor) -> Result<u64> {
     let (storage, layout) = x.storage_and_layout();
     let Storage::Cuda(storage) = &*storage else {
-        return Err(failure("device address", format_args!("expected a tensor on a GPU, found {:?}", x.device().location())));
+        return Err(failure(
+            "device address",
+            format_args!(
+                "expected a tensor on a GPU, found {:?}",
+                x.device().location()
+            ),
+        ));
     };
     let stream = storage.device.cuda_stream();
     let base = match &storage.slice {
@@ -27,7 +33,15 @@ pub(crate) fn address(x: &Tensor) -> Result<u64> {
         Slice::F16(slice) => start(slice, &stream),
         Slice::F32(slice) => start(slice, &stream),
         Slice::F64(slice) => start(slice, &stream),
-        _ => return Err(failure("device address", format_args!("expected a number type that kernels take, found {:?}", x.dtype()))),
+        _ => {
+            return Err(failure(
+                "device address",
+                format_args!(
+                    "expected a number type that kernels take, found {:?}",
+                    x.dtype()
+                ),
+            ));
+        }
     };
     Ok(base + (layout.start_offset() * x.dtype().size_in_bytes()) as u64)
 }
@@ -41,11 +55,20 @@ fn start<T>(slice: &cudarc::driver::CudaSlice<T>, stream: &CudaStream) -> u64 {
 ///
 /// # Errors
 /// Candle's error when memory runs out.
-pub(crate) fn unwritten(device: &CudaDevice, shape: impl Into<Shape>, dtype: DType) -> Result<Tensor> {
+pub(crate) fn unwritten(
+    device: &CudaDevice,
+    shape: impl Into<Shape>,
+    dtype: DType,
+) -> Result<Tensor> {
     let shape = shape.into();
     // SAFETY: every caller hands the tensor to a kernel that writes all of it before anything reads it.
     let storage = unsafe { device.alloc_uninit(&shape, dtype) }?;
-    Ok(Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false))
+    Ok(Tensor::from_storage(
+        Storage::Cuda(storage),
+        shape,
+        BackpropOp::none(),
+        false,
+    ))
 }
 
 /// The CUDA device of a tensor.
@@ -55,6 +78,9 @@ pub(crate) fn unwritten(device: &CudaDevice, shape: impl Into<Shape>, dtype: DTy
 pub(crate) fn device_of(x: &Tensor) -> Result<CudaDevice> {
     match x.device() {
         Device::Cuda(device) => Ok(device.clone()),
-        other => Err(failure("a kernel", format_args!("expected a tensor on a GPU, found {:?}", other.location()))),
+        other => Err(failure(
+            "a kernel",
+            format_args!("expected a tensor on a GPU, found {:?}", other.location()),
+        )),
     }
 }

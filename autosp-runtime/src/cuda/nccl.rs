@@ -48,12 +48,24 @@ impl Communicator {
     /// # Errors
     /// AS0411 if NCCL refuses, such as for two members on one GPU.
     pub(crate) fn join(id: &Id, rank: usize, size: usize) -> Result<Self> {
-        let id = sys::ncclUniqueId { internal: id.map(|byte| byte.cast_signed()) };
+        let id = sys::ncclUniqueId {
+            internal: id.map(|byte| byte.cast_signed()),
+        };
         let mut handle = std::ptr::null_mut();
         // SAFETY: the pointer is written once; rank and size are those of a group whose members all pass this id.
-        unsafe { result::comm_init_rank(&raw mut handle, size as i32, id, rank as i32) }
-            .map_err(|error| failure(format_args!("rank {rank} of {size} joining its group"), said(None, &error)))?;
-        Ok(Self { handle: Mutex::new(Handle(Some(handle))), rank, size })
+        unsafe { result::comm_init_rank(&raw mut handle, size as i32, id, rank as i32) }.map_err(
+            |error| {
+                failure(
+                    format_args!("rank {rank} of {size} joining its group"),
+                    said(None, &error),
+                )
+            },
+        )?;
+        Ok(Self {
+            handle: Mutex::new(Handle(Some(handle))),
+            rank,
+            size,
+        })
     }
 
     /// The group of the members that pass the same `color`, in the order of `key`; all members call this together.
@@ -64,8 +76,20 @@ impl Communicator {
         self.with("splitting a group", |handle| {
             let mut part = std::ptr::null_mut();
             // SAFETY: the handle is alive; a null configuration is that of the parent.
-            let status = unsafe { sys::ncclCommSplit(handle, color as i32, key as i32, &raw mut part, std::ptr::null_mut()) };
-            status.result().map(|_| Self { handle: Mutex::new(Handle(Some(part))), rank, size })
+            let status = unsafe {
+                sys::ncclCommSplit(
+                    handle,
+                    color as i32,
+                    key as i32,
+                    &raw mut part,
+                    std::ptr::null_mut(),
+                )
+            };
+            status.result().map(|_| Self {
+                handle: Mutex::new(Handle(Some(part))),
+                rank,
+                size,
+            })
         })
     }
 
@@ -73,7 +97,12 @@ impl Communicator {
     ///
     /// # Errors
     /// AS0411 with the bytes of this rank if NCCL refuses.
-    pub(crate) fn exchange(&self, stream: &CudaStream, send: &[Piece], receive: &[Piece]) -> Result<()> {
+    pub(crate) fn exchange(
+        &self,
+        stream: &CudaStream,
+        send: &[Piece],
+        receive: &[Piece],
+    ) -> Result<()> {
         let bytes: usize = send.iter().map(|piece| piece.bytes).sum();
         self.with(format_args!("exchange of {bytes} bytes"), |handle| {
             result::group_start()?;
@@ -81,11 +110,29 @@ impl Communicator {
             let kind = sys::ncclDataType_t::ncclInt8;
             let queued = send.iter().map(|piece| {
                 // SAFETY: the caller owns the buffers until the stream has passed this point, and they are on this GPU.
-                unsafe { result::send(piece.address as *const _, piece.bytes, kind, piece.peer as i32, handle, stream) }
+                unsafe {
+                    result::send(
+                        piece.address as *const _,
+                        piece.bytes,
+                        kind,
+                        piece.peer as i32,
+                        handle,
+                        stream,
+                    )
+                }
             });
             let queued = queued.chain(receive.iter().map(|piece| {
                 // SAFETY: as above; nothing else writes to the buffers.
-                unsafe { result::recv(piece.address as *mut _, piece.bytes, kind, piece.peer as i32, handle, stream) }
+                unsafe {
+                    result::recv(
+                        piece.address as *mut _,
+                        piece.bytes,
+                        kind,
+                        piece.peer as i32,
+                        handle,
+                        stream,
+                    )
+                }
             }));
             // The group has to be closed whatever happened in it.
             let queued = queued.collect::<Result<Vec<_>, _>>();
@@ -102,7 +149,10 @@ impl Communicator {
         // SAFETY: the handle is alive while the lock is held.
         let asked = unsafe { sys::ncclCommGetAsyncError(comm, &raw mut status) };
         match (asked, status) {
-            (sys::ncclResult_t::ncclSuccess, sys::ncclResult_t::ncclSuccess | sys::ncclResult_t::ncclInProgress) => None,
+            (
+                sys::ncclResult_t::ncclSuccess,
+                sys::ncclResult_t::ncclSuccess | sys::ncclResult_t::ncclInProgress,
+            ) => None,
             (_, status) => Some(said(Some(comm), &result::NcclError(status))),
         }
     }
@@ -140,14 +190,19 @@ fn said(comm: Option<sys::ncclComm_t>, error: &result::NcclError) -> String {
         String::new()
     } else {
         // SAFETY: not null, and ended by a zero byte.
-        unsafe { CStr::from_ptr(last) }.to_string_lossy().into_owned()
+        unsafe { CStr::from_ptr(last) }
+            .to_string_lossy()
+            .into_owned()
     };
     format!("NCCL: {:?} {last}", error.0)
 }
 
 impl Drop for Communicator {
     fn drop(&mut self) {
-        let handle = self.handle.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let handle = self
+            .handle
+            .get_mut()
+            .unwrap_or_else(PoisonError::into_inner);
         if let Some(comm) = handle.0.take() {
             // SAFETY: the handle is alive and this is its only owner.
             if let Err(error) = unsafe { result::comm_destroy(comm) } {

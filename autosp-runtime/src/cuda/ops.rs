@@ -6,14 +6,24 @@ use candle_core::{DType, Tensor};
 use cudarc::driver::DeviceRepr;
 
 use super::failure::failure;
-use super::kernels::{Launch, MANY, MOST_STEPS, Module, THREADS, aligned, element, function, looping, rows};
+use super::kernels::{
+    Launch, MANY, MOST_STEPS, Module, THREADS, aligned, element, function, looping, rows,
+};
 use super::memory::{address, device_of, unwritten};
 use crate::Result;
 
 /// Kernels over all elements of a tensor, in packs where its size allows.
 fn flat(element: Element, count: usize) -> Rows {
-    let pack = if count.is_multiple_of(element.widest()) { element.widest() } else { 1 };
-    Rows { element, pack, steps: 1 }
+    let pack = if count.is_multiple_of(element.widest()) {
+        element.widest()
+    } else {
+        1
+    };
+    Rows {
+        element,
+        pack,
+        steps: 1,
+    }
 }
 
 /// Sizes and strides of [b, h, t, d] as kernels walk over rows.
@@ -65,13 +75,22 @@ pub(crate) fn copy(x: &Tensor, out: &Tensor) -> Result<bool> {
         bytes >= size
             && dims[3].is_multiple_of(unit)
             && [x, out].iter().all(|x| aligned(x, unit))
-            && from[..3].iter().chain(&to[..3]).all(|step| step.is_multiple_of(unit))
+            && from[..3]
+                .iter()
+                .chain(&to[..3])
+                .all(|step| step.is_multiple_of(unit))
     };
     let Some(bytes) = Copy::WIDTHS.into_iter().find(|&bytes| fits(bytes)) else {
         return Ok(false);
     };
     let unit = bytes / size;
-    let step = |s: [usize; 4]| Three((s[0] / unit) as i64, (s[1] / unit) as i64, (s[2] / unit) as i64);
+    let step = |s: [usize; 4]| {
+        Three(
+            (s[0] / unit) as i64,
+            (s[1] / unit) as i64,
+            (s[2] / unit) as i64,
+        )
+    };
     let sizes = Three(dims[1] as i64, dims[2] as i64, (dims[3] / unit) as i64);
     let (from, to) = (step(from), step(to));
     let count = (x.elem_count() / unit) as i64;
@@ -127,7 +146,12 @@ fn norm_module(x: &Tensor, alpha: &Tensor) -> Option<Rows> {
 }
 
 /// y = alpha h + beta over the last dim.
-pub(crate) fn norm_forward(norm: Norm, x: &Tensor, alpha: &Tensor, beta: Option<&Tensor>) -> Result<Option<Tensor>> {
+pub(crate) fn norm_forward(
+    norm: Norm,
+    x: &Tensor,
+    alpha: &Tensor,
+    beta: Option<&Tensor>,
+) -> Result<Option<Tensor>> {
     let Some(module) = norm_module(x, alpha) else {
         return Ok(None);
     };
@@ -152,7 +176,12 @@ pub(crate) fn norm_forward(norm: Norm, x: &Tensor, alpha: &Tensor, beta: Option<
 }
 
 /// dx, dalpha and dbeta.
-pub(crate) fn norm_backward(norm: Norm, x: &Tensor, alpha: &Tensor, grad: &Tensor) -> Result<Option<[Tensor; 3]>> {
+pub(crate) fn norm_backward(
+    norm: Norm,
+    x: &Tensor,
+    alpha: &Tensor,
+    grad: &Tensor,
+) -> Result<Option<[Tensor; 3]>> {
     let Some(module) = norm_module(x, alpha) else {
         return Ok(None);
     };
@@ -163,8 +192,19 @@ pub(crate) fn norm_backward(norm: Norm, x: &Tensor, alpha: &Tensor, grad: &Tenso
     let blocks = count.clamp(1, 2 * 132);
     let dx = unwritten(&device, x.shape(), x.dtype())?;
     let partial = unwritten(&device, (2, blocks, n), DType::F32)?;
-    let (x_at, a_at, g_at, dx_at, p_at) = (address(&x)?, address(&alpha)?, address(&grad)?, address(&dx)?, address(&partial)?);
-    let (height, width, eps, mean) = (count as i64, n as i64, norm.eps as f32, i32::from(norm.remove_mean));
+    let (x_at, a_at, g_at, dx_at, p_at) = (
+        address(&x)?,
+        address(&alpha)?,
+        address(&grad)?,
+        address(&dx)?,
+        address(&partial)?,
+    );
+    let (height, width, eps, mean) = (
+        count as i64,
+        n as i64,
+        norm.eps as f32,
+        i32::from(norm.remove_mean),
+    );
     let kernel = function(&device, Module::Rows(module), "norm_backward")?;
     Launch::new(&kernel)
         .with(&x_at)
@@ -208,15 +248,26 @@ fn elementwise(name: &str, operands: &[&Tensor]) -> Result<Option<Tensor>> {
     let Some(element) = element(first.dtype()) else {
         return Ok(None);
     };
-    let operands = operands.iter().map(|x| contiguous(x)).collect::<Result<Vec<_>>>()?;
+    let operands = operands
+        .iter()
+        .map(|x| contiguous(x))
+        .collect::<Result<Vec<_>>>()?;
     let count = first.elem_count();
     let module = flat(element, count);
     let out = unwritten(&device_of(first)?, first.shape(), first.dtype())?;
-    let addresses = operands.iter().chain([&out]).map(address).collect::<Result<Vec<_>>>()?;
+    let addresses = operands
+        .iter()
+        .chain([&out])
+        .map(address)
+        .collect::<Result<Vec<_>>>()?;
     let count = count as i64;
     let kernel = function(&device_of(first)?, Module::Rows(module), name)?;
-    let launch = addresses.iter().fold(Launch::new(&kernel), |launch, at| launch.with(at));
-    launch.with(&count).run(looping(first.elem_count(), module.pack), name)?;
+    let launch = addresses
+        .iter()
+        .fold(Launch::new(&kernel), |launch, at| launch.with(at));
+    launch
+        .with(&count)
+        .run(looping(first.elem_count(), module.pack), name)?;
     Ok(Some(out))
 }
 
@@ -238,12 +289,32 @@ pub(crate) fn rope(rope: Rope, x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result
     let (cos, sin) = (contiguous(cos)?, contiguous(sin)?);
     let steps = x.stride();
     let fits = |pack: usize| {
-        (d / 2).is_multiple_of(pack) && aligned(x, pack) && steps[..3].iter().all(|step| step.is_multiple_of(pack))
+        (d / 2).is_multiple_of(pack)
+            && aligned(x, pack)
+            && steps[..3].iter().all(|step| step.is_multiple_of(pack))
     };
-    let pack = if fits(element.widest()) { element.widest() } else { 1 };
-    let x = if steps[3] == 1 { x.detach() } else { contiguous(x)? };
-    let steps = RowSteps { h: h as i64, t: t as i64, sb: x.stride()[0] as i64, sh: x.stride()[1] as i64, st: x.stride()[2] as i64 };
-    let module = Module::Rows(Rows { element, pack, steps: 1 });
+    let pack = if fits(element.widest()) {
+        element.widest()
+    } else {
+        1
+    };
+    let x = if steps[3] == 1 {
+        x.detach()
+    } else {
+        contiguous(x)?
+    };
+    let steps = RowSteps {
+        h: h as i64,
+        t: t as i64,
+        sb: x.stride()[0] as i64,
+        sh: x.stride()[1] as i64,
+        st: x.stride()[2] as i64,
+    };
+    let module = Module::Rows(Rows {
+        element,
+        pack,
+        steps: 1,
+    });
     let out = unwritten(&device_of(&x)?, x.shape(), x.dtype())?;
     let step = |table: &Tensor| match *table.dims() {
         [_, rows, width] => (rows * width) as i64,
@@ -268,7 +339,10 @@ pub(crate) fn rope(rope: Rope, x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result
         .with(&interleaved)
         .with(&first)
         .with(&sign)
-        .run((b * h * t * (d / 2 / pack)).div_ceil(THREADS as usize), "rope")?;
+        .run(
+            (b * h * t * (d / 2 / pack)).div_ceil(THREADS as usize),
+            "rope",
+        )?;
     Ok(Some(out))
 }
 
@@ -284,8 +358,16 @@ pub(crate) fn loss_forward(logits: &Tensor, classes: &Tensor) -> Result<Option<[
     let logits = contiguous(logits)?;
     let device = device_of(&logits)?;
     let module = Module::Rows(flat(element, n));
-    let (lse, loss) = (unwritten(&device, count, DType::F32)?, unwritten(&device, count, DType::F32)?);
-    let (x_at, c_at, lse_at, loss_at) = (address(&logits)?, address(classes)?, address(&lse)?, address(&loss)?);
+    let (lse, loss) = (
+        unwritten(&device, count, DType::F32)?,
+        unwritten(&device, count, DType::F32)?,
+    );
+    let (x_at, c_at, lse_at, loss_at) = (
+        address(&logits)?,
+        address(classes)?,
+        address(&lse)?,
+        address(&loss)?,
+    );
     let width = n as i64;
     let kernel = function(&device, module, "loss_forward")?;
     Launch::new(&kernel)
@@ -299,15 +381,28 @@ pub(crate) fn loss_forward(logits: &Tensor, classes: &Tensor) -> Result<Option<[
 }
 
 /// scale (softmax - onehot) of logits [rows, n].
-pub(crate) fn loss_backward(logits: &Tensor, classes: &Tensor, lse: &Tensor, scale: f64) -> Result<Tensor> {
+pub(crate) fn loss_backward(
+    logits: &Tensor,
+    classes: &Tensor,
+    lse: &Tensor,
+    scale: f64,
+) -> Result<Tensor> {
     let Some(element) = element(logits.dtype()) else {
-        return Err(failure("cross-entropy backward", format_args!("expected a float type, found {:?}", logits.dtype())));
+        return Err(failure(
+            "cross-entropy backward",
+            format_args!("expected a float type, found {:?}", logits.dtype()),
+        ));
     };
     let (count, n) = logits.dims2()?;
     let logits = contiguous(logits)?;
     let device = device_of(&logits)?;
     let out = unwritten(&device, logits.shape(), logits.dtype())?;
-    let (x_at, c_at, lse_at, out_at) = (address(&logits)?, address(classes)?, address(lse)?, address(&out)?);
+    let (x_at, c_at, lse_at, out_at) = (
+        address(&logits)?,
+        address(classes)?,
+        address(lse)?,
+        address(&out)?,
+    );
     let (width, scale) = (n as i64, scale as f32);
     let kernel = function(&device, Module::Rows(flat(element, n)), "loss_backward")?;
     Launch::new(&kernel)
@@ -322,7 +417,11 @@ pub(crate) fn loss_backward(logits: &Tensor, classes: &Tensor, lse: &Tensor, sca
 }
 
 /// The gradient of a table [rows, n] from that of the rows that were taken: summed in `f32`, in no fixed order.
-pub(crate) fn embedding_backward(index: &Tensor, grad: &Tensor, rows: usize) -> Result<Option<Tensor>> {
+pub(crate) fn embedding_backward(
+    index: &Tensor,
+    grad: &Tensor,
+    rows: usize,
+) -> Result<Option<Tensor>> {
     let n = grad.dim(candle_core::D::Minus1)?;
     let Some(element) = element(grad.dtype()).filter(|_| index.dtype() == DType::U32) else {
         return Ok(None);
@@ -332,7 +431,11 @@ pub(crate) fn embedding_backward(index: &Tensor, grad: &Tensor, rows: usize) -> 
     let sum = Tensor::zeros((rows, n), DType::F32, grad.device())?;
     let (i_at, g_at, s_at) = (address(&index)?, address(&grad)?, address(&sum)?);
     let width = n as i64;
-    let kernel = function(&device, Module::Rows(flat(element, n)), "embedding_backward")?;
+    let kernel = function(
+        &device,
+        Module::Rows(flat(element, n)),
+        "embedding_backward",
+    )?;
     Launch::new(&kernel)
         .with(&i_at)
         .with(&g_at)
@@ -353,7 +456,11 @@ pub(crate) fn squares(x: &Tensor) -> Result<Option<Tensor>> {
     let out = unwritten(&device_of(&x)?, blocks, DType::F64)?;
     let (x_at, out_at, count) = (address(&x)?, address(&out)?, x.elem_count() as i64);
     let kernel = function(&device_of(&x)?, Module::Rows(module), "sum_squares")?;
-    Launch::new(&kernel).with(&x_at).with(&out_at).with(&count).run(blocks, "norm of gradients")?;
+    Launch::new(&kernel)
+        .with(&x_at)
+        .with(&out_at)
+        .with(&count)
+        .run(blocks, "norm of gradients")?;
     Ok(Some(out))
 }
 
@@ -378,17 +485,52 @@ pub(crate) struct AdamW {
 }
 
 /// Updates master, moments and variable in place; all contiguous and of one size, `f32` but for `out`.
-pub(crate) fn adamw(step: AdamW, [master, first, second, grad]: [&Tensor; 4], out: &Tensor) -> Result<()> {
+pub(crate) fn adamw(
+    step: AdamW,
+    [master, first, second, grad]: [&Tensor; 4],
+    out: &Tensor,
+) -> Result<()> {
     let Some(element) = element(out.dtype()) else {
-        return Err(failure("AdamW", format_args!("expected a variable in half or single precision, found {:?}", out.dtype())));
+        return Err(failure(
+            "AdamW",
+            format_args!(
+                "expected a variable in half or single precision, found {:?}",
+                out.dtype()
+            ),
+        ));
     };
     let device = device_of(out)?;
-    let at = [master, first, second, grad, out].iter().map(|x| address(x)).collect::<Result<Vec<_>>>()?;
+    let at = [master, first, second, grad, out]
+        .iter()
+        .map(|x| address(x))
+        .collect::<Result<Vec<_>>>()?;
     let count = out.elem_count() as i64;
-    let AdamW { scale, keep, blend1, keep2, blend2, step, root2, eps } = step;
-    let kernel = function(&device, Module::Rows(Rows { element, pack: 1, steps: 1 }), "adamw")?;
-    let launch = at.iter().fold(Launch::new(&kernel), |launch, at| launch.with(at)).with(&count);
+    let AdamW {
+        scale,
+        keep,
+        blend1,
+        keep2,
+        blend2,
+        step,
+        root2,
+        eps,
+    } = step;
+    let kernel = function(
+        &device,
+        Module::Rows(Rows {
+            element,
+            pack: 1,
+            steps: 1,
+        }),
+        "adamw",
+    )?;
+    let launch = at
+        .iter()
+        .fold(Launch::new(&kernel), |launch, at| launch.with(at))
+        .with(&count);
     let numbers = [scale, keep, blend1, keep2, blend2, step, root2, eps];
-    let launch = numbers.iter().fold(launch, |launch, number| launch.with(number));
+    let launch = numbers
+        .iter()
+        .fold(launch, |launch, number| launch.with(number));
     launch.run(looping(count as usize, 4).min(MANY as usize), "AdamW")
 }

@@ -45,34 +45,50 @@ impl Watch {
     ) -> std::io::Result<Self> {
         let state = Arc::new((Mutex::new(State::default()), Condvar::new()));
         let shared = Arc::clone(&state);
-        let thread = std::thread::Builder::new().name("nccl watchdog".to_owned()).spawn(move || {
-            let (mutex, bell) = &*shared;
-            let mut state = lock(mutex);
-            while !state.stop {
-                let found = look(&mut state.entries, deadline);
-                if found.is_some() || !state.entries.is_empty() {
-                    drop(state);
-                    if let Some(what) = found.or_else(&broken) {
-                        late(what);
-                        return;
+        let thread = std::thread::Builder::new()
+            .name("nccl watchdog".to_owned())
+            .spawn(move || {
+                let (mutex, bell) = &*shared;
+                let mut state = lock(mutex);
+                while !state.stop {
+                    let found = look(&mut state.entries, deadline);
+                    if found.is_some() || !state.entries.is_empty() {
+                        drop(state);
+                        if let Some(what) = found.or_else(&broken) {
+                            late(what);
+                            return;
+                        }
+                        state = lock(mutex);
                     }
-                    state = lock(mutex);
+                    state = bell
+                        .wait_timeout(state, PERIOD)
+                        .unwrap_or_else(PoisonError::into_inner)
+                        .0;
                 }
-                state = bell.wait_timeout(state, PERIOD).unwrap_or_else(PoisonError::into_inner).0;
-            }
-        })?;
-        Ok(Self { state, thread: Some(thread) })
+            })?;
+        Ok(Self {
+            state,
+            thread: Some(thread),
+        })
     }
 
     /// Watches a collective: `start` and `done` are recorded before and after it on the communication stream.
     pub(crate) fn add(&self, what: String, start: CudaEvent, done: Arc<CudaEvent>) {
-        lock(&self.state.0).entries.push_back(Entry { what, start, done, since: None });
+        lock(&self.state.0).entries.push_back(Entry {
+            what,
+            start,
+            done,
+            since: None,
+        });
     }
 }
 
 /// Forgets what is complete; the first collective that is late. The stream runs them in order, so only the first can be running.
 fn look(entries: &mut VecDeque<Entry>, deadline: Duration) -> Option<String> {
-    while entries.front().is_some_and(|entry| entry.done.is_complete()) {
+    while entries
+        .front()
+        .is_some_and(|entry| entry.done.is_complete())
+    {
         entries.pop_front();
     }
     let entry = entries.front_mut()?;
@@ -80,7 +96,13 @@ fn look(entries: &mut VecDeque<Entry>, deadline: Duration) -> Option<String> {
         entry.since = Some(Instant::now());
     }
     let running = entry.since?.elapsed();
-    (running > deadline).then(|| format!("{} has run on the GPU for {:.0} s", entry.what, running.as_secs_f64()))
+    (running > deadline).then(|| {
+        format!(
+            "{} has run on the GPU for {:.0} s",
+            entry.what,
+            running.as_secs_f64()
+        )
+    })
 }
 
 impl Drop for Watch {

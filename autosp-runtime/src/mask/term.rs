@@ -178,7 +178,12 @@ impl Term {
     #[cfg(any(feature = "cuda", test))]
     pub(crate) fn visible_band(&self) -> Option<super::Band> {
         use super::Band;
-        let Values::Band(Declared { band, inside, outside }) = &*self.values else {
+        let Values::Band(Declared {
+            band,
+            inside,
+            outside,
+        }) = &*self.values
+        else {
             return None;
         };
         let hides = |x: f64| match self.action {
@@ -188,8 +193,14 @@ impl Term {
         let band = match (band.lo, band.hi) {
             _ if self.action.idle(*inside) && hides(*outside) => *band,
             // What the band covers is hidden: the other side is seen, where there is only one.
-            (Some(lo), None) if hides(*inside) && self.action.idle(*outside) => Band { lo: None, hi: Some(lo - 1) },
-            (None, Some(hi)) if hides(*inside) && self.action.idle(*outside) => Band { lo: Some(hi + 1), hi: None },
+            (Some(lo), None) if hides(*inside) && self.action.idle(*outside) => Band {
+                lo: None,
+                hi: Some(lo - 1),
+            },
+            (None, Some(hi)) if hides(*inside) && self.action.idle(*outside) => Band {
+                lo: Some(hi + 1),
+                hi: None,
+            },
             _ => return None,
         };
         // Every query sees itself, so that no row is empty.

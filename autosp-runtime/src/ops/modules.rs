@@ -88,7 +88,11 @@ pub fn embedding(module: &candle_nn::Embedding, ids: &Tensor) -> Result<Tensor> 
                 move |[table], _, grad| {
                     let sum = crate::cuda::ops::embedding_backward(&index, grad, rows)?;
                     let Some(sum) = sum else {
-                        return Ok([Some(table.zeros_like()?.index_add(&index, &grad.flatten_to(grad.rank() - 2)?, 0)?)]);
+                        return Ok([Some(table.zeros_like()?.index_add(
+                            &index,
+                            &grad.flatten_to(grad.rank() - 2)?,
+                            0,
+                        )?)]);
                     };
                     Ok([Some(sum)])
                 },

@@ -172,7 +172,7 @@ fn apply(rope: Rope, x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
 #[cfg(feature = "cuda")]
 fn on_gpu(rope: Rope, x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Option<Tensor>> {
     use crate::cuda::ops;
-    let turn = |inverse| ops::Rope {
+    let turn = move |inverse| ops::Rope {
         interleaved: rope.interleaved,
         sequence_first: rope.sequence_first,
         inverse,
@@ -181,9 +181,14 @@ fn on_gpu(rope: Rope, x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Option<T
         return Ok(None);
     };
     let result = (super::taken(&y)?, x.shape().clone());
-    let y = record3(rope.name, x, cos, sin, result, move |[_, cos, sin], _, grad| {
-        Ok([ops::rope(turn(true), grad, cos, sin)?, None, None])
-    });
+    let y = record3(
+        rope.name,
+        x,
+        cos,
+        sin,
+        result,
+        move |[_, cos, sin], _, grad| Ok([ops::rope(turn(true), grad, cos, sin)?, None, None]),
+    );
     y.map(Some)
 }
 

@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use autosp_plan::settings::Device as Kind;
 use autosp_plan::Settings;
+use autosp_plan::settings::Device as Kind;
 use candle_core::Device;
 
 use super::sp::{Groups, Sp};
@@ -75,7 +75,12 @@ impl Place {
                 let (device, gpu) = crate::cuda::open(rank)?;
                 let wires = connect(world, mesh, rank)?;
                 let boxed = |mail, group| -> Box<dyn Engine> {
-                    Box::new(NcclEngine::new(mail, gpu.clone(), group, wires.watch.clone()))
+                    Box::new(NcclEngine::new(
+                        mail,
+                        gpu.clone(),
+                        group,
+                        wires.watch.clone(),
+                    ))
                 };
                 let groups = Groups {
                     sp: boxed(sp, wires.sp.clone()),
@@ -85,6 +90,13 @@ impl Place {
                 (groups, device)
             }
         };
-        Ok(Sp::new(mesh, rank, groups, device, settings.clone(), ledger))
+        Ok(Sp::new(
+            mesh,
+            rank,
+            groups,
+            device,
+            settings.clone(),
+            ledger,
+        ))
     }
 }

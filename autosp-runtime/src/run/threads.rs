@@ -157,7 +157,11 @@ fn rank_main<T>(
 ) -> Option<T> {
     panics::mark_rank();
     let _leave = Leave(world, rank);
-    let life = || place.connect(world, mesh, rank, settings).and_then(|sp| f(&sp));
+    let life = || {
+        place
+            .connect(world, mesh, rank, settings)
+            .and_then(|sp| f(&sp))
+    };
     match catch_unwind(AssertUnwindSafe(life)) {
         Ok(Ok(value)) => Some(value),
         Ok(Err(error)) => {

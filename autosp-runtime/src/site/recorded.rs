@@ -4,7 +4,6 @@ use std::sync::{Mutex, PoisonError};
 
 use candle_core::{CpuStorage, CudaStorage, CustomOp3, Shape, Storage, Tensor};
 
-use autosp_plan::codes;
 use super::backward::RankBackward;
 use super::forward::RankForward;
 use super::{HeadPlan, Kept, Place, SiteRef};
@@ -12,6 +11,7 @@ use crate::attention::Spec;
 use crate::error::{Error, Result};
 use crate::ops::taken;
 use crate::scope::{Scope, Shard};
+use autosp_plan::codes;
 
 /// Runs a site on this rank's shards q [b, H, len, d], k [b, G, len, d] and v [b, G, len, dv], and returns the output
 /// [b, H, len, dv], with a gradient if one of the three has one. `spec` is that of the whole model's heads.

@@ -216,7 +216,10 @@ fn on_gpu(grads: &[Tensor], sum: &mut f64) -> Result<Vec<Tensor>> {
         }
     }
     if !partial.is_empty() {
-        *sum += Tensor::cat(&partial, 0)?.to_vec1::<f64>()?.iter().sum::<f64>();
+        *sum += Tensor::cat(&partial, 0)?
+            .to_vec1::<f64>()?
+            .iter()
+            .sum::<f64>();
     }
     Ok(others)
 }

@@ -49,7 +49,11 @@ impl Descriptor {
     pub(super) fn new(kind: Type) -> Result<Self> {
         let mut raw = std::ptr::null_mut();
         // SAFETY: the function writes one pointer.
-        check(unsafe { sys::cudnnBackendCreateDescriptor(kind, &raw mut raw) }, kind, "creating")?;
+        check(
+            unsafe { sys::cudnnBackendCreateDescriptor(kind, &raw mut raw) },
+            kind,
+            "creating",
+        )?;
         Ok(Self { raw, kind })
     }
 
@@ -57,7 +61,13 @@ impl Descriptor {
     pub(super) fn set<T: Attribute>(self, name: Name, values: &[T]) -> Result<Self> {
         // SAFETY: `Attribute` vouches for the type, the slice for pointer and count; cuDNN copies the values.
         let status = unsafe {
-            sys::cudnnBackendSetAttribute(self.raw, name, T::TYPE, values.len() as i64, values.as_ptr().cast())
+            sys::cudnnBackendSetAttribute(
+                self.raw,
+                name,
+                T::TYPE,
+                values.len() as i64,
+                values.as_ptr().cast(),
+            )
         };
         check(status, self.kind, format_args!("{name:?} of"))?;
         Ok(self)
@@ -65,11 +75,18 @@ impl Descriptor {
 
     /// Sets an attribute to other descriptors, which have to outlive this one.
     pub(super) fn refer(self, name: Name, to: &[&Self]) -> Result<Self> {
-        let raw: Vec<sys::cudnnBackendDescriptor_t> = to.iter().map(|descriptor| descriptor.raw).collect();
+        let raw: Vec<sys::cudnnBackendDescriptor_t> =
+            to.iter().map(|descriptor| descriptor.raw).collect();
         let kind = sys::cudnnBackendAttributeType_t::CUDNN_TYPE_BACKEND_DESCRIPTOR;
         // SAFETY: the descriptors are alive and finished; cuDNN copies the handles.
         let status = unsafe {
-            sys::cudnnBackendSetAttribute(self.raw, name, kind, raw.len() as i64, raw.as_ptr().cast())
+            sys::cudnnBackendSetAttribute(
+                self.raw,
+                name,
+                kind,
+                raw.len() as i64,
+                raw.as_ptr().cast(),
+            )
         };
         check(status, self.kind, format_args!("{name:?} of"))?;
         Ok(self)
@@ -77,7 +94,11 @@ impl Descriptor {
 
     pub(super) fn finish(self) -> Result<Self> {
         // SAFETY: the descriptor is alive.
-        check(unsafe { sys::cudnnBackendFinalize(self.raw) }, self.kind, "finishing")?;
+        check(
+            unsafe { sys::cudnnBackendFinalize(self.raw) },
+            self.kind,
+            "finishing",
+        )?;
         Ok(self)
     }
 
@@ -86,7 +107,14 @@ impl Descriptor {
         let (mut value, mut count) = (0_i64, 0_i64);
         // SAFETY: room for one number, as said.
         let status = unsafe {
-            sys::cudnnBackendGetAttribute(self.raw, name, i64::TYPE, 1, &raw mut count, (&raw mut value).cast())
+            sys::cudnnBackendGetAttribute(
+                self.raw,
+                name,
+                i64::TYPE,
+                1,
+                &raw mut count,
+                (&raw mut value).cast(),
+            )
         };
         check(status, self.kind, format_args!("reading {name:?} of"))?;
         Ok(value)
@@ -94,13 +122,23 @@ impl Descriptor {
 
     /// Up to `most` descriptors of type `kind`.
     pub(super) fn list(&self, name: Name, kind: Type, most: usize) -> Result<Vec<Self>> {
-        let mut all = (0..most).map(|_| Self::new(kind)).collect::<Result<Vec<_>>>()?;
-        let mut raw: Vec<sys::cudnnBackendDescriptor_t> = all.iter().map(|descriptor| descriptor.raw).collect();
+        let mut all = (0..most)
+            .map(|_| Self::new(kind))
+            .collect::<Result<Vec<_>>>()?;
+        let mut raw: Vec<sys::cudnnBackendDescriptor_t> =
+            all.iter().map(|descriptor| descriptor.raw).collect();
         let mut count = 0_i64;
         let attribute = sys::cudnnBackendAttributeType_t::CUDNN_TYPE_BACKEND_DESCRIPTOR;
         // SAFETY: room for `most` descriptors, which cuDNN fills.
         let status = unsafe {
-            sys::cudnnBackendGetAttribute(self.raw, name, attribute, most as i64, &raw mut count, raw.as_mut_ptr().cast())
+            sys::cudnnBackendGetAttribute(
+                self.raw,
+                name,
+                attribute,
+                most as i64,
+                &raw mut count,
+                raw.as_mut_ptr().cast(),
+            )
         };
         check(status, self.kind, format_args!("reading {name:?} of"))?;
         all.truncate(count.clamp(0, most as i64) as usize);
@@ -110,7 +148,11 @@ impl Descriptor {
     /// Runs a plan.
     pub(super) fn execute(&self, handle: sys::cudnnHandle_t, pack: &Self) -> Result<()> {
         // SAFETY: plan and pack are finished; the pack's addresses are those that the caller answers for.
-        check(unsafe { sys::cudnnBackendExecute(handle, self.raw, pack.raw) }, self.kind, "running")
+        check(
+            unsafe { sys::cudnnBackendExecute(handle, self.raw, pack.raw) },
+            self.kind,
+            "running",
+        )
     }
 }
 
@@ -132,5 +174,8 @@ fn check(status: sys::cudnnStatus_t, kind: Type, what: impl std::fmt::Display) -
         text[text.len() - 1] = 0;
         CStr::from_ptr(text.as_ptr())
     };
-    Err(failure(format_args!("{what} {kind:?}"), format_args!("cuDNN: {status:?} {}", said.to_string_lossy())))
+    Err(failure(
+        format_args!("{what} {kind:?}"),
+        format_args!("cuDNN: {status:?} {}", said.to_string_lossy()),
+    ))
 }

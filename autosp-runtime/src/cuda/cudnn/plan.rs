@@ -43,14 +43,24 @@ fn data(kind: Kind, element: Element) -> Data {
 
 fn tensor(id: usize, node: &Node, element: Element) -> Result<Descriptor> {
     let by_value = matches!(node.home, Home::Float(_) | Home::Int(_));
-    let alignment = if by_value || node.kind != Kind::Io { 4 } else { 16 };
+    let alignment = if by_value || node.kind != Kind::Io {
+        4
+    } else {
+        16
+    };
     Descriptor::new(Type::CUDNN_BACKEND_TENSOR_DESCRIPTOR)?
         .set(Name::CUDNN_ATTR_TENSOR_UNIQUE_ID, &[id as i64])?
-        .set(Name::CUDNN_ATTR_TENSOR_DATA_TYPE, &[data(node.kind, element)])?
+        .set(
+            Name::CUDNN_ATTR_TENSOR_DATA_TYPE,
+            &[data(node.kind, element)],
+        )?
         .set(Name::CUDNN_ATTR_TENSOR_BYTE_ALIGNMENT, &[alignment])?
         .set(Name::CUDNN_ATTR_TENSOR_DIMENSIONS, &node.dims)?
         .set(Name::CUDNN_ATTR_TENSOR_STRIDES, &node.strides)?
-        .set(Name::CUDNN_ATTR_TENSOR_IS_VIRTUAL, &[node.home == Home::Virtual])?
+        .set(
+            Name::CUDNN_ATTR_TENSOR_IS_VIRTUAL,
+            &[node.home == Home::Virtual],
+        )?
         .set(Name::CUDNN_ATTR_TENSOR_IS_BY_VALUE, &[by_value])?
         .finish()
 }
@@ -72,7 +82,11 @@ fn mode(op: Pointwise) -> Mode {
 }
 
 /// The descriptor of an operation, and the one that it is configured by.
-fn operation(graph: &Graph, operation: Operation, tensors: &[Descriptor]) -> Result<(Descriptor, Option<Descriptor>)> {
+fn operation(
+    graph: &Graph,
+    operation: Operation,
+    tensors: &[Descriptor],
+) -> Result<(Descriptor, Option<Descriptor>)> {
     match operation {
         Operation::MatMul { a, b, y } => {
             let matmul = Descriptor::new(Type::CUDNN_BACKEND_MATMUL_DESCRIPTOR)?
@@ -93,7 +107,10 @@ fn operation(graph: &Graph, operation: Operation, tensors: &[Descriptor]) -> Res
                 sys::cudnnReduceTensorOp_t::CUDNN_REDUCE_TENSOR_ADD
             };
             let reduction = Descriptor::new(Type::CUDNN_BACKEND_REDUCTION_DESCRIPTOR)?
-                .set(Name::CUDNN_ATTR_REDUCTION_COMP_TYPE, &[Data::CUDNN_DATA_FLOAT])?
+                .set(
+                    Name::CUDNN_ATTR_REDUCTION_COMP_TYPE,
+                    &[Data::CUDNN_DATA_FLOAT],
+                )?
                 .set(Name::CUDNN_ATTR_REDUCTION_OPERATOR, &[kind])?
                 .finish()?;
             let node = Descriptor::new(Type::CUDNN_BACKEND_OPERATION_REDUCTION_DESCRIPTOR)?
@@ -124,7 +141,10 @@ fn operation(graph: &Graph, operation: Operation, tensors: &[Descriptor]) -> Res
             }
             let pointwise = pointwise.finish()?;
             let mut node = Descriptor::new(Type::CUDNN_BACKEND_OPERATION_POINTWISE_DESCRIPTOR)?
-                .refer(Name::CUDNN_ATTR_OPERATION_POINTWISE_PW_DESCRIPTOR, &[&pointwise])?
+                .refer(
+                    Name::CUDNN_ATTR_OPERATION_POINTWISE_PW_DESCRIPTOR,
+                    &[&pointwise],
+                )?
                 .refer(Name::CUDNN_ATTR_OPERATION_POINTWISE_XDESC, &[&tensors[x]])?;
             if let Some(b) = b {
                 node = node.refer(Name::CUDNN_ATTR_OPERATION_POINTWISE_BDESC, &[&tensors[b]])?;
@@ -159,12 +179,18 @@ impl Plan {
             parts.extend(configuration);
         }
         let whole = Descriptor::new(Type::CUDNN_BACKEND_OPERATIONGRAPH_DESCRIPTOR)?
-            .refer(Name::CUDNN_ATTR_OPERATIONGRAPH_OPS, &operations.iter().collect::<Vec<_>>())?
+            .refer(
+                Name::CUDNN_ATTR_OPERATIONGRAPH_OPS,
+                &operations.iter().collect::<Vec<_>>(),
+            )?
             .set(Name::CUDNN_ATTR_OPERATIONGRAPH_HANDLE, &[handle.0])?
             .finish()?;
         let heuristics = Descriptor::new(Type::CUDNN_BACKEND_ENGINEHEUR_DESCRIPTOR)?
             .refer(Name::CUDNN_ATTR_ENGINEHEUR_OPERATION_GRAPH, &[&whole])?
-            .set(Name::CUDNN_ATTR_ENGINEHEUR_MODE, &[sys::cudnnBackendHeurMode_t::CUDNN_HEUR_MODE_A])?
+            .set(
+                Name::CUDNN_ATTR_ENGINEHEUR_MODE,
+                &[sys::cudnnBackendHeurMode_t::CUDNN_HEUR_MODE_A],
+            )?
             .finish()?;
         let configurations = heuristics.list(
             Name::CUDNN_ATTR_ENGINEHEUR_RESULTS,
@@ -175,7 +201,10 @@ impl Plan {
         for configuration in configurations {
             let built = Descriptor::new(Type::CUDNN_BACKEND_EXECUTION_PLAN_DESCRIPTOR)?
                 .set(Name::CUDNN_ATTR_EXECUTION_PLAN_HANDLE, &[handle.0])?
-                .refer(Name::CUDNN_ATTR_EXECUTION_PLAN_ENGINE_CONFIG, &[&configuration])?
+                .refer(
+                    Name::CUDNN_ATTR_EXECUTION_PLAN_ENGINE_CONFIG,
+                    &[&configuration],
+                )?
                 .finish();
             let plan = match built {
                 Ok(plan) => plan,
@@ -184,8 +213,16 @@ impl Plan {
                     continue;
                 }
             };
-            let workspace = plan.number(Name::CUDNN_ATTR_EXECUTION_PLAN_WORKSPACE_SIZE)?.max(0) as usize;
-            let named = || graph.nodes.iter().enumerate().map(|(at, node)| (at as i64 + 1, node.home));
+            let workspace = plan
+                .number(Name::CUDNN_ATTR_EXECUTION_PLAN_WORKSPACE_SIZE)?
+                .max(0) as usize;
+            let named = || {
+                graph
+                    .nodes
+                    .iter()
+                    .enumerate()
+                    .map(|(at, node)| (at as i64 + 1, node.home))
+            };
             let roles = named().filter_map(|(id, home)| match home {
                 Home::Device(role) => Some((id, role)),
                 _ => None,
@@ -199,7 +236,13 @@ impl Plan {
             parts.extend(operations);
             parts.extend(tensors);
             parts.extend([whole, heuristics, configuration]);
-            return Ok(Self { plan, workspace, roles, numbers, _parts: parts });
+            return Ok(Self {
+                plan,
+                workspace,
+                roles,
+                numbers,
+                _parts: parts,
+            });
         }
         Err(refused)
     }
@@ -219,7 +262,10 @@ impl Plan {
         let mut pointers: Vec<*mut c_void> = Vec::with_capacity(ids.capacity());
         for &(id, role) in &self.roles {
             let Some(at) = address(role) else {
-                return Err(failure("attention", format_args!("expected an address of {role:?}, found none")));
+                return Err(failure(
+                    "attention",
+                    format_args!("expected an address of {role:?}, found none"),
+                ));
             };
             ids.push(id);
             pointers.push(at as *mut c_void);
@@ -235,7 +281,10 @@ impl Plan {
         let pack = Descriptor::new(Type::CUDNN_BACKEND_VARIANT_PACK_DESCRIPTOR)?
             .set(Name::CUDNN_ATTR_VARIANT_PACK_UNIQUE_IDS, &ids)?
             .set(Name::CUDNN_ATTR_VARIANT_PACK_DATA_POINTERS, &pointers)?
-            .set(Name::CUDNN_ATTR_VARIANT_PACK_WORKSPACE, &[at as *mut c_void])?
+            .set(
+                Name::CUDNN_ATTR_VARIANT_PACK_WORKSPACE,
+                &[at as *mut c_void],
+            )?
             .finish()?;
         self.plan.execute(handle.0, &pack)
     }

@@ -16,12 +16,25 @@ pub(super) struct State {
 impl State {
     /// No steps taken yet.
     pub(super) fn new(var: &Var) -> Result<Self> {
-        let master = var.as_detached_tensor().to_dtype(DType::F32)?.force_contiguous()?;
-        Ok(Self { first: master.zeros_like()?, second: master.zeros_like()?, master })
+        let master = var
+            .as_detached_tensor()
+            .to_dtype(DType::F32)?
+            .force_contiguous()?;
+        Ok(Self {
+            first: master.zeros_like()?,
+            second: master.zeros_like()?,
+            master,
+        })
     }
 
     pub(super) fn step(&self, step: Step, var: &Var, grad: &Tensor) -> Result<()> {
-        let Optimizer::AdamW { beta1, beta2, eps, weight_decay } = step.rule else {
+        let Optimizer::AdamW {
+            beta1,
+            beta2,
+            eps,
+            weight_decay,
+        } = step.rule
+        else {
             return Ok(());
         };
         let grad = contiguous(&grad.to_dtype(DType::F32)?)?;
@@ -35,6 +48,10 @@ impl State {
             root2: (1.0 - beta2.powf(step.number)).sqrt() as f32,
             eps: eps as f32,
         };
-        adamw(numbers, [&self.master, &self.first, &self.second, &grad], var.as_tensor())
+        adamw(
+            numbers,
+            [&self.master, &self.first, &self.second, &grad],
+            var.as_tensor(),
+        )
     }
 }
