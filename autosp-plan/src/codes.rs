@@ -68,6 +68,10 @@ codes! {
         "A function is called with tensors and with attention scores in a way that one signature cannot express.";
     VERIFY = "AS0215", "a plan that does not hold",
         "The verifier found that an operand does not have the placement that its operation requires. This is a fault of the compiler; please report it with the model.";
+    LOSS = "AS0216", "no loss over all tokens",
+        "With the argument `loss` a function that keeps one token is followed for every token: all tokens become rows of the batch, and what comes after the pick runs as it stands. Here it counts or mixes rows.";
+    LEARNED_BIAS = "AS0217", "a learned bias on the scores",
+        "A site gives gradients to queries, keys and values. A bias on the scores that comes out of a layer would need a fourth one, from all tokens against all, and is refused rather than trained without it.";
 
     MESH = "AS0301", "the mesh does not fit",
         "A run has dp x sp ranks. Every rank count is at least 1, and a model's heads must divide among the sp ranks of a group, or each kv head must be held by the same number of ranks.";
@@ -93,6 +97,8 @@ codes! {
         "The message is candle's own: an operation got shapes, types or devices that it does not take. Set RUST_BACKTRACE=1 to see where.";
     SETTINGS_CONTRADICT = "AS0312", "settings contradict each other",
         "Two sources of the same strength, such as two files or `AUTOSP_SP` and `AUTOSP_sp`, say different things, or one setting rules out another. Which of them was meant cannot be known. The message says where each was read.";
+    INPUT_RANK = "AS0313", "an input has another number of dimensions than the model was analysed with",
+        "The model never reads how many dimensions this input has, and its uses were taken to say it. Read its sizes in the model, as in `let (b, s) = mask.dims2()?`, so that both are known.";
 
     SITE_HEADS = "AS0321", "heads and ranks do not fit",
         "Each sp rank attends query_heads / sp heads, so sp divides the query heads; and kv heads are either divided among ranks or each is held by the same number of ranks, so sp divides the kv heads or the kv heads divide sp. The message lists the values of sp that fit this model.";
@@ -118,6 +124,11 @@ codes! {
         "A layer or function of another library was followed by what its name stands for, such as `repeat_kv` or a linear layer. At its first use it is held against that; this one does something else, or has no backward.";
     UNTAKEN = "AS0332", "a branch that is not sharded is taken",
         "Some branches of a model cannot be sharded, such as a call of a flash attention library, and are decided by the model's configuration. The other branches are sharded; this one is an error when a run takes it.";
+    SEQUENCE_GRADIENT = "AS0333", "a running sum along the sequence that would need a gradient",
+        "Running sums over sharded tokens are computed for masks and counts, which are constants. A tensor that depends on variables would lose its gradient there.";
+
+    REPLAY = "AS0351", "a block that is computed again takes another way",
+        "The forward of a block that is computed again in the backward has to run the same attention sites in the same order as the first time. A block that decides by something that changes between the two, such as a counter or a random number, cannot be in a checkpoint scope; use policy `all`.";
 
     RANK_FAILED = "AS0401", "a rank failed",
         "The code of one rank panicked. The other ranks were stopped, since they would have waited for it. The message names the rank that failed first.";
@@ -192,6 +203,8 @@ codes! {
         "A row of tokens alone cannot say where a short document ends. `labelled_batch` fills such rows with padding that is ignored, `packed_batch` says which token belongs to which document, and `Packing::Cross` lets attention run across documents.";
     TOKEN_FILE = "AS0548", "a file of tokens cannot be used",
         "A token file is a sequence of little-endian numbers of 2 or 4 bytes and nothing else. Its length is a multiple of that, and no token is beyond the vocabulary.";
+    CHECKPOINT = "AS0561", "a checkpoint is of another model or optimizer",
+        "A run goes on with the variables and the optimizer that wrote the checkpoint; mesh, ZeRO stage, policy, learning rate and data may change. The message names what differs. To begin a new run with the same parameters, load `parameters.safetensors` of the checkpoint with `load_trainable`.";
 
     UNREADABLE_FILE = "AS0601", "a file named on the command line cannot be read",
         "The path does not exist, is a folder, is not UTF-8 text, or may not be read. The message says which. `plan` and `expand` take one Rust source file.";

@@ -123,10 +123,28 @@ pub struct Root {
     pub line: usize,
     /// Tensor parameters that arrive as shards, with the sequence dimension.
     pub inputs: Vec<(String, usize)>,
+    /// Further tensor parameters that arrive as shards, compared when the model is entered.
+    pub beside: Vec<Beside>,
     /// Integer parameters that must be zero: offsets into a cache.
     pub offsets: Vec<String>,
     /// Index into [`Plan::twins`].
     pub twin: usize,
+    /// The twin that gives a row for every token where the function keeps one, if a loss was asked for.
+    pub loss: Option<usize>,
+}
+
+/// A shard that may be missing, or whose rank the analysis took from its uses.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+pub struct Beside {
+    /// The parameter.
+    pub name: String,
+    /// The sequence dimension.
+    pub dim: usize,
+    /// How many dimensions it has.
+    pub rank: usize,
+    /// An `Option`.
+    pub optional: bool,
 }
 
 /// A function that a user could call, and that only works inside the functions that call it.
@@ -211,6 +229,10 @@ pub enum Action {
     Slice(i64),
     /// One token of a sharded tensor.
     Pick(usize),
+    /// In the place of a pick: all tokens as rows of the batch.
+    Fold(usize),
+    /// A tensor over keys, of which each rank holds its own, becomes a mask; the same for all queries, if that is set.
+    Keys(bool),
     /// The expression inside, with this number, takes its place.
     Inner(u32),
     /// The `if` always takes its first branch.

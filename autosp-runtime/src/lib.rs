@@ -30,11 +30,11 @@ pub mod train;
 
 pub use autosp_plan::{Settings, codes, io_reason, settings};
 pub use config::ModelConfig;
-pub use data::{Batch, Packing, TextData, TextReader, Tokenizer};
+pub use data::{Batch, Packing, Rows, TextData, TextReader, Tokenizer};
 pub use error::{Error, Result};
 pub use ledger::{Bytes, Ledger};
 pub use mesh::Mesh;
 pub use parameters::{Parameters, load_trainable};
 pub use run::{Sp, run, run_with};
 pub use scope::{Scope, Shard};
-pub use train::{Optimizer, Schedule, StepReport, TrainSettings, Trainer};
+pub use train::{Decay, Group, Optimizer, Schedule, StepReport, TrainSettings, Trainer};

@@ -1,13 +1,15 @@
 //! What the code that the attribute emits names, as `autosp::rt`. Not for writing by hand.
 
 pub use candle_core::{self, D, Result};
+pub use candle_nn;
 
 pub use crate::layout::Layout;
 pub use crate::library;
-pub use crate::mask::{Band, HostMask, Mask, mask_rule};
+pub use crate::loss::token_loss;
+pub use crate::mask::{Band, HostMask, Mask, key_mask, mask, mask_rule};
 pub use crate::memory::checkpoint;
 pub use crate::ops;
-pub use crate::ops::{pick, pick_narrow, slice};
+pub use crate::ops::{fold, pick, pick_narrow, sequence, slice};
 pub use crate::schedule::{Backward, Forward, HeadMap, Schedule, Site, Ulysses};
 pub use crate::scores::{Scores, Weights, scores, softmax};
 
@@ -28,6 +30,15 @@ pub fn sharded() -> bool {
 /// AS0303 if a length is not the length of a shard; AS0307 if it is that of several.
 pub fn enter(function: &str, inputs: &[(&str, &Tensor, usize)]) -> Result<()> {
     Ok(scope::enter(function, inputs)?)
+}
+
+/// A tensor beside those that [`enter`] looked at: it has `rank` dims, as the compiler took it to have, and its dim `dim` is the
+/// sequence that is in progress.
+///
+/// # Errors
+/// AS0313 for another number of dims; AS0303 and AS0307 as [`enter`].
+pub fn enter_beside(function: &str, name: &str, x: &Tensor, dim: usize, rank: usize) -> Result<()> {
+    Ok(scope::enter_beside(function, name, x, dim, rank)?)
 }
 
 /// A sharded forward starts at position 0.
@@ -51,6 +62,15 @@ pub fn unsharded(function: &str, why: &str) -> candle_core::Error {
     Error::new(codes::UNTAKEN, text)
         .with_help("call the model that it is a part of")
         .into()
+}
+
+/// A loss over all tokens is for shards.
+///
+/// # Errors
+/// AS0305 outside a sharded scope.
+pub fn in_scope(function: &str) -> Result<()> {
+    scope::require(function)?;
+    Ok(())
 }
 
 /// A branch that the attribute could not follow is taken; `why` says what stands in it.

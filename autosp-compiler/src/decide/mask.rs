@@ -249,6 +249,13 @@ pub(super) fn describe(trace: &Trace<'_, '_>, site: &Site) -> String {
             });
         }
     }
+    for (user, operand) in &site.keys {
+        let node = trace.nodes[*user].inputs[*operand].node;
+        let text = format!("keys by `{}`", trace.nodes[node].text);
+        if !words.contains(&text) {
+            words.push(text);
+        }
+    }
     if words.is_empty() {
         "none".to_string()
     } else {

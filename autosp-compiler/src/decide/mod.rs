@@ -1,6 +1,7 @@
 //! The fourth room: findings become a plan, which is plain data.
 
 mod blocks;
+mod loss;
 mod mask;
 mod repeat;
 mod twins;
@@ -15,7 +16,7 @@ use crate::place::{Placed, place};
 use crate::syntax::Scope;
 use crate::syntax::types::Ty;
 use crate::trace::Trace;
-use crate::trace::shape::{Dim, show};
+use crate::trace::shape::{Dim, Shape, show};
 use crate::trace::value::{Presence, Value};
 
 /// A plan, or every refusal. A module without attention is refused too.
@@ -132,7 +133,7 @@ fn without_branches<'s, 'a>(
 ) -> (Trace<'s, 'a>, Result<Placed, Vec<Refusal>>) {
     let mut untaken = Vec::new();
     loop {
-        let problems = match place(&trace) {
+        let problems = match place(&mut trace) {
             Ok(placed) => return (trace, Ok(placed)),
             Err(problems) if problems.is_empty() => in_the_way(&trace).into_iter().collect(),
             Err(problems) => problems,
@@ -157,7 +158,7 @@ fn without_branches<'s, 'a>(
             .cloned()
             .collect();
         if !firm.is_empty() || untaken.len() == known || known > BRANCHES {
-            let sites = place(&trace).is_err_and(|p| p.is_empty());
+            let sites = place(&mut trace).is_err_and(|p| p.is_empty());
             let said = if firm.is_empty() { problems } else { firm };
             return (trace, Err(if sites { Vec::new() } else { said }));
         }
@@ -191,7 +192,7 @@ fn roots<'s, 'a>(scope: &'s Scope<'a>, table: &'static Table) -> Vec<(usize, Tra
             syn::ReturnType::Type(_, ty) => scope.ty(ty, f.owner.as_deref()).holds_tensor(),
             syn::ReturnType::Default => false,
         };
-        if !takes_tensor || !gives_tensor || called.contains(&id) {
+        if !takes_tensor || !gives_tensor || called.contains(&id) || scope.is_library(id) {
             continue;
         }
         let trace = Trace::run(scope, table, id, Vec::new());
@@ -321,30 +322,29 @@ fn add(
             plan.blocks.push(block.plan.clone());
         }
     }
-    let twin = match twins::build(plan, trace, placed, &site_ids, &elided, &blocks) {
+    let twin = match twins::build(plan, trace, placed, &site_ids, &elided, &blocks, false) {
         Ok(twin) => twin,
         Err(refusal) => {
             plan.sites.truncate(first_site);
             return Err(vec![refusal]);
         }
     };
+    let loss = if trace.scope.loss && loss::foldable(trace, placed).map_err(|r| vec![r])? {
+        let twin = twins::build(plan, trace, placed, &site_ids, &elided, &blocks, true);
+        Some(twin.map_err(|r| vec![r])?)
+    } else {
+        None
+    };
     let f = &trace.scope.functions[root];
-    let inputs = f.sig.inputs.iter().filter_map(|input| match input {
-        syn::FnArg::Typed(t) => Some((
-            crate::trace::param_name(&t.pat),
-            trace.scope.ty(&t.ty, f.owner.as_deref()),
-        )),
-        syn::FnArg::Receiver(_) => None,
-    });
-    let inputs = inputs
-        .filter(|(_, ty)| *ty == Ty::Tensor)
-        .filter_map(|(name, _)| sharded_dim(trace, placed, &name).map(|d| (name, d)));
+    let (plain, beside) = entries(trace, placed, root)?;
     plan.roots.push(plan::Root {
         function: trace.scope.full_name(root),
         line: f.line(),
-        inputs: inputs.collect(),
+        inputs: plain,
+        beside,
         offsets: trace.offsets.clone(),
         twin,
+        loss,
     });
     for a in &trace.acts {
         for (_, fact) in &a.facts {
@@ -367,17 +367,75 @@ fn add(
     verify::check(plan, trace, placed).map_err(|r| vec![r])
 }
 
-/// The sequence dimension of a root's parameter.
-fn sharded_dim(trace: &Trace<'_, '_>, placed: &Placed, name: &str) -> Option<usize> {
+/// Shards among a root's parameters: with their sequence dimension, and those of which more is compared at the entry.
+type Entries = (Vec<(String, usize)>, Vec<plan::Beside>);
+
+fn entries(trace: &Trace<'_, '_>, placed: &Placed, root: usize) -> Result<Entries, Vec<Refusal>> {
+    let f = &trace.scope.functions[root];
+    let inputs = f.sig.inputs.iter().filter_map(|input| match input {
+        syn::FnArg::Typed(t) => Some((
+            crate::trace::param_name(&t.pat),
+            trace.scope.ty(&t.ty, f.owner.as_deref()),
+        )),
+        syn::FnArg::Receiver(_) => None,
+    });
+    let (mut plain, mut beside) = (Vec::new(), Vec::new());
+    for (name, ty) in inputs {
+        let optional = matches!(&ty, Ty::Option(inner) if **inner == Ty::Tensor);
+        if ty != Ty::Tensor && !optional {
+            continue;
+        }
+        let Some((dim, rank)) = sharded_dim(trace, placed, &name) else {
+            continue;
+        };
+        let assumed = trace.assumed_ranks.contains(&name);
+        match rank {
+            Some(rank) if optional || assumed => beside.push(plan::Beside {
+                name,
+                dim,
+                rank,
+                optional,
+            }),
+            _ if optional => {
+                return Err(vec![
+                    Refusal::new(
+                        codes::NOT_FOLLOWED,
+                        f.sig.ident.span(),
+                        format!("cannot tell how many dimensions `{name}` has"),
+                    )
+                    .help(format!(
+                        "read its sizes, such as `let (b, s) = {name}.dims2()?;`"
+                    )),
+                ]);
+            }
+            _ => plain.push((name, dim)),
+        }
+    }
+    Ok((plain, beside))
+}
+
+/// The sequence dimension of a root's parameter, and its rank, if that is known.
+fn sharded_dim(
+    trace: &Trace<'_, '_>,
+    placed: &Placed,
+    name: &str,
+) -> Option<(usize, Option<usize>)> {
     let node = trace
         .nodes
         .iter()
         .position(|n| matches!(&n.op, crate::trace::graph::Op::Param(p) if p == name))?;
-    let dims = trace.nodes[node].shape.known()?;
-    dims.iter().position(|d| {
+    let sequence = |d: &Dim| {
         d.0.iter()
             .any(|f| trace.atoms.normal(&f.size).contains(placed.sequence))
-    })
+    };
+    match &trace.nodes[node].shape {
+        Shape::Known(dims) => Some((dims.iter().position(sequence)?, Some(dims.len()))),
+        Shape::Partial(known) => {
+            let (d, _) = known.iter().find(|(_, dim)| sequence(dim))?;
+            Some((*d, None))
+        }
+        _ => None,
+    }
 }
 
 fn describe(

@@ -85,6 +85,8 @@ pub(crate) struct Scope<'a> {
     library: HashMap<String, usize>,
     pub(crate) names: Names,
     pub(crate) consts: HashMap<String, &'a syn::Expr>,
+    /// Whether functions that keep one token are given a loss over all tokens.
+    pub(crate) loss: bool,
     /// Types that are `Clone`.
     pub(crate) cloneable: HashSet<String>,
 }
@@ -100,6 +102,7 @@ impl<'a> Scope<'a> {
             free: HashMap::new(),
             library: HashMap::new(),
             names: Names::default(),
+            loss: false,
             consts: HashMap::new(),
             cloneable: HashSet::new(),
         };
@@ -126,7 +129,7 @@ impl<'a> Scope<'a> {
                 let name = f.sig.ident.to_string();
                 scope
                     .library
-                    .insert(format!("{}::{name}", library::HOME), scope.functions.len());
+                    .insert(library::path(&name), scope.functions.len());
                 scope.function(None, &f.sig, &f.block, false, (items.len() + i, None));
             }
         }

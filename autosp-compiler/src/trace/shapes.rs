@@ -25,6 +25,23 @@ impl<'a> Trace<'_, 'a> {
     ) -> Ruled {
         let inputs: Vec<NodeId> = self.nodes[node].inputs.iter().map(|i| i.node).collect();
         let what = self.nodes[node].text.clone();
+        if let Some(first) = inputs.first() {
+            let named = match row.shape {
+                ShapeRule::Reduce | ShapeRule::ReduceKeep | ShapeRule::Along => {
+                    Some(args.get(1).and_then(|a| dim_argument(&a.0)))
+                }
+                ShapeRule::Unsqueeze
+                | ShapeRule::Expand
+                | ShapeRule::Reshape
+                | ShapeRule::Transpose
+                | ShapeRule::Narrow
+                | ShapeRule::Flatten => Some(None),
+                _ => None,
+            };
+            if let Some(named) = named {
+                self.needs_rank(*first, named);
+            }
+        }
         let first = inputs.first().map(|n| self.nodes[*n].shape.clone());
         let plain = |shape: Shape| Ok((shape, Vec::new()));
         match (row.shape, first) {
@@ -219,6 +236,10 @@ impl<'a> Trace<'_, 'a> {
             (Shape::Known(a), Shape::Known(b)) => (a, b),
             (Shape::Unknown(r), _) | (_, Shape::Unknown(r)) => {
                 return Ok((Shape::Unknown(r), Vec::new()));
+            }
+            // What a table of unknown shape is multiplied with is contracted along its rows.
+            (Shape::Partial(_), Shape::Known(b)) if b.len() >= 2 => {
+                return Ok((Shape::Partial(Vec::new()), vec![(1, b.len() - 2)]));
             }
             (Shape::Known(mut a), Shape::Partial(_)) if !a.is_empty() => {
                 // A weight whose sizes nobody reads
@@ -540,7 +561,7 @@ impl<'a> Trace<'_, 'a> {
     }
 
     /// A range over positions that begins at an integer parameter begins at an offset into a cache.
-    fn starts_at_zero(&mut self, start: &super::value::Size, len: &super::value::Size) {
+    pub(super) fn starts_at_zero(&mut self, start: &super::value::Size, len: &super::value::Size) {
         if self.atoms.anchored(&len.poly) {
             let _ = self.atoms.without_offsets(&start.poly, &mut self.offsets);
         }
