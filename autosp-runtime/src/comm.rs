@@ -21,6 +21,7 @@ use candle_core::Tensor;
 
 pub use collectives::{
     all_gather, all_reduce_sum, all_to_all, barrier, broadcast, chunk, reduce_scatter,
+    reduce_scatter_as,
 };
 pub(crate) use local::{Fault, Group, LocalEngine, World, list};
 #[cfg(feature = "cuda")]

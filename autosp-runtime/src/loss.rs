@@ -47,7 +47,7 @@ pub fn cross_entropy(logits: &Tensor, labels: &Tensor) -> Result<Tensor> {
     let valid = classes.iter().filter(|class| class.is_some()).count();
     #[cfg(feature = "cuda")]
     if logits.device().is_cuda()
-        && let Some(loss) = on_gpu(logits, &classes, valid)?
+        && let Some(loss) = on_gpu(&crate::scores::before_cast(logits)?, &classes, valid)?
     {
         return Ok(loss);
     }

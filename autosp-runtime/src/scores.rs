@@ -323,7 +323,7 @@ impl Weights {
 /// lose none, since attention adds up in `f32` anyway, and what is exchanged is half as large. Otherwise `x`.
 ///
 /// The graph shows the cast: where the type changes from one node to the next and nothing else does, the node is a cast.
-fn before_cast(x: &Tensor) -> Result<Tensor> {
+pub(crate) fn before_cast(x: &Tensor) -> Result<Tensor> {
     if !x.device().is_cuda() || x.dtype() != DType::F32 {
         return Ok(x.clone());
     }

@@ -53,6 +53,8 @@ struct Options {
     groups: usize,
     #[arg(long, default_value = "all")]
     policy: String,
+    #[arg(long, default_value_t = 1)]
+    zero: usize,
     /// What cargo passes to a benchmark
     #[arg(long, hide = true)]
     bench: bool,
@@ -76,6 +78,7 @@ pub(crate) fn run() -> Result<()> {
         ("sp", options.sp.to_string()),
         ("groups", options.groups.to_string()),
         ("policy", options.policy.clone()),
+        ("zero", options.zero.to_string()),
     ];
     for (name, value) in flags {
         settings.set(name, &value, Source::Flag(format!("--{name}")))?;
@@ -212,6 +215,7 @@ fn show(options: &Options, length: usize, world: usize, parameters: usize, measu
     let result = serde_json::json!({
         "mode": "autosp-rust",
         "policy": options.policy,
+        "zero": options.zero,
         "groups": options.groups,
         "dtype": options.dtype,
         "seq": length,
