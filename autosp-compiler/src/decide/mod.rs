@@ -14,6 +14,7 @@ use crate::error::Refusal;
 use crate::ops::Table;
 use crate::place::{Placed, place};
 use crate::syntax::Scope;
+use crate::syntax::asserts::Kind;
 use crate::syntax::types::Ty;
 use crate::trace::Trace;
 use crate::trace::shape::{Dim, Shape, show};
@@ -29,10 +30,14 @@ pub(crate) fn decide(
         module: scope.name.clone(),
         ..plan::Plan::default()
     };
-    let mut refusals: Vec<Refusal> = Vec::new();
+    let mut refusals: Vec<Refusal> = scope.wrong_asserts();
+    if !refusals.is_empty() {
+        return (plan, refusals);
+    }
     let mut fallback: Vec<Refusal> = Vec::new();
     let mut inner: Vec<usize> = Vec::new();
-    for (root, trace) in roots(scope, table) {
+    let (roots, pairs) = roots(scope, table);
+    for (root, trace) in roots {
         let (trace, placed) = without_branches(scope, table, root, trace);
         refusals.extend(lost_result(&trace, root));
         match placed {
@@ -57,12 +62,14 @@ pub(crate) fn decide(
                 .note("an attention is a product of queries and keys, a softmax over the keys, and a product with the values")
                 .help("annotate the module that holds the attention, or remove the attribute")
         };
-        refusals.push(fallback.into_iter().next().unwrap_or_else(nothing));
+        let first = pairs.into_iter().chain(fallback).next();
+        refusals.push(first.unwrap_or_else(nothing));
     }
     if refusals.is_empty() {
         for function in inner {
             add_inner(&mut plan, scope, table, function);
         }
+        refusals = scope.unused_asserts();
     }
     dedupe(&mut refusals);
     (plan, refusals)
@@ -177,10 +184,14 @@ fn dedupe(refusals: &mut Vec<Refusal>) {
     });
 }
 
+/// Functions with their traces, and what stands in the way of others.
+type Roots<'s, 'a> = (Vec<(usize, Trace<'s, 'a>)>, Vec<Refusal>);
+
 /// Functions that a user calls: they take a tensor, come to an attention or fail to, and no other function of the scope
 /// calls them on the way to one. Each with its trace.
-fn roots<'s, 'a>(scope: &'s Scope<'a>, table: &'static Table) -> Vec<(usize, Trace<'s, 'a>)> {
+fn roots<'s, 'a>(scope: &'s Scope<'a>, table: &'static Table) -> Roots<'s, 'a> {
     let mut candidates: Vec<(usize, Trace<'s, 'a>)> = Vec::new();
+    let (mut pairs, mut lost) = (Vec::new(), Vec::new());
     let mut called = std::collections::HashSet::new();
     // What is called stands before its caller in most files; a function that is called needs no trace of its own.
     for (id, f) in scope.functions.iter().enumerate().rev() {
@@ -195,6 +206,14 @@ fn roots<'s, 'a>(scope: &'s Scope<'a>, table: &'static Table) -> Vec<(usize, Tra
         if !takes_tensor || !gives_tensor || called.contains(&id) || scope.is_library(id) {
             continue;
         }
+        let hidden = [Kind::Tokenwise, Kind::Replicated];
+        if scope
+            .asserts
+            .iter()
+            .any(|a| a.path == f.path && hidden.contains(&a.kind))
+        {
+            continue;
+        }
         let trace = Trace::run(scope, table, id, Vec::new());
         called.extend(trace.acts.iter().skip(1).map(|a| a.function));
         let softmax = |n: &crate::trace::graph::Node| {
@@ -202,6 +221,9 @@ fn roots<'s, 'a>(scope: &'s Scope<'a>, table: &'static Table) -> Vec<(usize, Tra
         };
         if trace.nodes.iter().any(softmax) {
             candidates.push((id, trace));
+        } else {
+            pairs.extend(pairs_tokens(&trace));
+            lost.extend(lost_result(&trace, id));
         }
     }
     candidates.retain(|(id, _)| !called.contains(id));
@@ -209,7 +231,42 @@ fn roots<'s, 'a>(scope: &'s Scope<'a>, table: &'static Table) -> Vec<(usize, Tra
         candidates.retain(|(id, _)| scope.functions[*id].public);
     }
     candidates.reverse();
-    candidates
+    pairs.extend(lost.into_iter().rev());
+    (candidates, pairs)
+}
+
+/// A product of all tokens with all tokens in a function that has no softmax.
+fn pairs_tokens(trace: &Trace<'_, '_>) -> Option<Refusal> {
+    let product = trace.nodes.iter().find(|n| {
+        let matmul = n
+            .row()
+            .is_some_and(|r| r.shape == crate::ops::ShapeRule::Matmul);
+        let atom = |d: &Dim| match d.0.as_slice() {
+            [f] => trace
+                .atoms
+                .normal(&f.size)
+                .as_atom()
+                .filter(|a| trace.atoms.is_dim(*a)),
+            _ => None,
+        };
+        let pair = n.shape.known().and_then(|dims| match dims {
+            [.., q, k] => atom(q).filter(|a| atom(k) == Some(*a)),
+            _ => None,
+        });
+        matmul && pair.is_some()
+    })?;
+    Some(
+        Refusal::new(
+            codes::NO_SOFTMAX,
+            product.at.span,
+            format!(
+                "`{}` pairs every token with every token, and no softmax over the keys follows",
+                product.text
+            ),
+        )
+        .note("what is sharded is `softmax(q k^T) v`, of which the scores are never made whole")
+        .help("`candle_nn::ops::softmax_last_dim(&scores)?` before the product with the values"),
+    )
 }
 
 /// A root whose result was lost on the way: nothing can be said of the numbers that come out.
@@ -337,6 +394,7 @@ fn add(
     };
     let f = &trace.scope.functions[root];
     let (plain, beside) = entries(trace, placed, root)?;
+    returns(trace, placed, root).map_err(|r| vec![r])?;
     plan.roots.push(plan::Root {
         function: trace.scope.full_name(root),
         line: f.line(),
@@ -365,6 +423,41 @@ fn add(
         }
     }
     verify::check(plan, trace, placed).map_err(|r| vec![r])
+}
+
+/// What a root returns shows where the tokens are, or its callers know.
+fn returns(trace: &Trace<'_, '_>, placed: &Placed, root: usize) -> Result<(), Refusal> {
+    let f = &trace.scope.functions[root];
+    let said = trace.scope.asserted(&f.path, &[Kind::Sharded]).is_some();
+    let mut tensors = Vec::new();
+    trace.acts[0].result.tensors(&mut tensors);
+    for node in tensors {
+        let Some(dims) = trace.nodes[node].shape.known() else {
+            continue;
+        };
+        let sequence = |d: &&Dim| {
+            d.0.iter()
+                .any(|f| trace.atoms.normal(&f.size).contains(placed.sequence))
+        };
+        let merged = dims.iter().find(sequence).is_some_and(|d| d.0.len() > 1);
+        if placed.place[node] == crate::place::Place::Sharded && merged && !said {
+            let name = trace.scope.full_name(root);
+            return Err(Refusal::new(
+                codes::RETURNS_SHARD,
+                f.sig.ident.span(),
+                format!("`{name}` returns one rank's tokens without saying so"),
+            )
+            .note(format!(
+                "its result is {}: rows and tokens are one dimension",
+                show(&trace.atoms, dims)
+            ))
+            .help(format!(
+                "keep the sequence a dimension of its own, or `sequence_parallel(sharded({}))`",
+                f.path
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// Shards among a root's parameters: with their sequence dimension, and those of which more is compared at the entry.

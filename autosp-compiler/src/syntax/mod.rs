@@ -1,9 +1,11 @@
 //! The first room: attribute and item become a scope of types, functions and names.
 
 pub(crate) mod args;
+pub(crate) mod asserts;
 pub(crate) mod include;
 pub(crate) mod library;
 pub(crate) mod number;
+pub(crate) mod plan_file;
 mod text;
 pub(crate) mod types;
 
@@ -89,6 +91,8 @@ pub(crate) struct Scope<'a> {
     pub(crate) loss: bool,
     /// Types that are `Clone`.
     pub(crate) cloneable: HashSet<String>,
+    /// What is said of functions and fields.
+    pub(crate) asserts: Vec<asserts::Assert>,
 }
 
 impl<'a> Scope<'a> {
@@ -105,6 +109,7 @@ impl<'a> Scope<'a> {
             loss: false,
             consts: HashMap::new(),
             cloneable: HashSet::new(),
+            asserts: Vec::new(),
         };
         for item in items {
             if let syn::Item::Use(u) = item {

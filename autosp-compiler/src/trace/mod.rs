@@ -11,6 +11,7 @@ mod call;
 mod control;
 mod eval;
 pub(crate) mod graph;
+mod parts;
 mod pattern;
 pub(crate) mod shape;
 mod shapes;
@@ -112,6 +113,8 @@ pub(crate) struct Trace<'s, 'a> {
     pub(crate) offsets: Vec<String>,
     /// Tensors that are read to the host: what follows depends on them in ways that are not seen.
     pub(crate) reads: Vec<NodeId>,
+    /// Counters of loops over the tokens.
+    counters: Vec<size::AtomId>,
     /// Inputs whose rank was taken from their uses.
     pub(crate) assumed_ranks: Vec<String>,
     /// Helpers of libraries that were followed through a definition of our own: the path as written, and the definition.
@@ -149,6 +152,7 @@ impl<'s, 'a> Trace<'s, 'a> {
             sizes: Vec::new(),
             offsets: Vec::new(),
             reads: Vec::new(),
+            counters: Vec::new(),
             assumed_ranks: Vec::new(),
             helpers: Vec::new(),
             table,
@@ -537,7 +541,8 @@ impl<'s, 'a> Trace<'s, 'a> {
                 continue;
             }
             let layer = |r: &crate::ops::Row| {
-                r.path.starts_with("candle_nn::") && !r.path.starts_with("candle_nn::ops::")
+                let own = r.path.starts_with("candle_core::Tensor::");
+                !own && !r.path.starts_with("candle_nn::ops::")
             };
             if row.is_some_and(layer) {
                 return Some(n);
