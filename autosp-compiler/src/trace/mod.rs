@@ -11,8 +11,10 @@ mod call;
 mod control;
 mod eval;
 pub(crate) mod graph;
+mod partial;
 mod parts;
 mod pattern;
+pub(crate) mod rows;
 pub(crate) mod shape;
 mod shapes;
 pub(crate) mod size;
@@ -119,6 +121,10 @@ pub(crate) struct Trace<'s, 'a> {
     pub(crate) assumed_ranks: Vec<String>,
     /// Helpers of libraries that were followed through a definition of our own: the path as written, and the definition.
     pub(crate) helpers: Vec<(String, String)>,
+    /// Reads to the host whose rows were followed.
+    pub(crate) row_reads: HashSet<NodeId>,
+    /// The loops that evaluation is in: whether one passes over empty lists of rows.
+    skips: Vec<bool>,
     table: &'static Table,
     /// Fields that are written while the root runs.
     written: HashSet<String>,
@@ -155,6 +161,8 @@ impl<'s, 'a> Trace<'s, 'a> {
             counters: Vec::new(),
             assumed_ranks: Vec::new(),
             helpers: Vec::new(),
+            row_reads: HashSet::new(),
+            skips: Vec::new(),
             table,
             written: scope.written_by(root),
             fields: HashMap::new(),
@@ -550,31 +558,6 @@ impl<'s, 'a> Trace<'s, 'a> {
             stack.extend(self.nodes[n].inputs.iter().map(|i| i.node));
         }
         None
-    }
-
-    /// Whether a tensor is made of what callers give and of constants alone, through no weight: it needs no gradient.
-    pub(crate) fn data_only(&self, node: NodeId) -> bool {
-        let mut stack = vec![node];
-        let mut seen = HashSet::new();
-        while let Some(n) = stack.pop() {
-            if !seen.insert(n) {
-                continue;
-            }
-            let node = &self.nodes[n];
-            let fine = match &node.op {
-                Op::Param(_) | Op::Mask(_) | Op::Phi { .. } | Op::Pick { .. } => true,
-                Op::Row(row) => {
-                    row.path.starts_with("candle_core::Tensor::")
-                        || row.path.starts_with("candle_nn::ops::")
-                }
-                Op::Field | Op::Unknown(_) => false,
-            };
-            if !fine {
-                return false;
-            }
-            stack.extend(node.inputs.iter().map(|i| i.node));
-        }
-        true
     }
 
     /// A reason with the code for what the analysis cannot follow.

@@ -19,21 +19,18 @@ pub fn silu(xs: &Tensor) -> Result<Tensor> {
     candle_nn::ops::silu(xs)
 }
 
-/// What `module.forward(xs)` computes: `y = x Wᵀ + b`. On a GPU, the gradients of x and W are one product each, without candle's
-/// intermediate transposes.
+/// What `module.forward(xs)` computes: `y = x Wᵀ + b`. The gradients of x and W are one product each, without candle's intermediate
+/// transposes; a frozen weight has none.
 ///
 /// # Errors
 /// When the last dimension of `xs` is not the weight's second, or the types differ.
-pub fn linear(module: &candle_nn::Linear, xs: &Tensor) -> Result<Tensor> {
-    #[cfg(feature = "cuda")]
-    if xs.device().is_cuda() && xs.rank() >= 2 {
-        let y = product(xs, module.weight())?;
-        return match module.bias() {
-            None => Ok(y),
-            Some(bias) => y.broadcast_add(bias),
-        };
+#[cfg(feature = "cuda")]
+pub(super) fn linear(module: &candle_nn::Linear, xs: &Tensor) -> Result<Tensor> {
+    let y = product(xs, module.weight())?;
+    match module.bias() {
+        None => Ok(y),
+        Some(bias) => y.broadcast_add(bias),
     }
-    module.forward(xs)
 }
 
 /// x Wᵀ with x [.., in] and W [out, in].
