@@ -46,6 +46,7 @@ impl Sp {
         mesh: Mesh,
         rank: usize,
         groups: Groups,
+        device: Device,
         settings: Settings,
         ledger: Arc<Ledger>,
     ) -> Self {
@@ -56,7 +57,7 @@ impl Sp {
             sp_group: sp,
             dp_group: dp,
             world_group: world,
-            device: Device::Cpu,
+            device,
             settings,
             ledger,
             steps: AtomicU64::new(0),
