@@ -9,6 +9,9 @@ use candle_core::{DType, Device, IndexOp, Module, Result, Tensor, Var};
 use candle_nn::{Activation, Dropout, Embedding, LayerNorm, Linear, RmsNorm, ops, rotary_emb};
 use proptest::prelude::*;
 
+#[path = "op_table/random.rs"]
+mod random_numbers;
+
 /// Sizes that two and three ranks divide.
 const N: usize = 6;
 
@@ -307,8 +310,9 @@ fn claims(row: &Row, case: &mut Case) {
             (each(&[(0, 0), (2, 2)], 1), vec![1])
         }
         ShapeRule::IndexSelect => (each(&[(0, 0), (2, 2)], 1), vec![1]),
-        ShapeRule::IndexAdd | ShapeRule::Gather => (each(&[(0, 0), (2, 2)], 2), vec![1]),
-        ShapeRule::Cat => (each(&[(0, 0), (2, 2)], 2), vec![1]),
+        ShapeRule::IndexAdd | ShapeRule::Gather | ShapeRule::Cat => {
+            (each(&[(0, 0), (2, 2)], 2), vec![1])
+        }
         ShapeRule::Stack => (each(&[(0, 0), (1, 2), (2, 3)], 2), vec![]),
         ShapeRule::Index | ShapeRule::Reduce => (each(&[(0, 0), (2, 1)], 1), vec![1]),
         ShapeRule::ReduceAll => (vec![], vec![0, 1, 2]),
@@ -467,41 +471,6 @@ fn gradients_are_where_a_row_says_so() {
             row.path
         );
     }
-}
-
-#[test]
-fn random_operations_differ_from_rank_to_rank() {
-    for path in ["candle_nn::ops::dropout", "candle_nn::Dropout::forward"] {
-        let case = nn_op(path, 5).expect("an operation");
-        let (a, b) = (
-            (case.run)(&case.inputs).expect("a draw"),
-            (case.run)(&case.inputs).expect("a draw"),
-        );
-        assert_ne!(
-            bits(&a).expect("numbers"),
-            bits(&b).expect("numbers"),
-            "{path}"
-        );
-    }
-    let x = random(1, &[64]);
-    for draw in [
-        |x: &Tensor| x.rand_like(0.0, 1.0),
-        |x: &Tensor| x.randn_like(0.0, 1.0),
-    ] {
-        assert_ne!(
-            bits(&draw(&x).expect("a draw")).expect("numbers"),
-            bits(&draw(&x).expect("a draw")).expect("numbers")
-        );
-    }
-    let d = &Device::Cpu;
-    assert_ne!(
-        bits(&Tensor::rand(0f32, 1.0, 64, d).expect("a draw")).expect("numbers"),
-        bits(&Tensor::rand(0f32, 1.0, 64, d).expect("a draw")).expect("numbers")
-    );
-    assert_ne!(
-        bits(&Tensor::randn(0f32, 1.0, 64, d).expect("a draw")).expect("numbers"),
-        bits(&Tensor::randn(0f32, 1.0, 64, d).expect("a draw")).expect("numbers")
-    );
 }
 
 #[test]
