@@ -36,13 +36,14 @@ pub(crate) fn decide(
     }
     let mut fallback: Vec<Refusal> = Vec::new();
     let mut inner: Vec<usize> = Vec::new();
+    let mut no_loss: Vec<Refusal> = Vec::new();
     let (roots, pairs) = roots(scope, table);
     for (root, trace) in roots {
         let (trace, placed) = without_branches(scope, table, root, trace);
         refusals.extend(lost_result(&trace, root));
         match placed {
             Ok(placed) => {
-                if let Err(more) = add(&mut plan, &trace, &placed, root) {
+                if let Err(more) = add(&mut plan, &trace, &placed, root, &mut no_loss) {
                     refusals.extend(more);
                 }
                 for function in holders(&trace, &placed) {
@@ -64,6 +65,10 @@ pub(crate) fn decide(
         };
         let first = pairs.into_iter().chain(fallback).next();
         refusals.push(first.unwrap_or_else(nothing));
+    }
+    // A loss was asked for: one function has to have it.
+    if plan.roots.iter().all(|r| r.loss.is_none()) {
+        refusals.extend(no_loss);
     }
     if refusals.is_empty() {
         for function in inner {
@@ -107,7 +112,7 @@ fn add_inner(plan: &mut plan::Plan, scope: &Scope<'_>, table: &'static Table, fu
     let before = plan.clone();
     let outcome = match (lost_result(&trace, function), placed) {
         (Some(lost), _) => Err(vec![lost]),
-        (None, Ok(placed)) => add(plan, &trace, &placed, function),
+        (None, Ok(placed)) => add(plan, &trace, &placed, function, &mut Vec::new()),
         (None, Err(problems)) => Err(problems),
     };
     if let Err(problems) = outcome {
@@ -340,6 +345,7 @@ fn add(
     trace: &Trace<'_, '_>,
     placed: &Placed,
     root: usize,
+    no_loss: &mut Vec<Refusal>,
 ) -> Result<(), Vec<Refusal>> {
     let first_site = plan.sites.len();
     let mut elided = Vec::new();
@@ -386,11 +392,26 @@ fn add(
             return Err(vec![refusal]);
         }
     };
-    let loss = if trace.scope.loss && loss::foldable(trace, placed).map_err(|r| vec![r])? {
-        let twin = twins::build(plan, trace, placed, &site_ids, &elided, &blocks, true);
-        Some(twin.map_err(|r| vec![r])?)
+    let all_tokens = if trace.scope.loss {
+        loss::foldable(trace, placed)
     } else {
-        None
+        Ok(false)
+    };
+    let loss = match all_tokens {
+        Ok(true) => {
+            let twin = twins::build(plan, trace, placed, &site_ids, &elided, &blocks, true);
+            Some(twin.map_err(|r| vec![r])?)
+        }
+        Ok(false) => None,
+        Err(refusal) => {
+            let function = trace.scope.full_name(root);
+            plan.notes.push(format!(
+                "`{function}` has no loss of its own: {}",
+                refusal.message
+            ));
+            no_loss.push(refusal);
+            None
+        }
     };
     let f = &trace.scope.functions[root];
     let (plain, beside) = entries(trace, placed, root)?;

@@ -11,6 +11,33 @@ use crate::trace::graph::{NodeId, Op};
 use crate::trace::shape::{Dim, Shape, show};
 
 impl Placer<'_, '_, '_> {
+    /// Numbers of listed rows select and add rows of the tensor that the loop was over, and mean nothing elsewhere.
+    fn numbers_of_rows(&mut self, node: NodeId, row: &Row) -> Option<Place> {
+        let trace = self.trace;
+        let n = &trace.nodes[node];
+        let rows = |i: &crate::trace::graph::Input| {
+            matches!(
+                trace.nodes[i.node].op,
+                crate::trace::graph::Op::Rows { index: true }
+            )
+        };
+        let by_index = matches!(row.shape, ShapeRule::IndexSelect | ShapeRule::IndexAdd);
+        let placed = n.inputs.get(1).is_some_and(rows) && by_index && n.touches.is_empty();
+        if placed || !n.inputs.iter().any(rows) {
+            return None;
+        }
+        Some(self.refuse(
+            node,
+            codes::MIXES_TOKENS,
+            format!(
+                "`{}` uses numbers of rows, which every rank counts from its own first one",
+                n.text
+            ),
+            None,
+            "select and add rows of the tensor that the loop was over",
+        ))
+    }
+
     pub(super) fn row(
         &mut self,
         node: NodeId,
@@ -34,25 +61,8 @@ impl Placer<'_, '_, '_> {
                 "use the attention's result instead",
             );
         }
-        let rows = |i: &crate::trace::graph::Input| {
-            matches!(
-                trace.nodes[i.node].op,
-                crate::trace::graph::Op::Rows { index: true }
-            )
-        };
-        let by_index = matches!(row.shape, ShapeRule::IndexSelect | ShapeRule::IndexAdd);
-        let placed = n.inputs.get(1).is_some_and(rows) && by_index && n.touches.is_empty();
-        if sharded && n.inputs.iter().any(rows) && !placed {
-            return self.refuse(
-                node,
-                codes::MIXES_TOKENS,
-                format!(
-                    "`{}` uses numbers of rows, which every rank counts from its own first one",
-                    n.text
-                ),
-                None,
-                "select and add rows of the tensor that the loop was over",
-            );
+        if sharded && let Some(refused) = self.numbers_of_rows(node, row) {
+            return refused;
         }
         if !sharded {
             return match inputs.iter().position(|p| *p == Place::Given) {
