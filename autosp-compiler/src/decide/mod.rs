@@ -392,27 +392,10 @@ fn add(
             return Err(vec![refusal]);
         }
     };
-    let all_tokens = if trace.scope.loss {
-        loss::foldable(trace, placed)
-    } else {
-        Ok(false)
+    let every_token = |plan: &mut plan::Plan| {
+        twins::build(plan, trace, placed, &site_ids, &elided, &blocks, true)
     };
-    let loss = match all_tokens {
-        Ok(true) => {
-            let twin = twins::build(plan, trace, placed, &site_ids, &elided, &blocks, true);
-            Some(twin.map_err(|r| vec![r])?)
-        }
-        Ok(false) => None,
-        Err(refusal) => {
-            let function = trace.scope.full_name(root);
-            plan.notes.push(format!(
-                "`{function}` has no loss of its own: {}",
-                refusal.message
-            ));
-            no_loss.push(refusal);
-            None
-        }
-    };
+    let loss = loss::twin(plan, trace, placed, root, no_loss, every_token).map_err(|r| vec![r])?;
     let f = &trace.scope.functions[root];
     let (plain, beside) = entries(trace, placed, root)?;
     returns(trace, placed, root).map_err(|r| vec![r])?;
