@@ -44,6 +44,7 @@ impl Sp {
         mesh: Mesh,
         rank: usize,
         groups: Groups,
+        device: Device,
         settings: Settings,
         ledger: Arc<Ledger>,
     ) -> Self {
@@ -54,7 +55,7 @@ impl Sp {
             sp_group: sp,
             dp_group: dp,
             world_group: world,
-            device: Device::Cpu,
+            device,
             settings,
             ledger,
             steps: AtomicU64::new(0),
