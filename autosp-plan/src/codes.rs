@@ -139,6 +139,8 @@ codes! {
 
     REPLAY = "AS0351", "a block that is computed again takes another way",
         "The forward of a block that is computed again in the backward has to run the same attention sites in the same order as the first time. A block that decides by something that changes between the two, such as a counter or a random number, cannot be in a checkpoint scope; use policy `all`.";
+    DROPOUT = "AS0334", "a dropout that cannot be drawn",
+        "The probability of a dropout is at least 0 and below 1.";
 
     RANK_FAILED = "AS0401", "a rank failed",
         "The code of one rank panicked. The other ranks were stopped, since they would have waited for it. The message names the rank that failed first.";

@@ -9,6 +9,7 @@
 //! An operand that nothing tracks (a frozen weight, rope tables) gets no gradient and costs none. [`linear`] is here for that alone:
 //! candle's layer has a backward, which computes a gradient for a frozen weight too.
 
+mod dropout;
 mod kernel;
 mod layer;
 mod linear;
@@ -20,6 +21,7 @@ mod rope;
 pub mod sequence;
 mod softmax;
 
+pub use dropout::{RowsAndTokens, dropout, dropout_layer};
 pub use layer::{layer, no_cache, norm_layer};
 pub use linear::linear;
 pub use modules::{embedding, silu};

@@ -29,6 +29,8 @@ struct Inner {
     settings: Settings,
     ledger: Arc<Ledger>,
     steps: AtomicU64,
+    /// Of the numbers that dropout draws.
+    seed: AtomicU64,
     shards: Mutex<VecDeque<(TensorId, Shard)>>,
 }
 
@@ -59,6 +61,7 @@ impl Sp {
             settings,
             ledger,
             steps: AtomicU64::new(0),
+            seed: AtomicU64::new(0),
             shards: Mutex::default(),
         }))
     }
@@ -121,6 +124,16 @@ impl Sp {
     /// What this rank has handed to its peers.
     pub fn ledger(&self) -> &Ledger {
         &self.0.ledger
+    }
+
+    /// Sets the seed of what models draw while they run (dropout), on every rank the same; 0 at first.
+    pub fn set_seed(&self, seed: u64) {
+        self.0.seed.store(seed, Ordering::Relaxed);
+    }
+
+    /// The seed of what models draw while they run.
+    pub fn seed(&self) -> u64 {
+        self.0.seed.load(Ordering::Relaxed)
     }
 
     /// Runs `f` inside a sharded scope: models under the attribute run their sequence-parallel twins there, also on one rank.

@@ -5,8 +5,7 @@ use candle::DType;
 use serde_json::json;
 
 autosp_zoo::models![
-    "llama", "mistral", "granite", "yi", "helium", "olmo", "olmo2", "llama2_c", "mixtral",
-    "voxtral"
+    "llama", "mistral", "granite", "yi", "helium", "olmo", "olmo2", "llama2_c", "mixtral"
 ];
 
 fn last(config: serde_json::Value, off: Vec<serde_json::Value>) -> Zoo {
@@ -136,13 +135,4 @@ zoo_loss!(mixtral_loss: mixtral, last(
 }, {
     let config: m::Config = config(json)?;
     m::Model::new(&config, vb)?.forward(tokens, 0)
-});
-
-zoo!(voxtral: voxtral, last(
-    with(decoder(), json!({"head_dim": 6, "use_flash_attn": false})),
-    vec![json!({"rope_theta": 100.0}), json!({"num_key_value_heads": 4})],
-), |m, json, vb, tokens| {
-    let config: m::VoxtralLlamaConfig = config(json)?;
-    let mut cache = m::VoxtralLlamaCache::new(false, DType::F32, &config, vb.device())?;
-    m::VoxtralLlama::load(vb, &config)?.forward(tokens, 0, &mut cache)
 });
