@@ -205,7 +205,7 @@ impl<'a> Visit<'a> for Body<'_> {
         self.reject(m, "is a macro");
     }
 
-    #[allow(clippy::too_many_lines, reason = "one arm a form")]
+    #[allow(clippy::too_many_lines, reason = "one arm for each kind of expression")]
     fn visit_expr(&mut self, e: &'a syn::Expr) {
         match e {
             syn::Expr::MethodCall(m) => {
