@@ -99,6 +99,7 @@ fn tensor_op(name: &str, seed: u64) -> Option<Case> {
         "ones_like" => unary(seed, Tensor::ones_like),
         "contiguous" => unary(seed, Tensor::contiguous),
         "copy" => unary(seed, Tensor::copy),
+        "to_device" => unary(seed, |x| x.to_device(x.device())),
         "force_contiguous" => unary(seed, Tensor::force_contiguous),
         "add" => binary(seed, Tensor::add),
         "sub" => binary(seed, Tensor::sub),
@@ -151,6 +152,7 @@ fn tensor_op(name: &str, seed: u64) -> Option<Case> {
         "broadcast_as" => case(vec![random(seed, &[N, 1, N])], |x| {
             x[0].broadcast_as((x[0].dim(0)?, 5, x[0].dim(2)?))
         }),
+        "broadcast_left" => unary(seed, |x| x.broadcast_left((2, 3))),
         "narrow" => unary(seed, |x| x.narrow(1, 1, 3)),
         "chunk" => unary(seed, |x| Ok(x.chunk(2, 1)?[1].clone())),
         "cat" => binary(seed, |x, y| Tensor::cat(&[x, y], 1)),
@@ -203,7 +205,7 @@ fn nn_op(path: &str, seed: u64) -> Option<Case> {
         "candle_nn::ops::silu" => unary(seed, ops::silu),
         "candle_nn::ops::sigmoid" => unary(seed, ops::sigmoid),
         "candle_nn::ops::leaky_relu" => unary(seed, |x| ops::leaky_relu(x, 0.1)),
-        "candle_nn::Activation::forward" => unary(seed, |x| Activation::NewGelu.forward(x)),
+        "candle_nn::Activation::forward" => unary(seed, |x| Activation::Swiglu.forward(x)),
         "candle_nn::Linear::forward" => {
             let layer = Linear::new(layer_weight(seed, &[4, N]), Some(layer_weight(seed, &[4])));
             unary(seed, move |x| layer.forward(x))
@@ -278,6 +280,7 @@ fn claims(row: &Row, case: &mut Case) {
         ShapeRule::Unsqueeze => (each(&[(0, 0), (1, 2), (2, 3)], 1), vec![]),
         ShapeRule::Squeeze => (each(&[(0, 0), (2, 1)], 1), vec![]),
         ShapeRule::Expand => (each(&[(0, 0), (2, 2)], 1), vec![]),
+        ShapeRule::BroadcastLeft => (each(&[(0, 2), (1, 3), (2, 4)], 1), vec![]),
         ShapeRule::Narrow | ShapeRule::Chunk | ShapeRule::ReduceKeep | ShapeRule::Along => {
             (each(&[(0, 0), (2, 2)], 1), vec![1])
         }
@@ -474,6 +477,7 @@ fn tensors_from_nothing_are_the_same_on_every_rank_and_have_the_shape_of_their_r
     let made: Vec<(&str, ShapeRule, Vec<usize>, Make)> = vec![
         (
             "new",
+            "try_from",
             ShapeRule::Scalar,
             vec![],
             Box::new(|| Tensor::new(2.5f32, d)),

@@ -24,27 +24,51 @@ pub(crate) use term::{Action, Block, Prepared, Term};
 const DENSE_LIMIT: usize = 1 << 24;
 
 /// An elementwise change that the user made to a mask.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 enum Change {
     Cast(DType),
     Affine(f64, f64, DType),
     /// The first number where the mask is non-zero, else the second.
     Select(f64, f64),
+    /// `value` where the mask after the first changes is non-zero (or zero), else the mask after the others.
+    Fill {
+        condition: Arc<[Change]>,
+        nonzero: bool,
+        value: f64,
+        other: Arc<[Change]>,
+    },
 }
 
 impl Change {
-    fn apply(self, x: f64) -> f64 {
+    fn apply(&self, x: f64) -> f64 {
         match self {
-            Self::Cast(dtype) => cast(x, dtype),
-            Self::Affine(mul, add, dtype) => cast(x * mul + add, dtype),
+            Self::Cast(dtype) => cast(x, *dtype),
+            Self::Affine(mul, add, dtype) => cast(x * mul + add, *dtype),
             Self::Select(nonzero, zero) => {
                 if x == 0.0 {
-                    zero
+                    *zero
                 } else {
-                    nonzero
+                    *nonzero
+                }
+            }
+            Self::Fill {
+                condition,
+                nonzero,
+                value,
+                other,
+            } => {
+                if (Self::all(condition, x) != 0.0) == *nonzero {
+                    *value
+                } else {
+                    Self::all(other, x)
                 }
             }
         }
+    }
+
+    /// One after the other.
+    fn all(changes: &[Self], x: f64) -> f64 {
+        changes.iter().fold(x, |x, change| change.apply(x))
     }
 }
 
@@ -98,6 +122,8 @@ impl Source {
 pub struct Mask {
     source: Source,
     changes: Vec<Change>,
+    /// The dim of the queries of a rule, counted from the end.
+    query: usize,
     shape: Shape,
     dtype: DType,
     device: Device,
@@ -150,6 +176,7 @@ impl Mask {
                 cols: host.cols,
             },
             changes: Vec::new(),
+            query: 2,
             shape,
             dtype: T::DTYPE,
             device: device.clone(),
@@ -208,6 +235,7 @@ impl Mask {
         Ok(Self {
             source: Source::read(tensor)?,
             changes: Vec::new(),
+            query: 2,
             shape: tensor.shape().clone(),
             dtype: tensor.dtype(),
             device: tensor.device().clone(),
@@ -335,37 +363,119 @@ impl Mask {
         self.broadcast_as(shape)
     }
 
-    /// Inserts a dim of size 1 before the queries.
+    /// Inserts a dim of size 1.
     ///
     /// # Errors
-    /// `AS0325` after the queries, where the last two dims would no longer be queries and keys.
+    /// `AS0325` after the keys of a rule, which stay last.
     #[allow(
         clippy::needless_pass_by_value,
         reason = "the argument forms of candle"
     )]
     pub fn unsqueeze<D: Dim>(&self, dim: D) -> candle_core::Result<Self> {
         let dim = dim.to_index_plus_one(&self.shape, "unsqueeze")?;
-        if dim + 2 > self.rank() {
+        let rank = self.rank();
+        let mut dims = self.dims().to_vec();
+        dims.insert(dim, 1);
+        let (source, query) = match &self.source {
+            Source::Dense { data, view } => {
+                let (data, view) = (data.clone(), view.unsqueeze(dim)?);
+                (Source::Dense { data, view }, self.query)
+            }
+            Source::Rule { .. } if dim == rank => {
+                return Err(refused(format!(
+                    "unsqueeze({dim}) on a mask {:?}: its last dim has to stay the keys",
+                    self.dims()
+                ))
+                .into());
+            }
+            rule @ Source::Rule { .. } => {
+                let between = usize::from(dim + self.query > rank);
+                (rule.clone(), self.query + between)
+            }
+        };
+        Ok(Self {
+            source,
+            query,
+            shape: dims.into(),
+            ..self.clone()
+        })
+    }
+
+    /// Takes out a dim of size 1; another one stays.
+    ///
+    /// # Errors
+    /// `AS0325` for the queries or keys of a rule over one token.
+    #[allow(
+        clippy::needless_pass_by_value,
+        reason = "the argument forms of candle"
+    )]
+    pub fn squeeze<D: Dim>(&self, dim: D) -> candle_core::Result<Self> {
+        let dim = dim.to_index(&self.shape, "squeeze")?;
+        if self.dims()[dim] != 1 {
+            return Ok(self.clone());
+        }
+        let rank = self.rank();
+        let mut dims = self.dims().to_vec();
+        dims.remove(dim);
+        let (source, query) = match &self.source {
+            Source::Dense { data, view } => {
+                let (data, view) = (data.clone(), view.squeeze(dim)?);
+                (Source::Dense { data, view }, self.query)
+            }
+            Source::Rule { .. } if dim + 1 == rank || dim + self.query == rank => {
+                return Err(refused(format!(
+                    "squeeze({dim}) on a mask {:?} of one token",
+                    self.dims()
+                ))
+                .into());
+            }
+            rule @ Source::Rule { .. } => {
+                let between = usize::from(dim + self.query > rank);
+                (rule.clone(), self.query - between)
+            }
+        };
+        Ok(Self {
+            source,
+            query,
+            shape: dims.into(),
+            ..self.clone()
+        })
+    }
+
+    /// The same mask with dims of size 1 put in or taken out.
+    ///
+    /// # Errors
+    /// `AS0325` for other changes of shape.
+    pub fn reshape<S: ShapeWithOneHole>(&self, shape: S) -> candle_core::Result<Self> {
+        let shape = shape.into_shape(self.shape.elem_count())?;
+        let long =
+            |dims: &[usize]| -> Vec<usize> { dims.iter().copied().filter(|n| *n != 1).collect() };
+        if long(self.dims()) != long(shape.dims()) {
             return Err(refused(format!(
-                "unsqueeze({dim}) on a mask {:?}: its last two dims have to stay queries and keys",
+                "reshape to {:?} of a mask {:?}: only dims of size 1 can be put in or taken out",
+                shape.dims(),
                 self.dims()
             ))
             .into());
         }
-        let mut dims = self.dims().to_vec();
-        dims.insert(dim, 1);
-        let source = match &self.source {
-            Source::Dense { data, view } => Source::Dense {
-                data: data.clone(),
-                view: view.unsqueeze(dim)?,
-            },
-            rule @ Source::Rule { .. } => rule.clone(),
-        };
-        Ok(Self {
-            source,
-            shape: dims.into(),
-            ..self.clone()
-        })
+        let mut mask = self.clone();
+        for dim in (0..self.rank()).rev().filter(|d| self.dims()[*d] == 1) {
+            mask = mask.squeeze(dim)?;
+        }
+        for (dim, _) in shape.dims().iter().enumerate().filter(|(_, n)| **n == 1) {
+            mask = mask.unsqueeze(dim)?;
+        }
+        Ok(mask)
+    }
+
+    /// Repeats along new leading dims.
+    ///
+    /// # Errors
+    /// As [`broadcast_as`](Self::broadcast_as).
+    pub fn broadcast_left<S: Into<Shape>>(&self, left: S) -> candle_core::Result<Self> {
+        let mut dims = left.into().into_dims();
+        dims.extend_from_slice(self.dims());
+        self.broadcast_as(dims)
     }
 
     /// The mask with its values cast, rounding included.
@@ -405,6 +515,43 @@ impl Mask {
         Ok(self.changed(Change::Select(on_true, on_false), dtype))
     }
 
+    /// `value` where this integer mask is non-zero (or zero), else `other`, a mask of the same making.
+    ///
+    /// # Errors
+    /// `AS0325` if the two do not come from one mask, or this one is no integer mask.
+    pub(crate) fn fill(
+        &self,
+        value: f64,
+        nonzero: bool,
+        other: &Self,
+    ) -> candle_core::Result<Self> {
+        let same = match (&self.source, &other.source) {
+            (Source::Rule { rule: a, .. }, Source::Rule { rule: b, .. }) => {
+                Arc::ptr_eq(a, b) && self.query == other.query
+            }
+            (Source::Dense { data: a, view: v }, Source::Dense { data: b, view: w }) => {
+                Arc::ptr_eq(a, b) && v.stride() == w.stride()
+            }
+            _ => false,
+        };
+        if !same || self.dims() != other.dims() || !self.is_select() {
+            return Err(refused(format!(
+                "where_cond: expected an integer mask and the same mask in another form, found {self:?} and {other:?}"
+            ))
+            .into());
+        }
+        let change = Change::Fill {
+            condition: self.changes.clone().into(),
+            nonzero,
+            value: cast(value, other.dtype),
+            other: other.changes.clone().into(),
+        };
+        Ok(Self {
+            changes: vec![change],
+            ..other.clone()
+        })
+    }
+
     fn changed(&self, change: Change, dtype: DType) -> Self {
         let mut mask = self.clone();
         mask.changes.push(change);
@@ -419,7 +566,7 @@ impl Mask {
 
     /// The value after all changes of a value that the source has.
     fn changed_value(&self, x: f64) -> f64 {
-        self.changes.iter().fold(x, |x, change| change.apply(x))
+        Change::all(&self.changes, x)
     }
 }
 

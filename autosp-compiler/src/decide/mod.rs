@@ -16,6 +16,7 @@ use crate::syntax::Scope;
 use crate::syntax::types::Ty;
 use crate::trace::Trace;
 use crate::trace::shape::{Dim, show};
+use crate::trace::size::AtomKind;
 use crate::trace::value::{Presence, Value};
 
 /// A plan, or every refusal. A module without attention is refused too.
@@ -89,7 +90,7 @@ fn roots<'s, 'a>(scope: &'s Scope<'a>, table: &'static Table) -> Vec<(usize, Tra
         let softmax = |n: &crate::trace::graph::Node| {
             n.row().is_some_and(|r| r.name().starts_with("softmax"))
         };
-        if trace.nodes.iter().any(softmax) {
+        if trace.nodes.iter().any(softmax) || trace.lost_softmax {
             candidates.push((id, trace));
         }
     }
@@ -128,7 +129,7 @@ fn lost_result(trace: &Trace<'_, '_>, root: usize) -> Option<Refusal> {
     Some(match result.lost() {
         Some(r) => Refusal::new(
             r.code,
-            span,
+            r.span.unwrap_or(span),
             format!("{}, which `{name}` depends on", r.message),
         )
         .help(r.help.clone()),
@@ -155,13 +156,43 @@ fn in_the_way(trace: &Trace<'_, '_>) -> Option<Refusal> {
             stack.extend(trace.nodes[node].inputs.iter().map(|i| i.node));
         }
     }
-    seen.into_iter().find_map(|n| match &trace.nodes[n].op {
+    let unknown = seen.iter().find_map(|n| match &trace.nodes[*n].op {
         crate::trace::graph::Op::Unknown(r) => Some(
-            Refusal::new(r.code, trace.nodes[n].at.span, r.message.clone())
+            Refusal::new(r.code, trace.nodes[*n].at.span, r.message.clone())
                 .note("no attention was found in this module; this stands in the way of one")
                 .help(r.help.clone()),
         ),
         _ => None,
+    });
+    // Else a product whose dimensions were not followed, and the first tensor on the way to it that has none.
+    let shapeless = |n: &usize| trace.nodes[*n].shape.known().is_none();
+    let product = |n: &usize| {
+        let row = trace.nodes[*n].row();
+        row.is_some_and(|r| r.shape == crate::ops::ShapeRule::Matmul) && shapeless(n)
+    };
+    unknown.or_else(|| {
+        let product = seen.iter().copied().find(product)?;
+        let mut first = product;
+        while let Some(input) = trace.nodes[first]
+            .inputs
+            .iter()
+            .map(|i| i.node)
+            .find(shapeless)
+        {
+            first = input;
+        }
+        let (n, p) = (&trace.nodes[first], &trace.nodes[product]);
+        let message = format!(
+            "cannot follow the dimensions of `{}`, which `{}` depends on",
+            n.text, p.text
+        );
+        Some(
+            Refusal::new(codes::NOT_FOLLOWED, n.at.span, message)
+                .note("no attention was found in this module; this stands in the way of one")
+                .help(
+                    "read its sizes, such as `let (b, s, h) = x.dims3()?;`, before they are used",
+                ),
+        )
     })
 }
 
@@ -221,10 +252,20 @@ fn add(
         function: trace.scope.full_name(root),
         line: f.line(),
         inputs: inputs.collect(),
+        batch: batch(trace, placed),
         offsets: trace.offsets.clone(),
         twin,
     });
     verify::check(plan, trace, placed).map_err(|r| vec![r])
+}
+
+/// The parameter and dimension that is the batch, if a site needs to be told.
+fn batch(trace: &Trace<'_, '_>, placed: &Placed) -> Option<(String, usize)> {
+    let atom = placed.sites.iter().find_map(|s| s.layout.batch)?;
+    match trace.atoms.kind(atom) {
+        AtomKind::Dim(name, dim) => Some((name.clone(), *dim)),
+        _ => None,
+    }
 }
 
 /// The sequence dimension of a root's parameter.

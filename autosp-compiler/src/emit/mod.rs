@@ -173,11 +173,16 @@ fn twin_fn(
             if by_ref { quote!((#name, #ident, #dim)) } else { quote!((#name, &#ident, #dim)) }
         });
         let checks = std::iter::once(quote!(#rt::enter(#function, &[#(#inputs),*])?;)).chain(
-            root.offsets.iter().map(|name| {
+            root.batch.iter().map(|(name, dim)| {
                 let ident = format_ident!("{name}");
-                quote!(#rt::no_offset(#function, #name, #ident)?;)
+                let dim = proc_macro2::Literal::usize_unsuffixed(*dim);
+                quote!(#rt::batch(&#ident, #dim)?;)
             }),
         );
+        let checks = checks.chain(root.offsets.iter().map(|name| {
+            let ident = format_ident!("{name}");
+            quote!(#rt::no_offset(#function, #name, #ident)?;)
+        }));
         let checks: Vec<syn::Stmt> = checks.map(|c| syn::parse_quote!(#c)).collect();
         block.stmts.splice(0..0, checks);
     }

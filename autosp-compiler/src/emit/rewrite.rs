@@ -146,6 +146,21 @@ impl Rewriter<'_> {
             }
             Action::Attend => *e = call(&quote!(#rt::Weights::matmul), e),
             Action::Valid => *e = parse_quote!(#rt::valid(#e)),
+            Action::ValidParts(count, parts) => {
+                let tuple = strip(e);
+                let each = (0..*count).map(|i| {
+                    let place = syn::Index::from(i);
+                    if parts.contains(&i) {
+                        quote!(#rt::valid(sizes.#place))
+                    } else {
+                        quote!(sizes.#place)
+                    }
+                });
+                *e = parse_quote!({
+                    let sizes = #tuple;
+                    (#(#each),*)
+                });
+            }
             Action::Slice(dim) => {
                 let dim = dimension(*dim, rt);
                 let operand: Expr = if matches!(e, Expr::Reference(_)) {

@@ -10,6 +10,7 @@
 //! A join of two placements goes up. A rule says when an operation on shards gives the shard of the operation; where an
 //! operand is replicated and has the sequence in its shape, the runtime cuts this rank's rows out of it.
 
+mod layout;
 mod rules;
 pub(crate) mod sites;
 
@@ -114,6 +115,13 @@ pub(crate) fn place(trace: &Trace<'_, '_>) -> Result<Placed, Vec<Refusal>> {
         }
         if !placer.first_round && placer.place == before {
             break;
+        }
+    }
+    let mut results = Vec::new();
+    trace.acts[0].result.tensors(&mut results);
+    for node in results {
+        if placer.place[node] == Place::Sharded && placer.copied(node) {
+            placer.behind_each_other(node, node);
         }
     }
     let live = live(trace, &sites);
@@ -282,6 +290,9 @@ impl Placer<'_, '_, '_> {
 
     fn pick(&mut self, node: NodeId, dim: usize, sharded: bool) -> Place {
         let input = self.trace.nodes[node].inputs[0].node;
+        if sharded && self.copied(input) {
+            return self.behind_each_other(node, input);
+        }
         if !sharded || !self.sequence_dims(input).contains(&dim) {
             return if sharded {
                 Place::Sharded

@@ -65,10 +65,23 @@ impl Placer<'_, '_, '_> {
         if let Some(refused) = self.computes_along_tokens(node, row, inputs) {
             return refused;
         }
+        if let Some(refused) = self.uses_copies(node, row) {
+            return refused;
+        }
         for (i, input) in n.inputs.iter().enumerate() {
             if inputs[i] == Place::Replicated
                 && let Some(dim) = self.sequence_dims(input.node).first()
             {
+                if !self.rows_alone(input.node, *dim) {
+                    let operand = trace.nodes[input.node].text.clone();
+                    return self.refuse(
+                        node,
+                        codes::NOT_FOLLOWED,
+                        format!("cannot cut this rank's rows out of `{operand}`"),
+                        self.shape_note(input.node, *dim),
+                        "cut a table that has one row a token, before it is reshaped",
+                    );
+                }
                 self.conversions.push((
                     node,
                     Conversion::Slice {
@@ -100,6 +113,45 @@ impl Placer<'_, '_, '_> {
                 "an attention that can be sharded is `softmax(q k^T) v`",
             ),
             _ => Place::Sharded,
+        }
+    }
+
+    /// Copies of all tokens behind each other are a shard only until a reshape has made them a dimension of their own.
+    fn uses_copies(&mut self, node: NodeId, row: &Row) -> Option<Place> {
+        let inputs = &self.trace.nodes[node].inputs;
+        let copies = inputs.iter().find(|i| self.copied(i.node))?.node;
+        if row.shape == ShapeRule::Reshape
+            || (row.shape == ShapeRule::Same && row.place == PlaceRule::Move)
+        {
+            return None;
+        }
+        Some(self.behind_each_other(node, copies))
+    }
+
+    /// Whether a dimension holds the sequence several times.
+    pub(super) fn copied(&self, node: NodeId) -> bool {
+        let dims = self.trace.nodes[node].shape.known().unwrap_or_default();
+        dims.iter()
+            .any(|dim| self.in_dim(&dim.unrepeated()) && dim.has_repeat())
+    }
+
+    pub(super) fn behind_each_other(&mut self, node: NodeId, copies: NodeId) -> Place {
+        let text = self.trace.nodes[copies].text.clone();
+        let help = "reshape the copies into a dimension of their own right away";
+        let message = format!(
+            "`{text}` puts tokens behind tokens, so that a shard is no longer a range of positions"
+        );
+        self.refuse(node, codes::MIXES_TOKENS, message, None, help)
+    }
+
+    /// Whether a dimension is the sequence and nothing else, once.
+    fn rows_alone(&self, node: NodeId, d: usize) -> bool {
+        let Shape::Known(dims) = &self.trace.nodes[node].shape else {
+            return true;
+        };
+        match dims.get(d).map(|dim| dim.0.as_slice()) {
+            Some([row]) => self.trace.atoms.normal(&row.size).as_atom() == Some(self.sequence),
+            _ => false,
         }
     }
 

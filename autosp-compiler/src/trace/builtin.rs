@@ -40,6 +40,38 @@ impl<'a> Trace<'_, 'a> {
                     Value::Unit
                 }
             }
+            // A list whose elements are known one by one, in a variable of this function.
+            (
+                Value::List {
+                    elems: Some(elems), ..
+                },
+                "push" | "pop",
+            ) if matches!(&*m.receiver, syn::Expr::Path(p) if p.path.get_ident().is_some()) => {
+                let mut elems = elems.clone();
+                let out = if name == "push" {
+                    elems.extend(args.into_iter().map(|a| a.0));
+                    Value::Unit
+                } else {
+                    match elems.pop() {
+                        Some(last) => Value::Option(Presence::Some, Box::new(last)),
+                        None => Value::Option(Presence::None, Box::new(Value::Opaque)),
+                    }
+                };
+                if let syn::Expr::Path(p) = &*m.receiver
+                    && let Some(ident) = p.path.get_ident()
+                {
+                    let any = elems.iter().cloned().fold(None, |any: Option<Value>, v| {
+                        Some(match any {
+                            Some(any) => self.join(any, v, &Cond::Unknown, at),
+                            None => v,
+                        })
+                    });
+                    let any = Box::new(any.unwrap_or(Value::Opaque));
+                    let elems = Some(elems);
+                    self.assign(act, &ident.to_string(), Value::List { elems, any });
+                }
+                out
+            }
             // An option or a list in a variable of this function.
             (Value::Option(..) | Value::List { .. }, _) if WRITERS.contains(&name) => {
                 if let syn::Expr::Path(p) = &*m.receiver
@@ -172,6 +204,20 @@ impl<'a> Trace<'_, 'a> {
             "dim" => {
                 let d = args.first().and_then(|a| dim_argument(&a.0));
                 Some(d.map_or(Value::Opaque, |d| self.dim_of(node, d, at)))
+            }
+            "to_vec" if matches!(receiver, Value::ShapeOf(_)) => {
+                let rank = self.nodes[node].shape.known().map(<[Dim]>::len);
+                let Some(rank) = rank else {
+                    return Some(receiver.clone());
+                };
+                let elems: Vec<Value> = (0..rank as i64)
+                    .map(|d| self.dim_with_rank(node, d, rank, at))
+                    .collect();
+                let any = Box::new(elems.first().cloned().unwrap_or(Value::Opaque));
+                Some(Value::List {
+                    elems: Some(elems),
+                    any,
+                })
             }
             "dims" | "shape" => Some(Value::ShapeOf(node)),
             "rank" | "len" => Some(match self.nodes[node].shape.known() {

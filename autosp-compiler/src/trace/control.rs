@@ -291,7 +291,25 @@ impl<'a> Trace<'_, 'a> {
                 }
             },
             (Value::Unknown(r), _) | (_, Value::Unknown(r)) => Value::Unknown(r),
-            (Value::Tensor(_), _) | (_, Value::Tensor(_)) => {
+            (
+                Value::List {
+                    elems: Some(a),
+                    any: x,
+                },
+                Value::List {
+                    elems: Some(b),
+                    any: y,
+                },
+            ) if a.len() == b.len() => {
+                let each = a.into_iter().zip(b);
+                let elems = each.map(|(a, b)| self.join(a, b, cond, at)).collect();
+                let any = Box::new(self.join(*x, *y, cond, at));
+                Value::List {
+                    elems: Some(elems),
+                    any,
+                }
+            }
+            (a, b) if has_tensor(&a) || has_tensor(&b) => {
                 Self::lost("one of two branches, which gives a tensor in the other")
             }
             _ => Value::Opaque,
@@ -319,9 +337,14 @@ impl<'a> Trace<'_, 'a> {
 
     fn one_is_repeat(&self, a: NodeId, b: NodeId, cond: &Cond) -> Option<NodeId> {
         let (factor, a, b) = match cond {
-            Cond::Compare(l, Cmp::Eq, r) if r.is_one() => (l, a, b),
-            Cond::Compare(l, Cmp::Ne | Cmp::Gt, r) if r.is_one() => (l, b, a),
-            _ => return None,
+            Cond::Compare(l, Cmp::Eq, r) if r.is_one() && !self.repeats(a) => (l, a, b),
+            Cond::Compare(l, Cmp::Ne | Cmp::Gt, r) if r.is_one() && !self.repeats(b) => (l, b, a),
+            // Repeated in one branch and taken as it is in the other, where the heads have to be enough by themselves.
+            _ => match (self.repeats(a), self.repeats(b)) {
+                (true, false) => return self.repeats_heads(b, a).then_some(a),
+                (false, true) => return self.repeats_heads(a, b).then_some(b),
+                _ => return None,
+            },
         };
         let (x, y) = (self.nodes[a].shape.known()?, self.nodes[b].shape.known()?);
         let without: Vec<Dim> = y.iter().map(Dim::unrepeated).collect();
@@ -329,6 +352,25 @@ impl<'a> Trace<'_, 'a> {
         let only = repeats.len() == 1 && self.atoms.equal(&repeats[0].size, factor);
         let base: Vec<Dim> = x.iter().map(Dim::unrepeated).collect();
         (only && base == without && self.moves_only(b, a)).then_some(b)
+    }
+
+    fn repeats(&self, node: NodeId) -> bool {
+        let dims = self.nodes[node].shape.known();
+        dims.is_some_and(|dims| dims.iter().any(Dim::has_repeat))
+    }
+
+    /// Whether `to` is `from` with each head repeated: the operand of a product, whose other operand has that many heads.
+    fn repeats_heads(&self, from: NodeId, to: NodeId) -> bool {
+        let (Some(x), Some(y)) = (self.nodes[from].shape.known(), self.nodes[to].shape.known())
+        else {
+            return false;
+        };
+        let without: Vec<Dim> = y.iter().map(Dim::unrepeated).collect();
+        let last_two = y.len().saturating_sub(2);
+        x == without
+            && !y[last_two..].iter().any(Dim::has_repeat)
+            && y[..last_two].iter().filter(|d| d.has_repeat()).count() == 1
+            && self.moves_only(to, from)
     }
 
     /// Whether `to` is `from` moved about: reshaped, repeated, transposed.
@@ -492,11 +534,17 @@ impl<'a> Trace<'_, 'a> {
     /// What a loop over a value binds in each round.
     pub(super) fn element(&mut self, iter: Value) -> Value {
         match iter {
-            Value::List { any, .. } => *any,
+            Value::List { any, .. } | Value::Copies(any, _) => *any,
             Value::Range(..) => Value::Size(Size::of(self.fresh_feature("round"))),
             _ => Value::Opaque,
         }
     }
+}
+
+fn has_tensor(value: &Value) -> bool {
+    let mut tensors = Vec::new();
+    value.tensors(&mut tensors);
+    !tensors.is_empty()
 }
 
 fn has_object(value: &Value) -> bool {

@@ -44,7 +44,16 @@ impl<'a> Trace<'_, 'a> {
             return Self::lost("a program of this size");
         }
         let at = self.at(act, e);
-        let value = self.eval_inner(act, e, at);
+        let mut value = self.eval_inner(act, e, at);
+        if let Value::Unknown(reason) = &value
+            && reason.span.is_none()
+        {
+            let reason = super::graph::Reason {
+                span: Some(at.span),
+                ..(**reason).clone()
+            };
+            value = Value::Unknown(reason.into());
+        }
         if at.expr != u32::MAX && !matches!(value, Value::Opaque | Value::Unit | Value::Closure(_))
         {
             self.acts[act].values.insert(at.expr, value.clone());
@@ -68,10 +77,14 @@ impl<'a> Trace<'_, 'a> {
             syn::Expr::Array(a) => self.list(act, a.elems.iter(), at),
             syn::Expr::Repeat(r) => {
                 let any = self.eval(act, &r.expr);
-                self.eval(act, &r.len);
-                Value::List {
-                    elems: None,
-                    any: Box::new(any),
+                match self.eval(act, &r.len) {
+                    Value::Size(count) if any.tensor().is_some() => {
+                        Value::Copies(Box::new(any), Box::new(count))
+                    }
+                    _ => Value::List {
+                        elems: None,
+                        any: Box::new(any),
+                    },
                 }
             }
             syn::Expr::Cast(c) => self.cast(act, c),
@@ -162,6 +175,18 @@ impl<'a> Trace<'_, 'a> {
             .last()
             .map(|s| s.ident.to_string())
             .unwrap_or_default();
+        // A variant of a library's type that is a layer, such as `Activation::Gelu`.
+        if let [.., _, _] = p.path.segments.iter().collect::<Vec<_>>().as_slice() {
+            let full = self.scope.names.resolve(&p.path);
+            if let Some((ty, _)) = full.rsplit_once("::")
+                && self.table.get(&format!("{ty}::forward")).is_some()
+            {
+                return Value::Object {
+                    ty: Ty::Lib(ty.to_string()),
+                    path: text(p),
+                };
+            }
+        }
         match last.as_str() {
             "Minus1" => Value::FromEnd(-1),
             "Minus2" => Value::FromEnd(-2),
@@ -273,13 +298,15 @@ impl<'a> Trace<'_, 'a> {
             _ => None,
         };
         if let Some(cmp) = compare {
+            for (e, value) in [(&b.left, &left), (&b.right, &right)] {
+                if let Value::Size(size) = value {
+                    let at = self.at(act, e);
+                    self.use_size(at, size, Role::Valid);
+                }
+            }
             let (Value::Size(l), Value::Size(r)) = (&left, &right) else {
                 return Value::Bool(Cond::Unknown);
             };
-            for (e, size) in [(&b.left, l), (&b.right, r)] {
-                let at = self.at(act, e);
-                self.use_size(at, size, Role::Valid);
-            }
             return Value::Bool(self.compare(&l.poly, cmp, &r.poly));
         }
         match (left, right) {
@@ -305,6 +332,10 @@ impl<'a> Trace<'_, 'a> {
                 _ => None,
             })),
             (Value::Num(_), _) | (_, Value::Num(_)) => Value::Num(None),
+            (Value::Size(size), _) | (_, Value::Size(size)) => {
+                self.use_size(at, &size, Role::Unclassified(text(b)));
+                Value::Opaque
+            }
             _ => Value::Opaque,
         }
     }
@@ -410,6 +441,8 @@ impl<'a> Trace<'_, 'a> {
                 .and_then(|k| elems.get(k as usize).cloned())
                 .unwrap_or(*any),
             (Value::List { elems: None, any }, _) => *any,
+            // The whole of it
+            (base, Value::Tuple(all)) if all.is_empty() => base,
             (Value::ShapeOf(node), Value::Size(s)) => match s.poly.as_constant() {
                 Some(k) => self.dim_of(node, k, at),
                 None => Value::Opaque,
@@ -455,6 +488,7 @@ impl<'a> Trace<'_, 'a> {
                 let at = self.at(act, end_expr);
                 Value::Range(Box::new(start), Box::new(end), at.expr)
             }
+            (Some(_), None, Some(start), _) => Value::From(Box::new(start)),
             (None, Some(end_expr), _, Some(end)) => {
                 let at = self.at(act, end_expr);
                 Value::Range(Box::new(Size::constant(0)), Box::new(end), at.expr)

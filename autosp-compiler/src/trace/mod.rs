@@ -84,6 +84,8 @@ pub(crate) struct SizeUse {
     pub(crate) size: Size,
     pub(crate) role: Role,
     pub(crate) span: Span,
+    /// Which of how many sizes, where the expression is a tuple of them.
+    pub(crate) part: Option<(usize, usize)>,
 }
 
 /// What a size is used for.
@@ -108,6 +110,8 @@ pub(crate) struct Trace<'s, 'a> {
     pub(crate) offsets: Vec<String>,
     /// Tensors that are read to the host: what follows depends on them in ways that are not seen.
     pub(crate) reads: Vec<NodeId>,
+    /// A softmax was to be computed of something that was lost.
+    pub(crate) lost_softmax: bool,
     table: &'static Table,
     /// Fields that are written while the root runs.
     written: HashSet<String>,
@@ -132,6 +136,7 @@ impl<'s, 'a> Trace<'s, 'a> {
             sizes: Vec::new(),
             offsets: Vec::new(),
             reads: Vec::new(),
+            lost_softmax: false,
             table,
             written: scope.written_by(root),
             fields: HashMap::new(),
@@ -385,6 +390,7 @@ impl<'s, 'a> Trace<'s, 'a> {
                 size: size.clone(),
                 role,
                 span: at.span,
+                part: None,
             });
         }
     }
@@ -446,11 +452,19 @@ impl<'s, 'a> Trace<'s, 'a> {
                 self.with_rank(source, rank)?
             }
             (Op::Phi { .. }, Some(source)) => self.with_rank(source, rank)?,
-            _ => (0..rank)
-                .map(|d| {
-                    Dim::of(self.feature(format!("{}.dim({d})", self.nodes[node].text.clone())))
-                })
-                .collect(),
+            _ => {
+                let table = self.from_fields(node);
+                (0..rank)
+                    .map(|d| {
+                        let size =
+                            self.feature(format!("{}.dim({d})", self.nodes[node].text.clone()));
+                        if table {
+                            self.atoms.unseen(&size);
+                        }
+                        Dim::of(size)
+                    })
+                    .collect()
+            }
         };
         for (d, dim) in known {
             if let Some(slot) = dims.get_mut(d) {
@@ -461,12 +475,31 @@ impl<'s, 'a> Trace<'s, 'a> {
         Some(dims)
     }
 
+    /// Whether a tensor comes from what the model holds alone.
+    pub(crate) fn from_fields(&self, node: NodeId) -> bool {
+        let mut stack = vec![node];
+        let mut seen = HashSet::new();
+        while let Some(n) = stack.pop() {
+            let node = &self.nodes[n];
+            match node.op {
+                Op::Field => {}
+                Op::Row(_) if !node.inputs.is_empty() => {}
+                _ => return false,
+            }
+            if seen.insert(n) {
+                stack.extend(node.inputs.iter().map(|i| i.node));
+            }
+        }
+        true
+    }
+
     /// A reason with the code for what the analysis cannot follow.
     fn reason(message: impl Into<String>, help: impl Into<String>) -> Reason {
         Reason {
             code: codes::NOT_FOLLOWED,
             message: message.into(),
             help: help.into(),
+            span: None,
         }
     }
 }

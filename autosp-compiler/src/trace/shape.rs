@@ -271,6 +271,10 @@ pub(crate) fn broadcast(atoms: &mut Atoms, a: &[Dim], b: &[Dim]) -> Result<Vec<D
             (Some(l), Some(r)) if l.is_one() => r.clone(),
             (Some(l), Some(r)) => {
                 let (p, q) = (l.size(atoms), r.size(atoms));
+                if let Some(dim) = one_or_all(atoms, (l, &p), (r, &q)) {
+                    out.push(dim);
+                    continue;
+                }
                 if !atoms.unify(&p, &q) {
                     return Err(format!(
                         "expected size `{}` in dimension {i}, found `{}`",
@@ -294,6 +298,33 @@ pub(crate) fn broadcast(atoms: &mut Atoms, a: &[Dim], b: &[Dim]) -> Result<Vec<D
         });
     }
     Ok(out)
+}
+
+/// Sizes that differ can still be broadcast if one of them is one, which is checked when the program runs: rows of a batch
+/// beside rows and heads, or a table whose sizes nobody has named.
+fn one_or_all(atoms: &mut Atoms, (l, p): (&Dim, &Poly), (r, q): (&Dim, &Poly)) -> Option<Dim> {
+    let anchored = (atoms.anchored(p), atoms.anchored(q));
+    let wide = match anchored {
+        (true, false) if atoms.is_unseen(q) => l,
+        (false, true) if atoms.is_unseen(p) => r,
+        (true, true) if !atoms.equal(p, q) => {
+            if divide(&atoms.normal(p), &atoms.normal(q)).is_some_and(|x| !atoms.anchored(&x)) {
+                l
+            } else if divide(&atoms.normal(q), &atoms.normal(p))
+                .is_some_and(|x| !atoms.anchored(&x))
+            {
+                r
+            } else {
+                return None;
+            }
+        }
+        _ => return None,
+    };
+    let factors = wide.0.iter().map(|f| Factor {
+        size: f.size.clone(),
+        repeat: false,
+    });
+    Some(Dim(factors.collect()))
 }
 
 /// A shape as a person would write it: `[x.dim(0), heads, x.dim(1), head_dim]`.

@@ -28,7 +28,7 @@ impl<'a> Trace<'_, 'a> {
         let first = inputs.first().map(|n| self.nodes[*n].shape.clone());
         let plain = |shape: Shape| Ok((shape, Vec::new()));
         match (row.shape, first) {
-            (ShapeRule::Scalar, _) => plain(Shape::Known(Vec::new())),
+            (ShapeRule::Scalar, _) => plain(self.from_data(node, args, at)),
             (ShapeRule::Filled, _) => match args.first().and_then(|a| self.sizes(a, at)) {
                 Some(given) => {
                     let dims = self.filled(node, &given);
@@ -44,6 +44,19 @@ impl<'a> Trace<'_, 'a> {
                 None => plain(Shape::Partial(Vec::new())),
             },
             (ShapeRule::Arange, _) => plain(self.arange(args, at)),
+            (ShapeRule::BroadcastLeft, first) => {
+                let given = args.get(1).and_then(|a| self.sizes(a, at));
+                match (given, first) {
+                    (Some(given), Some(Shape::Known(own)))
+                        if given.iter().all(|g| matches!(g.target, Target::Size(_))) =>
+                    {
+                        let left = self.filled(node, &given);
+                        let left = left.into_iter().map(|d| Dim::repeated(d.size(&self.atoms)));
+                        plain(Shape::Known(left.chain(own).collect()))
+                    }
+                    _ => plain(Shape::Partial(Vec::new())),
+                }
+            }
             (ShapeRule::Opaque, _) | (_, None) => plain(Shape::Partial(Vec::new())),
             (ShapeRule::Broadcast, Some(first)) => self.broadcast_rule(&inputs, first, &what),
             (ShapeRule::Select, Some(_)) => {
@@ -84,11 +97,23 @@ impl<'a> Trace<'_, 'a> {
                 }
                 plain(Shape::Partial(known))
             }
-            (ShapeRule::Reshape | ShapeRule::Expand, Some(Shape::Partial(_))) => {
+            (ShapeRule::Reshape | ShapeRule::Expand, Some(Shape::Partial(known))) => {
                 match args.get(1).and_then(|a| self.sizes(a, at)) {
                     Some(given) if given.iter().all(|g| matches!(g.target, Target::Size(_))) => {
                         let dims = self.filled(node, &given);
                         plain(Shape::Known(dims))
+                    }
+                    Some(given) if self.rows_stay(inputs[0], &known, &given) => {
+                        given.iter().for_each(|g| self.use_given(g, node));
+                        let dims = given.into_iter().map(|g| match g.target {
+                            Target::Size(size) => Dim::of(size),
+                            Target::Hole => {
+                                let rest = self.fresh_feature("rest");
+                                self.atoms.unseen(&rest);
+                                Dim::of(rest)
+                            }
+                        });
+                        plain(Shape::Known(dims.collect()))
                     }
                     _ => plain(Shape::Partial(Vec::new())),
                 }
@@ -129,6 +154,82 @@ impl<'a> Trace<'_, 'a> {
                 Vec::new(),
             )),
         }
+    }
+
+    /// `Tensor::new(data, device)`: a number is a scalar, a list or range has its length.
+    fn from_data(&mut self, node: NodeId, args: &[Arg<'a>], at: At) -> Shape {
+        match args.first().map(|a| a.0.clone()) {
+            Some(Value::Size(_) | Value::Num(_) | Value::Select(..) | Value::Bool(_)) => {
+                Shape::Known(Vec::new())
+            }
+            Some(Value::Range(start, end, end_expr)) => {
+                let end_at = At {
+                    expr: end_expr,
+                    ..at
+                };
+                self.use_size(end_at, &end, Role::Valid);
+                let len = self.dimension(&end.with(&start, end.poly.sub(&start.poly)));
+                Shape::Known(vec![Dim::of(len)])
+            }
+            Some(Value::Host(host)) => {
+                let axes = host.axes.iter().map(|axis| axis.end.clone());
+                let sizes: Vec<super::value::Size> = axes.collect();
+                let dims = sizes.iter().map(|size| Dim::of(self.dimension(size)));
+                let dims: Vec<Dim> = dims.collect();
+                // A list of lists is as many dimensions; a flat one is their product.
+                if dims.len() == 1 {
+                    Shape::Known(dims)
+                } else {
+                    Shape::Partial(Vec::new())
+                }
+            }
+            Some(Value::List {
+                elems: Some(elems), ..
+            }) if elems
+                .iter()
+                .all(|e| matches!(e, Value::Size(_) | Value::Num(_))) =>
+            {
+                for (i, elem) in elems.iter().enumerate() {
+                    let expr = args[0].1.map(super::apply::list_elements);
+                    let at = expr.and_then(|e| e.get(i).map(|e| self.at(at.act, e)));
+                    if let (Value::Size(size), Some(at)) = (elem, at) {
+                        self.use_size(at, size, Role::Valid);
+                    }
+                }
+                Shape::Known(vec![Dim::of(Poly::constant(elems.len() as i64))])
+            }
+            _ => {
+                let _ = node;
+                Shape::Partial(Vec::new())
+            }
+        }
+    }
+
+    /// Whether a reshape of a table, of which only the first dimensions are known, keeps these in front and regroups widths.
+    fn rows_stay(
+        &self,
+        table: NodeId,
+        known: &[(usize, Dim)],
+        given: &[super::apply::Given],
+    ) -> bool {
+        let tokens = |d: usize| {
+            let dim = known.iter().find(|(k, _)| *k == d).map(|(_, dim)| dim)?;
+            dim.anchored(&self.atoms).then(|| dim.size(&self.atoms))
+        };
+        let in_front = |(d, g): (usize, &super::apply::Given)| match &g.target {
+            Target::Size(p) if self.atoms.anchored(p) => {
+                tokens(d).is_some_and(|size| self.atoms.equal(&size, p))
+            }
+            _ => tokens(d).is_none(),
+        };
+        let rows = known
+            .iter()
+            .filter(|(_, dim)| dim.anchored(&self.atoms))
+            .count();
+        self.from_fields(table)
+            && (0..rows).all(|d| tokens(d).is_some())
+            && given.len() >= rows
+            && given.iter().enumerate().all(in_front)
     }
 
     fn arange(&mut self, args: &[Arg<'a>], at: At) -> Shape {
@@ -384,9 +485,7 @@ impl<'a> Trace<'_, 'a> {
             ));
         };
         for g in &given {
-            if let Some(size) = &g.size {
-                self.use_size(g.at, size, Role::SizeOf(node));
-            }
+            self.use_given(g, node);
         }
         let targets: Vec<Target> = given.into_iter().map(|g| g.target).collect();
         match shape::reshape(&self.atoms, dims, &targets) {
@@ -419,9 +518,7 @@ impl<'a> Trace<'_, 'a> {
             return Ok((Shape::Partial(Vec::new()), Vec::new()));
         };
         for g in &given {
-            if let Some(size) = &g.size {
-                self.use_size(g.at, size, Role::SizeOf(node));
-            }
+            self.use_given(g, node);
         }
         let rank = given.len();
         let Some(offset) = rank.checked_sub(dims.len()) else {
@@ -447,6 +544,11 @@ impl<'a> Trace<'_, 'a> {
                 out.push(Dim::repeated(target.clone()));
             } else if self.atoms.unify(&size, target) {
                 out.push(own);
+            } else if let Some(times) = self.atoms.ratio(target, &size) {
+                // Only a size of one can be repeated, which is checked when the program runs.
+                let mut dim = own;
+                dim.0.extend(Dim::repeated(times).0);
+                out.push(dim);
             } else {
                 let (a, b) = (self.atoms.show(&size), self.atoms.show(target));
                 return Err(Self::misfit(
@@ -522,6 +624,12 @@ impl<'a> Trace<'_, 'a> {
                 "give the dimension as a literal or `D::Minus1`",
             ));
         };
+        if let Some((Value::Copies(_, count), _)) = args.first() {
+            // n times the same: the copies are the outer factor of the dimension.
+            let copies = Dim::repeated(count.poly.clone());
+            dims[d].0.splice(0..0, copies.0);
+            return Ok((Shape::Known(dims), Vec::new()));
+        }
         let mut total = Poly::default();
         for input in inputs {
             match &self.nodes[*input].shape {
