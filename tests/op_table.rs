@@ -477,10 +477,15 @@ fn tensors_from_nothing_are_the_same_on_every_rank_and_have_the_shape_of_their_r
     let made: Vec<(&str, ShapeRule, Vec<usize>, Make)> = vec![
         (
             "new",
-            "try_from",
             ShapeRule::Scalar,
             vec![],
             Box::new(|| Tensor::new(2.5f32, d)),
+        ),
+        (
+            "try_from",
+            ShapeRule::Scalar,
+            vec![],
+            Box::new(|| Tensor::try_from(2.5f32)),
         ),
         (
             "zeros",

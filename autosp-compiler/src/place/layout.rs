@@ -8,12 +8,21 @@ use crate::trace::size::{AtomId, AtomKind};
 
 /// The batch or sequence that a dimension is, merged with heads or alone.
 pub(super) fn token_axis(trace: &Trace<'_, '_>, dim: &Dim) -> Option<AtomId> {
-    let mut anchored = dim.0.iter().filter(|f| trace.atoms.anchored(&f.size));
-    let (Some(factor), None) = (anchored.next(), anchored.next()) else {
+    // Whether a layer runs along it is another matter, which is refused later with its reason.
+    let from_input = |f: &&Factor| {
+        let mut atoms = trace
+            .atoms
+            .normal(&f.size)
+            .atoms()
+            .collect::<Vec<_>>()
+            .into_iter();
+        atoms.any(|atom| matches!(trace.atoms.kind(atom), AtomKind::Dim(..)))
+    };
+    let mut found = dim.0.iter().filter(from_input);
+    let (Some(factor), None) = (found.next(), found.next()) else {
         return None;
     };
-    let atom = trace.atoms.normal(&factor.size).as_atom()?;
-    matches!(trace.atoms.kind(atom), AtomKind::Dim(..)).then_some(atom)
+    trace.atoms.normal(&factor.size).as_atom()
 }
 
 /// The layout of `q [.., s, d]`, `k [.., d, s]` and `v [.., s, d]`; None where batch, heads and sequence cannot be told apart.
@@ -85,10 +94,10 @@ impl Names<'_, '_, '_> {
         let mut batch = None;
         for factor in &dim.0 {
             let size = self.trace.atoms.normal(&factor.size);
-            let axis = if !self.trace.atoms.anchored(&size) {
-                heads
-            } else if size.as_atom() == Some(self.sequence) && !factor.repeat {
+            let axis = if size.as_atom() == Some(self.sequence) && !factor.repeat {
                 "s"
+            } else if !self.trace.atoms.anchored(&size) {
+                heads
             } else if *self.rows.get_or_insert(size.as_atom()?) == size.as_atom()? {
                 batch = self.rows;
                 "b"
