@@ -146,21 +146,7 @@ impl Rewriter<'_> {
             }
             Action::Attend => *e = call(&quote!(#rt::Weights::matmul), e),
             Action::Valid => *e = parse_quote!(#rt::valid(#e)),
-            Action::ValidParts(count, parts) => {
-                let tuple = strip(e);
-                let each = (0..*count).map(|i| {
-                    let place = syn::Index::from(i);
-                    if parts.contains(&i) {
-                        quote!(#rt::valid(sizes.#place))
-                    } else {
-                        quote!(sizes.#place)
-                    }
-                });
-                *e = parse_quote!({
-                    let sizes = #tuple;
-                    (#(#each),*)
-                });
-            }
+            Action::ValidParts(count, parts) => *e = valid_parts(e, *count, parts, rt),
             Action::Slice(dim) => {
                 let dim = dimension(*dim, rt);
                 let operand: Expr = if matches!(e, Expr::Reference(_)) {
@@ -316,6 +302,23 @@ fn dimension(dim: i64, rt: &syn::Ident) -> TokenStream {
             quote!(#d)
         }
     }
+}
+
+/// A tuple of sizes, of which some become valid ones.
+fn valid_parts(e: &Expr, count: usize, parts: &[usize], rt: &syn::Ident) -> Expr {
+    let tuple = strip(e);
+    let each = (0..count).map(|i| {
+        let place = syn::Index::from(i);
+        if parts.contains(&i) {
+            quote!(#rt::valid(sizes.#place))
+        } else {
+            quote!(sizes.#place)
+        }
+    });
+    parse_quote!({
+        let sizes = #tuple;
+        (#(#each),*)
+    })
 }
 
 /// The expression below `&` and parentheses.

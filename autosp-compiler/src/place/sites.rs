@@ -218,47 +218,7 @@ impl Finder<'_, '_, '_> {
         let matmul = self.scores(operand, &mut chain, &mut HashSet::new())?;
         let dims = self.dims(matmul)?.to_vec();
         let rank = dims.len();
-        let along = n.touches.first().map(|(_, d)| *d);
-        // The model may have split or merged other dimensions since the product.
-        let last = match self.dims(operand).and_then(<[Dim]>::split_last) {
-            Some((keys, before)) if self.atom(keys) == self.atom(&dims[rank - 1]) => before.len(),
-            _ => rank,
-        };
-        if along.is_none() && self.dims(operand).is_none() {
-            let why = match &trace.nodes[operand].shape {
-                Shape::Unknown(why) => why.clone(),
-                Shape::Either(all) => {
-                    let all: Vec<String> = all.iter().map(|d| show(&trace.atoms, d)).collect();
-                    format!("it is {}, by a condition", all.join(" or "))
-                }
-                _ => "its dimensions are not known".to_string(),
-            };
-            let what = &trace.nodes[operand].text;
-            self.refusals.push(
-                Refusal::new(codes::NOT_FOLLOWED, n.at.span, format!("cannot follow the scores in `{}`: {why}", n.text))
-                    .note(format!("the softmax takes `{what}`"))
-                    .help("write what comes between the product and the softmax with operations that keep the scores' dimensions"),
-            );
-            return None;
-        }
-        if along != Some(last) {
-            let which = along.map_or("another dimension".to_string(), |d| {
-                format!("dimension {d} of {}", show(&trace.atoms, &dims))
-            });
-            self.refusals.push(
-                Refusal::new(
-                    codes::SOFTMAX_AXIS,
-                    n.at.span,
-                    format!("`{}` normalises over {which}, not over the keys", n.text),
-                )
-                .note(format!(
-                    "the scores are `{}`; keys are the last dimension",
-                    trace.nodes[matmul].text
-                ))
-                .help("`candle_nn::ops::softmax_last_dim(&scores)`"),
-            );
-            return None;
-        }
+        self.over_the_keys(softmax, matmul)?;
         let rows = layout::token_axis(trace, &dims[rank - 2]);
         let keys = self.atom(&dims[rank - 1]);
         let (Some(sequence), true) = (rows, rows == keys) else {
@@ -319,6 +279,57 @@ impl Finder<'_, '_, '_> {
             },
             sequence,
         ))
+    }
+
+    /// The softmax runs along the keys: the last dimension, whatever the model did to the others since the product.
+    fn over_the_keys(&mut self, softmax: NodeId, matmul: NodeId) -> Option<()> {
+        let trace = self.trace;
+        let n = &trace.nodes[softmax];
+        let operand = n.inputs.first()?.node;
+        let dims = self.dims(matmul)?.to_vec();
+        let rank = dims.len();
+        let along = n.touches.first().map(|(_, d)| *d);
+        // The model may have split or merged other dimensions since the product.
+        let last = match self.dims(operand).and_then(<[Dim]>::split_last) {
+            Some((keys, before)) if self.atom(keys) == self.atom(&dims[rank - 1]) => before.len(),
+            _ => rank,
+        };
+        if along.is_none() && self.dims(operand).is_none() {
+            let why = match &trace.nodes[operand].shape {
+                Shape::Unknown(why) => why.clone(),
+                Shape::Either(all) => {
+                    let all: Vec<String> = all.iter().map(|d| show(&trace.atoms, d)).collect();
+                    format!("it is {}, by a condition", all.join(" or "))
+                }
+                _ => "its dimensions are not known".to_string(),
+            };
+            let what = &trace.nodes[operand].text;
+            self.refusals.push(
+                Refusal::new(codes::NOT_FOLLOWED, n.at.span, format!("cannot follow the scores in `{}`: {why}", n.text))
+                    .note(format!("the softmax takes `{what}`"))
+                    .help("write what comes between the product and the softmax with operations that keep the scores' dimensions"),
+            );
+            return None;
+        }
+        if along != Some(last) {
+            let which = along.map_or("another dimension".to_string(), |d| {
+                format!("dimension {d} of {}", show(&trace.atoms, &dims))
+            });
+            self.refusals.push(
+                Refusal::new(
+                    codes::SOFTMAX_AXIS,
+                    n.at.span,
+                    format!("`{}` normalises over {which}, not over the keys", n.text),
+                )
+                .note(format!(
+                    "the scores are `{}`; keys are the last dimension",
+                    trace.nodes[matmul].text
+                ))
+                .help("`candle_nn::ops::softmax_last_dim(&scores)`"),
+            );
+            return None;
+        }
+        Some(())
     }
 
     /// The tensors that make up the masks: everything that ranges over queries or keys.

@@ -47,30 +47,8 @@ impl<'a> Trace<'_, 'a> {
                 },
                 "push" | "pop",
             ) if matches!(&*m.receiver, syn::Expr::Path(p) if p.path.get_ident().is_some()) => {
-                let mut elems = elems.clone();
-                let out = if name == "push" {
-                    elems.extend(args.into_iter().map(|a| a.0));
-                    Value::Unit
-                } else {
-                    match elems.pop() {
-                        Some(last) => Value::Option(Presence::Some, Box::new(last)),
-                        None => Value::Option(Presence::None, Box::new(Value::Opaque)),
-                    }
-                };
-                if let syn::Expr::Path(p) = &*m.receiver
-                    && let Some(ident) = p.path.get_ident()
-                {
-                    let any = elems.iter().cloned().fold(None, |any: Option<Value>, v| {
-                        Some(match any {
-                            Some(any) => self.join(any, v, &Cond::Unknown, at),
-                            None => v,
-                        })
-                    });
-                    let any = Box::new(any.unwrap_or(Value::Opaque));
-                    let elems = Some(elems);
-                    self.assign(act, &ident.to_string(), Value::List { elems, any });
-                }
-                out
+                let elems = elems.clone();
+                self.list_step(act, elems, name, args, m, at)
             }
             // An option or a list in a variable of this function.
             (Value::Option(..) | Value::List { .. }, _) if WRITERS.contains(&name) => {
@@ -146,6 +124,42 @@ impl<'a> Trace<'_, 'a> {
                 value
             }
         }
+    }
+
+    /// `push` and `pop` of a list in a variable, whose elements are known one by one.
+    fn list_step(
+        &mut self,
+        act: ActId,
+        mut elems: Vec<Value>,
+        name: &str,
+        args: Vec<Arg<'a>>,
+        m: &'a syn::ExprMethodCall,
+        at: At,
+    ) -> Value {
+        let out = if name == "push" {
+            elems.extend(args.into_iter().map(|a| a.0));
+            Value::Unit
+        } else {
+            match elems.pop() {
+                Some(last) => Value::Option(Presence::Some, Box::new(last)),
+                None => Value::Option(Presence::None, Box::new(Value::Opaque)),
+            }
+        };
+        let mut any: Option<Value> = None;
+        for v in &elems {
+            any = Some(match any {
+                Some(any) => self.join(any, v.clone(), &Cond::Unknown, at),
+                None => v.clone(),
+            });
+        }
+        if let syn::Expr::Path(p) = &*m.receiver
+            && let Some(ident) = p.path.get_ident()
+        {
+            let any = Box::new(any.unwrap_or(Value::Opaque));
+            let elems = Some(elems);
+            self.assign(act, &ident.to_string(), Value::List { elems, any });
+        }
+        out
     }
 
     /// Integer methods other than the four operations: the result has no name, so the operands must be valid sizes.

@@ -453,7 +453,7 @@ impl<'s, 'a> Trace<'s, 'a> {
             }
             (Op::Phi { .. }, Some(source)) => self.with_rank(source, rank)?,
             _ => {
-                let table = self.from_fields(node);
+                let table = self.is_table(node);
                 (0..rank)
                     .map(|d| {
                         let size =
@@ -476,7 +476,7 @@ impl<'s, 'a> Trace<'s, 'a> {
     }
 
     /// Whether a tensor comes from what the model holds alone.
-    pub(crate) fn from_fields(&self, node: NodeId) -> bool {
+    pub(crate) fn is_table(&self, node: NodeId) -> bool {
         let mut stack = vec![node];
         let mut seen = HashSet::new();
         while let Some(n) = stack.pop() {

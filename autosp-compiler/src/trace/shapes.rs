@@ -28,7 +28,7 @@ impl<'a> Trace<'_, 'a> {
         let first = inputs.first().map(|n| self.nodes[*n].shape.clone());
         let plain = |shape: Shape| Ok((shape, Vec::new()));
         match (row.shape, first) {
-            (ShapeRule::Scalar, _) => plain(self.from_data(node, args, at)),
+            (ShapeRule::Scalar, _) => plain(self.data_shape(args, at)),
             (ShapeRule::Filled, _) => match args.first().and_then(|a| self.sizes(a, at)) {
                 Some(given) => {
                     let dims = self.filled(node, &given);
@@ -44,18 +44,8 @@ impl<'a> Trace<'_, 'a> {
                 None => plain(Shape::Partial(Vec::new())),
             },
             (ShapeRule::Arange, _) => plain(self.arange(args, at)),
-            (ShapeRule::BroadcastLeft, first) => {
-                let given = args.get(1).and_then(|a| self.sizes(a, at));
-                match (given, first) {
-                    (Some(given), Some(Shape::Known(own)))
-                        if given.iter().all(|g| matches!(g.target, Target::Size(_))) =>
-                    {
-                        let left = self.filled(node, &given);
-                        let left = left.into_iter().map(|d| Dim::repeated(d.size(&self.atoms)));
-                        plain(Shape::Known(left.chain(own).collect()))
-                    }
-                    _ => plain(Shape::Partial(Vec::new())),
-                }
+            (ShapeRule::BroadcastLeft, Some(first)) => {
+                plain(self.broadcast_left(node, first, args, at))
             }
             (ShapeRule::Opaque, _) | (_, None) => plain(Shape::Partial(Vec::new())),
             (ShapeRule::Broadcast, Some(first)) => self.broadcast_rule(&inputs, first, &what),
@@ -104,7 +94,9 @@ impl<'a> Trace<'_, 'a> {
                         plain(Shape::Known(dims))
                     }
                     Some(given) if self.rows_stay(inputs[0], &known, &given) => {
-                        given.iter().for_each(|g| self.use_given(g, node));
+                        for g in &given {
+                            self.use_given(g, node);
+                        }
                         let dims = given.into_iter().map(|g| match g.target {
                             Target::Size(size) => Dim::of(size),
                             Target::Hole => {
@@ -157,7 +149,7 @@ impl<'a> Trace<'_, 'a> {
     }
 
     /// `Tensor::new(data, device)`: a number is a scalar, a list or range has its length.
-    fn from_data(&mut self, node: NodeId, args: &[Arg<'a>], at: At) -> Shape {
+    fn data_shape(&mut self, args: &[Arg<'a>], at: At) -> Shape {
         match args.first().map(|a| a.0.clone()) {
             Some(Value::Size(_) | Value::Num(_) | Value::Select(..) | Value::Bool(_)) => {
                 Shape::Known(Vec::new())
@@ -198,10 +190,7 @@ impl<'a> Trace<'_, 'a> {
                 }
                 Shape::Known(vec![Dim::of(Poly::constant(elems.len() as i64))])
             }
-            _ => {
-                let _ = node;
-                Shape::Partial(Vec::new())
-            }
+            _ => Shape::Partial(Vec::new()),
         }
     }
 
@@ -226,10 +215,24 @@ impl<'a> Trace<'_, 'a> {
             .iter()
             .filter(|(_, dim)| dim.anchored(&self.atoms))
             .count();
-        self.from_fields(table)
+        self.is_table(table)
             && (0..rows).all(|d| tokens(d).is_some())
             && given.len() >= rows
             && given.iter().enumerate().all(in_front)
+    }
+
+    fn broadcast_left(&mut self, node: NodeId, own: Shape, args: &[Arg<'a>], at: At) -> Shape {
+        let given = args.get(1).and_then(|a| self.sizes(a, at));
+        match (given, own) {
+            (Some(given), Shape::Known(own))
+                if given.iter().all(|g| matches!(g.target, Target::Size(_))) =>
+            {
+                let left = self.filled(node, &given);
+                let left = left.into_iter().map(|d| Dim::repeated(d.size(&self.atoms)));
+                Shape::Known(left.chain(own).collect())
+            }
+            _ => Shape::Partial(Vec::new()),
+        }
     }
 
     fn arange(&mut self, args: &[Arg<'a>], at: At) -> Shape {
