@@ -10,6 +10,7 @@
 // A refusal ends the run: its size does not matter.
 #![allow(clippy::result_large_err)]
 
+pub mod adopt;
 mod decide;
 mod emit;
 mod error;
@@ -66,12 +67,30 @@ impl From<syn::Error> for ParseError {
     }
 }
 
+/// Parses a file, unless it nests too deeply for a parser.
+fn parse(source: &str) -> Result<syn::File, ParseError> {
+    let tokens: TokenStream = source
+        .parse()
+        .map_err(|e: proc_macro2::LexError| syn::Error::new(e.span(), e.to_string()))?;
+    if let Some(span) = syntax::depth::too_deep(tokens) {
+        return Err(too_deep(span).into());
+    }
+    Ok(syn::parse_file(source)?)
+}
+
+fn too_deep(span: Span) -> syn::Error {
+    syn::Error::new(
+        span,
+        "expected brackets and chains of calls that a person can read, found them nested too deeply",
+    )
+}
+
 /// Analyses a whole file, annotated or not: the annotated module if there is one, else the file itself.
 ///
 /// # Errors
 /// If the file is not Rust.
 pub fn analyse(source: &str) -> Result<Analysis, ParseError> {
-    let file = syn::parse_file(source)?;
+    let file = parse(source)?;
     let (name, items) = module_of(&file);
     Ok(analyse_items(
         &name,
@@ -86,7 +105,7 @@ pub fn analyse(source: &str) -> Result<Analysis, ParseError> {
 /// # Errors
 /// If the source is not Rust.
 pub fn included(source: &str) -> Result<Option<String>, ParseError> {
-    let file = syn::parse_file(source)?;
+    let file = parse(source)?;
     let (_, items) = module_of(&file);
     Ok(match items {
         [only] => syntax::include::included_path(only).map(|path| path.value()),
@@ -99,7 +118,7 @@ pub fn included(source: &str) -> Result<Option<String>, ParseError> {
 /// # Errors
 /// If the file is not Rust.
 pub fn analyse_with(source: &str, table: &'static ops::Table) -> Result<Analysis, ParseError> {
-    let file = syn::parse_file(source)?;
+    let file = parse(source)?;
     let (name, items) = module_of(&file);
     Ok(analyse_items(&name, items, Span::call_site(), table))
 }
@@ -109,7 +128,7 @@ pub fn analyse_with(source: &str, table: &'static ops::Table) -> Result<Analysis
 /// # Errors
 /// If the file is not Rust.
 pub fn expand(source: &str) -> Result<Result<syn::File, Vec<Refusal>>, ParseError> {
-    let file = syn::parse_file(source)?;
+    let file = parse(source)?;
     let (name, items) = module_of(&file);
     let analysis = analyse_items(&name, items, Span::call_site(), ops::candle());
     if !analysis.refusals.is_empty() {
@@ -162,6 +181,10 @@ pub fn sequence_parallel(
         Ok(args) => args,
         Err(refusal) => return refused(&[refusal], None, item),
     };
+    if let Some(span) = syntax::depth::too_deep(item.clone()) {
+        let error = too_deep(span).to_compile_error();
+        return quote!(#error #item);
+    }
     let module = match syn::parse2::<syn::Item>(item.clone()) {
         Ok(syn::Item::Mod(module)) => module,
         Ok(other) => return refused(&[not_a_module(&other)], None, item),
@@ -244,8 +267,7 @@ fn include_module(
     let name = module.ident.to_string();
     let facade = args.facade().to_string();
     let outcome = positions(|| -> Result<String, Vec<(String, &'static str)>> {
-        let file = syn::parse_file(&included.text).map_err(|e| {
-            let e = ParseError::from(e);
+        let file = parse(&included.text).map_err(|e| {
             vec![(
                 format!(
                     "{}\n   = at: {}:{}:{}",

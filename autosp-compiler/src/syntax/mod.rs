@@ -1,6 +1,7 @@
 //! The first room: attribute and item become a scope of types, functions and names.
 
 pub(crate) mod args;
+pub(crate) mod depth;
 pub(crate) mod include;
 pub(crate) mod number;
 mod text;

@@ -14,6 +14,7 @@ mod pattern;
 pub(crate) mod shape;
 mod shapes;
 pub(crate) mod size;
+mod tables;
 pub(crate) mod value;
 
 use std::collections::{HashMap, HashSet};
