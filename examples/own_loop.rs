@@ -25,8 +25,8 @@ fn main() -> autosp::Result<()> {
         n_head: 8,
         layer_norm_epsilon: 1e-5,
     };
-    // Four ranks share each sequence; `AUTOSP_SP=2` or a line in `autosp.toml` overrides that with `Settings::load()`.
-    let losses = autosp::run_with(Settings::default().with_sp(4), |sp| {
+    // Four ranks share each sequence, unless `AUTOSP_SP=2` or a line in `autosp.toml` says otherwise.
+    let losses = autosp::run_with(Settings::default().with_sp(4).loaded()?, |sp| {
         let parameters = Parameters::init(1, DType::F32, sp.device());
         let model = gpt2::Gpt2::load(parameters.builder(), &config)?;
         let vars = parameters.vars();

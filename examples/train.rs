@@ -1,17 +1,12 @@
 //! Trains a small Llama on text, each sequence spread over several ranks: `cargo run --release --example train`.
 //!
 //! The model is `models/llama.rs`, plain candle code; the attribute below is all that makes it sequence-parallel. The program
-//! reads text, trains ([`train`]), shows and logs each step ([`report`]), checks the first step against one rank, saves
-//! the model, loads it back, and lets the original functions write some text ([`sample`]).
+//! reads text and perhaps a model ([`input`]), trains ([`train`]), shows and logs each step ([`report`]), checks the first step
+//! against one rank, saves the model, loads it back, and lets the original functions write some text ([`sample`]).
 
 #![allow(clippy::print_stdout, clippy::print_stderr, unreachable_pub)]
 
-use std::{
-    io,
-    path::{Path, PathBuf},
-    process::ExitCode,
-    sync::Mutex,
-};
+use std::{io, path::Path, process::ExitCode, sync::Mutex};
 
 use autosp::{
     Error, Optimizer, Parameters, Result, Schedule, Settings, Sp, StepReport, TextData,
@@ -19,6 +14,8 @@ use autosp::{
 };
 use candle_core::{DType, Device, Tensor};
 
+#[path = "train/input.rs"]
+mod input;
 #[path = "train/options.rs"]
 mod options;
 #[path = "train/report.rs"]
@@ -36,20 +33,7 @@ pub mod llama {
     include!("models/llama.rs");
 }
 
-/// What is read where no text is named: this workspace.
-const WORKSPACE: &[&str] = &[
-    "README.md",
-    "docs",
-    "src",
-    "autosp-macros",
-    "autosp-compiler",
-    "autosp-plan",
-    "autosp-runtime",
-    "cargo-autosp",
-    "examples",
-];
-
-/// Bytes that the sample begins with, and bytes that the model adds.
+/// Tokens that the sample begins with, and tokens that the model adds.
 const PROMPT: usize = 48;
 const SAMPLE: usize = 240;
 
@@ -71,22 +55,30 @@ fn main() -> ExitCode {
 }
 
 fn run(options: &Options) -> Result<()> {
-    let text = read(options)?;
+    let text = input::text(options)?;
     let report = Mutex::new(Report::new(options.steps, options.log.as_deref())?);
     report::check_writable(&options.save)?;
-    let config = config(options);
+    let config = input::config(options, &text)?;
 
     // Whether there are such batches is known before there are ranks.
-    text.batch(options.seed, 0, options.batch, options.seq_len)?;
-    let (dp, sp) = (options.dp, options.sp);
+    text.labelled_batch(options.seed, 0, options.batch, options.seq_len)?;
+    let settings = settings(options)?;
+    let (dp, sp) = (settings.dp(), settings.sp());
     println!(
-        "{} bytes of text; {} ranks: dp {dp} x sp {sp}; a step: {} sequences of {} tokens",
+        "{} tokens of text in {} documents; {} ranks: dp {dp} x sp {sp}; a step: {} sequences of {} tokens",
         text.len(),
+        text.documents(),
         dp * sp,
         options.batch,
         options.seq_len
     );
-    let first = autosp::run_with(settings(options, options.dp, options.sp)?, |sp| {
+    let said: Vec<String> = settings
+        .entries()
+        .filter(|(_, _, source)| **source != Source::Default)
+        .map(|(key, value, source)| format!("{} = {value} ({source})", key.name))
+        .collect();
+    println!("settings: {}; the rest by default", said.join(", "));
+    let first = autosp::run_with(settings.clone(), |sp| {
         train(
             sp,
             options,
@@ -103,37 +95,27 @@ fn run(options: &Options) -> Result<()> {
     if let Ok(report) = report.lock() {
         report.finish();
     }
-    let alone = autosp::run_with(settings(options, 1, 1)?, |sp| {
+    let alone = autosp::run_with(settings.on_mesh(1, 1), |sp| {
         train(sp, options, &config, &text, 1, None, |_| Ok(()))
     })?;
     compare(&first[0], &alone[0], dp * sp)?;
 
     // What was saved is what the original functions run on: no scope, no ranks.
     let loaded = autosp::load_trainable(&[&options.save], DType::F32, &Device::Cpu)?;
-    let prompt = &text.bytes()[text.len() / 2..][..PROMPT.min(text.len() / 2)];
-    let written = sample::generate(loaded.builder(), &config, prompt, SAMPLE)?;
+    let prompt = text.tokens(text.len() / 2..text.len() / 2 + PROMPT);
+    let written = sample::generate(loaded.builder(), &config, &prompt, SAMPLE)?;
     println!(
         "saved and loaded back: {} ({} parameters)",
         options.save.display(),
         loaded.element_count()
     );
+    let tokenizer = text.tokenizer();
     println!(
         "{}\u{2502}{}",
-        String::from_utf8_lossy(prompt),
-        String::from_utf8_lossy(&written)
+        tokenizer.decode(&prompt)?,
+        tokenizer.decode(&written)?
     );
     Ok(())
-}
-
-/// The text that the options name.
-fn read(options: &Options) -> Result<TextData> {
-    if options.data.is_empty() {
-        let workspace = Path::new(env!("CARGO_MANIFEST_DIR"));
-        let paths: Vec<PathBuf> = WORKSPACE.iter().map(|name| workspace.join(name)).collect();
-        TextData::open(&paths)
-    } else {
-        TextData::open(&options.data)
-    }
 }
 
 /// One rank's part of the run: the same program on every rank. Returns the first step.
@@ -146,13 +128,17 @@ fn train(
     save: Option<&Path>,
     mut show: impl FnMut(&StepReport) -> Result<()>,
 ) -> Result<StepReport> {
-    let parameters = Parameters::init(options.seed, DType::F32, sp.device());
+    let parameters = match &options.model {
+        Some(folder) => autosp::load_trainable(&[folder], DType::F32, sp.device())?,
+        None => Parameters::init(options.seed, DType::F32, sp.device()),
+    };
     let model = llama::Llama::load(parameters.builder(), config)?;
     let mut trainer = Trainer::new(sp, parameters, train_settings(options))?;
     let mut first = None;
     for step in 0..steps {
-        let tokens = text.batch(options.seed, step as u64, options.batch, options.seq_len)?;
-        let batch = sp.shard(&tokens)?;
+        let (tokens, labels) =
+            text.labelled_batch(options.seed, step as u64, options.batch, options.seq_len)?;
+        let batch = sp.shard_labelled(&tokens, &labels)?;
         let done = trainer.step(|| -> candle_core::Result<Tensor> {
             let mut cache = llama::Cache::new(false, DType::F32, config, sp.device())?;
             let logits = model.forward(&batch.tokens, 0, &mut cache)?;
@@ -189,28 +175,24 @@ fn compare(ranks: &StepReport, alone: &StepReport, count: usize) -> Result<()> {
     }
 }
 
-/// A Llama of about a million parameters over bytes.
-fn config(options: &Options) -> llama::Config {
-    llama::Config {
-        vocab_size: 256,
-        hidden_size: 128,
-        intermediate_size: 352,
-        num_hidden_layers: 4,
-        num_attention_heads: 8,
-        num_key_value_heads: 4,
-        head_dim: None,
-        max_position_embeddings: options.seq_len.max(PROMPT + SAMPLE),
-        rope_theta: 10_000.0,
-        rms_norm_eps: 1e-5,
-        tie_word_embeddings: false,
-        last_token_only: false,
+/// Four ranks, unless a flag, a variable or `autosp.toml` says otherwise.
+fn settings(options: &Options) -> Result<Settings> {
+    let mut settings = Settings::default().with_sp(4).loaded()?;
+    let flags = [
+        ("dp", options.dp),
+        ("sp", options.sp),
+        ("groups", options.groups),
+    ];
+    for (name, value) in flags {
+        if let Some(value) = value {
+            settings.set(name, &value.to_string(), Source::Flag(format!("--{name}")))?;
+        }
     }
-}
-
-fn settings(options: &Options, dp: usize, sp: usize) -> Result<Settings> {
-    let mut settings = Settings::from_env()?;
-    for (name, value) in [("dp", dp), ("sp", sp), ("groups", options.groups)] {
-        settings.set(name, &value.to_string(), Source::Flag(format!("--{name}")))?;
+    let (dp, batch) = (settings.dp(), options.batch);
+    if !batch.is_multiple_of(dp) {
+        return Err(failure(format!(
+            "expected a --batch that divides by dp = {dp}, found {batch}"
+        )));
     }
     Ok(settings)
 }

@@ -46,7 +46,7 @@ pub use autosp_runtime::*;
 pub mod prelude {
     pub use autosp_macros::sequence_parallel;
     pub use autosp_runtime::{
-        Batch, Error, Optimizer, Parameters, Result, Schedule, Settings, Sp, TextData,
-        TrainSettings, Trainer, load_trainable, run, run_with,
+        Batch, Error, ModelConfig, Optimizer, Parameters, Result, Schedule, Settings, Sp, TextData,
+        TextReader, Tokenizer, TrainSettings, Trainer, load_trainable, run, run_with,
     };
 }

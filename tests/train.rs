@@ -61,8 +61,15 @@ fn folder(name: &str) -> PathBuf {
     let text = "a line of a text that a model can learn\n".repeat(200);
     fs::write(folder.join("text.txt"), text).unwrap();
     fs::write(folder.join("empty.txt"), "").unwrap();
+    fs::write(folder.join("odd.bin"), [1, 2, 3]).unwrap();
+    let sentence = "a word of a text that a model can learn ".repeat(3);
+    let line = |times| serde_json::json!({"text": sentence.repeat(times)}).to_string() + "\n";
+    fs::write(folder.join("lines.jsonl"), line(1) + &line(5)).unwrap();
     folder
 }
+
+/// A Llama of Hugging Face transformers, with its config.json.
+const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/llama-tiny");
 
 #[test]
 fn wrong_input_is_one_clear_line() {
@@ -88,6 +95,24 @@ fn wrong_input_is_one_clear_line() {
         (&["--data", "text.txt", "--lr", "fast"], "--lr"),
         (&["--data", "text.txt", "--steps", "0"], "--steps"),
         (&["--data", "text.txt", "--frobnicate"], "--frobnicate"),
+        (&["--data", "text.txt", "--tokenizer", "nowhere"], "nowhere"),
+        (
+            &["--data", "text.txt", "--tokenizer", "text.txt"],
+            "[AS0545]",
+        ),
+        (&["--data", "text.txt", "--model", "nowhere"], "nowhere"),
+        // Bytes are beyond the vocabulary of the model.
+        (&["--data", "text.txt", "--model", MODEL], "below 96"),
+        (&["--data", "lines.jsonl"], "--json-field"),
+        (
+            &["--data", "lines.jsonl", "--json-field", "body"],
+            "lines.jsonl:1",
+        ),
+        (
+            &["--data", "text.txt", "--token-width", "8"],
+            "--token-width",
+        ),
+        (&["--data", "odd.bin", "--token-width", "16"], "odd.bin"),
         (&["--data", "text.txt", "--log", "."], "`.`"),
         (
             &["--data", "text.txt", "--log", "text.txt/log"],
@@ -149,6 +174,129 @@ fn log(folder: &Path, name: &str, mesh: &[&str]) -> Vec<Value> {
         .lines()
         .map(|line| serde_json::from_str(line).unwrap())
         .collect()
+}
+
+/// A tokenizer whose words the model's 96 tokens can hold.
+fn words(folder: &Path) -> String {
+    let words = [
+        "<unk>", "a", "word", "of", "text", "that", "model", "can", "learn",
+    ];
+    let vocabulary: serde_json::Map<String, Value> = words
+        .iter()
+        .enumerate()
+        .map(|(i, word)| ((*word).to_owned(), i.into()))
+        .collect();
+    let tokenizer = serde_json::json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null, "post_processor": null,
+        "decoder": null, "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"},
+    });
+    let path = folder.join("tokenizer.json");
+    fs::write(&path, tokenizer.to_string()).unwrap();
+    path.display().to_string()
+}
+
+#[test]
+fn a_model_and_a_tokenizer_of_others_go_on_training() {
+    let folder = folder("others");
+    let tokenizer = words(&folder);
+    let arguments = [
+        "--model",
+        MODEL,
+        "--tokenizer",
+        &tokenizer,
+        "--data",
+        "lines.jsonl",
+        "--json-field",
+        "text",
+        "--seq-len",
+        "40",
+        "--batch",
+        "2",
+        "--steps",
+        "3",
+        "--sp",
+        "2",
+        "--log",
+        "log",
+        "--save",
+        "model.safetensors",
+    ];
+    let output = train(&folder, &arguments);
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(
+        output.status.success(),
+        "{text}{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    // The shorter document has 30 words and is padded; attention crosses nothing, so nothing is warned of.
+    assert!(
+        text.contains("180 tokens of text in 2 documents") && output.stderr.is_empty(),
+        "{text}"
+    );
+    assert!(text.contains("settings: sp = 2 (flag --sp)"), "{text}");
+    let lines: Vec<Value> = fs::read_to_string(folder.join("log"))
+        .unwrap()
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    // The model knows nothing of these words yet: ln 96 = 4.56.
+    assert!(
+        (lines[0]["loss"].as_f64().unwrap() - 4.56).abs() < 0.5,
+        "{}",
+        lines[0]
+    );
+    assert!(lines[2]["loss"].as_f64() < lines[0]["loss"].as_f64());
+    let valid: Vec<u64> = lines
+        .iter()
+        .map(|line| line["valid_tokens"].as_u64().unwrap())
+        .collect();
+    assert!(
+        valid.iter().all(|n| [2 * 29, 29 + 39, 2 * 39].contains(n)),
+        "{valid:?}"
+    );
+
+    let crossing = [&arguments[..], &["--documents", "cross"]].concat();
+    let output = train(&folder, &crossing);
+    let warning = String::from_utf8(output.stderr).unwrap();
+    assert!(
+        output.status.success()
+            && warning.starts_with("warning: attention crosses the 2 documents"),
+        "{warning}"
+    );
+}
+
+#[test]
+fn a_settings_file_is_found_and_a_flag_is_stronger() {
+    let folder = folder("settings");
+    fs::write(folder.join("autosp.toml"), "sp = 2\ngroups = 1\n").unwrap();
+    let small = [
+        "--data",
+        "text.txt",
+        "--seq-len",
+        "32",
+        "--steps",
+        "1",
+        "--save",
+        "model.safetensors",
+        "--groups",
+        "2",
+    ];
+    let output = train(&folder, &small);
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(
+        text.contains("sp = 2 (autosp.toml:1), groups = 2 (flag --groups)")
+            && text.contains("dp 1 x sp 2"),
+        "{text}{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    fs::write(folder.join("autosp.toml"), "sp = 2\ngrups = 1\n").unwrap();
+    let output = train(&folder, &small);
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert!(
+        text.contains("`grups` (autosp.toml:2:1)") && text.contains("did you mean `groups`?"),
+        "{text}"
+    );
 }
 
 #[test]
@@ -232,6 +380,11 @@ fn help_is_no_error() {
     let text = String::from_utf8(output.stdout).unwrap();
     for flag in [
         "--data",
+        "--tokenizer",
+        "--json-field",
+        "--token-width",
+        "--documents",
+        "--model",
         "--sp",
         "--dp",
         "--seq-len",

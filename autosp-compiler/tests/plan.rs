@@ -259,6 +259,23 @@ fn another_comparison_is_another_mask() {
         mask("u8::from(j > i && j % 2 == 0)"),
         "a rule over (query, key), evaluated tile by tile"
     );
+    // Two elements of a list may differ.
+    let source = edit(
+        &llama(),
+        "    kvs: Vec<Option",
+        "    documents: Vec<u32>,\n    kvs: Vec<Option",
+    );
+    for rule in [
+        "u8::from(j > i || self.documents[j] != self.documents[i])",
+        "u8::from(j > i + self.documents[i] as usize)",
+    ] {
+        let source = edit(&source, "u8::from(j > i)", rule);
+        assert_eq!(
+            plan(&source).sites[0].mask,
+            "a rule over (query, key), evaluated tile by tile",
+            "{rule}"
+        );
+    }
 }
 
 #[test]

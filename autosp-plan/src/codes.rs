@@ -91,6 +91,8 @@ codes! {
         "A settings file is TOML: lines of `name = value`, strings in quotes, `#` for comments.";
     CANDLE = "AS0311", "an operation of candle failed",
         "The message is candle's own: an operation got shapes, types or devices that it does not take. Set RUST_BACKTRACE=1 to see where.";
+    SETTINGS_CONTRADICT = "AS0312", "settings contradict each other",
+        "Two sources of the same strength, such as two files or `AUTOSP_SP` and `AUTOSP_sp`, say different things, or one setting rules out another. Which of them was meant cannot be known. The message says where each was read.";
 
     SITE_HEADS = "AS0321", "heads and ranks do not fit",
         "Each sp rank attends query_heads / sp heads, so sp divides the query heads; and kv heads are either divided among ranks or each is held by the same number of ranks, so sp divides the kv heads or the kv heads divide sp. The message lists the values of sp that fit this model.";
@@ -162,6 +164,25 @@ codes! {
         "The message names the setting, what it takes and what was found.";
     NOT_EQUIVALENT = "AS0517", "sharded training differs from one rank",
         "The loss or a gradient differs by more than the contract allows: per tensor |a - b| <= 1e-5 |b| + 1e-7 x global gradient norm. The message names the tensor and the place of the largest difference.";
+
+    TENSOR_EXTRA = "AS0540", "a model file holds tensors that the model does not use",
+        "The model was built without asking for a tensor of its files: it has fewer layers, another head, or other names. Trained and saved it would be another model. `Parameters::ignore` passes over tensors that are left out on purpose.";
+    TENSOR_TWICE = "AS0541", "two model files hold the same tensor",
+        "The files of one model hold each tensor once. Files of two models were mixed, or a file was named twice.";
+    TENSOR_DTYPE = "AS0542", "a tensor has a type that cannot be trained",
+        "Parameters are F64, F32, BF16 or F16. Whole numbers have no gradient, and eight-bit floats need scales that belong to them: convert such a model first.";
+    INDEX = "AS0543", "an index of model files does not fit",
+        "`model.safetensors.index.json` names the file of each tensor. It is broken, names a file or tensor that is not there, or lies beside files of another model: download the folder again.";
+    CONFIG = "AS0544", "a config.json that cannot be used",
+        "The file is not JSON, lacks a field, holds a value of the wrong kind, or says two things that cannot both be. The message names the field, or line and column.";
+    TOKENIZER = "AS0545", "a tokenizer cannot be used",
+        "The file is not a tokenizer.json as the crate `tokenizers` reads it, lacks a token that was named, or cannot encode or decode.";
+    DATA_LINE = "AS0546", "a line of a data file cannot be used",
+        "Each line of a JSON lines file is an object that holds a string in the named field. The message says file, line and what was found.";
+    DOCUMENT_SHORT = "AS0547", "a document is shorter than the sequence",
+        "A row of tokens alone cannot say where a short document ends. `labelled_batch` fills such rows with padding that is ignored, `packed_batch` says which token belongs to which document, and `Packing::Cross` lets attention run across documents.";
+    TOKEN_FILE = "AS0548", "a file of tokens cannot be used",
+        "A token file is a sequence of little-endian numbers of 2 or 4 bytes and nothing else. Its length is a multiple of that, and no token is beyond the vocabulary.";
 
     UNREADABLE_FILE = "AS0601", "a file named on the command line cannot be read",
         "The path does not exist, is a folder, is not UTF-8 text, or may not be read. The message says which. `plan` and `expand` take one Rust source file.";

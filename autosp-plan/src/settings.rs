@@ -12,6 +12,7 @@ mod keys;
 mod source;
 mod value;
 
+use std::fmt::Write as _;
 use std::path::Path;
 use std::time::Duration;
 
@@ -26,6 +27,9 @@ pub const VARIABLE_PREFIX: &str = "AUTOSP_";
 
 /// The settings file that [`Settings::load`] looks for in the working folder.
 pub const FILE: &str = "autosp.toml";
+
+/// The variable that names another settings file.
+pub const FILE_VARIABLE: &str = "AUTOSP_SETTINGS";
 
 /// Which attention computes the heads of a rank.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,16 +75,34 @@ impl Default for Settings {
 }
 
 impl Settings {
-    /// The file `autosp.toml` of the working folder, if there is one, overridden by the variables `AUTOSP_*`.
+    /// The settings file, overridden by the variables `AUTOSP_*`. The file is the one that `AUTOSP_SETTINGS` names, else `autosp.toml`
+    /// of the working folder if there is one.
     ///
     /// # Errors
     /// As [`with_path`](Self::with_path) and [`from_env`](Self::from_env).
     pub fn load() -> Result<Self, SettingsError> {
-        let settings = Self::default();
-        let settings = if Path::new(FILE).is_file() {
-            settings.with_path(Path::new(FILE))?
-        } else {
-            settings
+        Self::default().loaded()
+    }
+
+    /// As [`load`](Self::load), with what the program has set in place of the defaults.
+    ///
+    /// ```
+    /// use autosp_plan::Settings;
+    ///
+    /// # fn main() -> Result<(), autosp_plan::settings::SettingsError> {
+    /// let settings = Settings::default().with_sp(4).loaded()?; // 4 ranks, unless the user says otherwise
+    /// # assert!(settings.sp() > 0);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub fn loaded(self) -> Result<Self, SettingsError> {
+        let settings = match std::env::var_os(FILE_VARIABLE) {
+            Some(path) => self.with_path(Path::new(&path))?,
+            None if Path::new(FILE).is_file() => self.with_path(Path::new(FILE))?,
+            None => self,
         };
         settings.with_environment()
     }
@@ -115,6 +137,9 @@ impl Settings {
         variables: impl IntoIterator<Item = (String, String)>,
     ) -> Result<Self, SettingsError> {
         for (name, text) in variables {
+            if name == FILE_VARIABLE {
+                continue;
+            }
             if let Some(key) = name.strip_prefix(VARIABLE_PREFIX) {
                 self.set(
                     &key.to_ascii_lowercase(),
@@ -155,7 +180,7 @@ impl Settings {
             let value = KEYS[index]
                 .accept(&entry.value)
                 .map_err(|found| KEYS[index].refuse(&found, &place))?;
-            self.put(index, value, source);
+            self.put(index, value, source)?;
         }
         Ok(self)
     }
@@ -163,14 +188,13 @@ impl Settings {
     /// Sets `name` to the value written as `text`, unless a stronger source has set it.
     ///
     /// # Errors
-    /// No setting has that name, or the text does not fit its type.
+    /// No setting has that name, the text does not fit its type, or an equally strong source has said something else.
     pub fn set(&mut self, name: &str, text: &str, source: Source) -> Result<(), SettingsError> {
         let index = lookup(name, &source.to_string())?;
         let value = KEYS[index]
             .parse(text)
             .map_err(|found| KEYS[index].refuse(&found, &source.to_string()))?;
-        self.put(index, value, source);
-        Ok(())
+        self.put(index, value, source)
     }
 
     /// Sets `name` from the program, as text.
@@ -283,18 +307,54 @@ impl Settings {
         find(name).map(|index| &self.values[index].1)
     }
 
-    fn program(mut self, name: &str, value: Value) -> Self {
-        if let Some(index) = find(name) {
-            self.put(index, value, Source::Program);
+    /// The same settings on a mesh that the program needs, whoever said otherwise.
+    #[must_use]
+    pub fn on_mesh(mut self, dp: usize, sp: usize) -> Self {
+        for (name, n) in [("dp", dp), ("sp", sp)] {
+            if let Some(index) = find(name) {
+                self.values[index] = (Value::Count(n), Source::Program);
+            }
         }
         self
     }
 
-    /// The last of equally strong sources wins.
-    fn put(&mut self, index: usize, value: Value, source: Source) {
-        if source.strength() >= self.values[index].1.strength() {
+    /// Every setting, one a line: its value as a file writes it, and where it came from.
+    pub fn table(&self) -> String {
+        let mut text = String::new();
+        for (key, value, source) in self.entries() {
+            let value = value.to_string();
+            let _ = writeln!(text, "{:<10} = {value:<12} {source}", key.name);
+        }
+        text
+    }
+
+    fn program(mut self, name: &str, value: Value) -> Self {
+        if let Some(index) = find(name)
+            && self.values[index].1.strength() <= Source::Program.strength()
+        {
+            self.values[index] = (value, Source::Program);
+        }
+        self
+    }
+
+    /// A program may change its mind; two files, two spellings of a variable or two flags that disagree are refused, since which of
+    /// them was meant cannot be known.
+    fn put(&mut self, index: usize, value: Value, source: Source) -> Result<(), SettingsError> {
+        let (known, from) = &self.values[index];
+        if source.strength() == from.strength() && source != Source::Program && *known != value {
+            return Err(SettingsError {
+                code: codes::SETTINGS_CONTRADICT,
+                message: format!(
+                    "setting `{}`: expected one value, found {known} ({from}) and {value} ({source})",
+                    KEYS[index].name
+                ),
+                help: None,
+            });
+        }
+        if source.strength() >= from.strength() {
             self.values[index] = (value, source);
         }
+        Ok(())
     }
 
     /// The typed accessors name rows of the table; a test reads each once.

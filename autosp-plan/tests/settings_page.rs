@@ -5,8 +5,10 @@ use std::{fs, path::Path};
 
 const HEAD: &str = "# Settings
 
-A setting is taken from a flag of the program, else from its variable, else from `autosp.toml` in the working folder, else from
-the program, else it has its default; `Settings` remembers which. This page is made from the table in
+A setting is taken from a flag of the program, else from its variable, else from the settings file, else from the program, else it
+has its default; `Settings` remembers which, `cargo autosp plan` prints it, and a run logs it. The file is the one that the variable
+`AUTOSP_SETTINGS` names, else `autosp.toml` in the working folder if there is one; it has lines such as `sp = 4`. An unknown
+setting is refused, and so are two sources of the same strength that say different things. This page is made from the table in
 `autosp-plan/src/settings/keys.rs`.
 
 ";

@@ -2,8 +2,17 @@
 //!
 //! A batch is global: every rank is given the same `[B, S]` tokens and takes its rows (by dp) and its part of the sequence (by sp).
 
+mod files;
+mod packing;
+mod pass;
+mod reader;
 mod shard;
 mod text;
+mod tokenizer;
 
+pub use packing::{PackedBatch, Packing};
+pub use pass::Batches;
+pub use reader::{TextReader, TokenWidth};
 pub use shard::Batch;
-pub use text::{Batches, TextData, VOCABULARY};
+pub use text::TextData;
+pub use tokenizer::{Tokenizer, VOCABULARY};

@@ -4,6 +4,7 @@
 
 pub mod attention;
 pub mod comm;
+pub mod config;
 pub mod data;
 pub mod error;
 pub mod layout;
@@ -25,7 +26,8 @@ pub mod testing;
 pub mod train;
 
 pub use autosp_plan::{Settings, codes, io_reason, settings};
-pub use data::{Batch, TextData};
+pub use config::ModelConfig;
+pub use data::{Batch, Packing, TextData, TextReader, Tokenizer};
 pub use error::{Error, Result};
 pub use ledger::{Bytes, Ledger};
 pub use mesh::Mesh;

@@ -9,7 +9,6 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use autosp_plan::codes;
-use candle_core::safetensors::MmapedSafetensors;
 use candle_core::{DType, Device, Shape, Tensor, Var};
 use candle_nn::VarBuilder;
 use candle_nn::init::{Init, NormalOrUniform};
@@ -18,6 +17,9 @@ use rayon::prelude::*;
 
 use crate::random::Stream;
 use crate::{Error, Result};
+use files::Files;
+
+mod files;
 
 /// Named variables in the order of their names, which is the order of every reduction and of the optimizer.
 ///
@@ -46,6 +48,7 @@ struct Shared {
     vars: Mutex<BTreeMap<String, Var>>,
     source: Source,
     frozen: Mutex<Option<Rule>>,
+    ignored: Mutex<Option<Rule>>,
 }
 
 type Rule = Box<dyn Fn(&str) -> bool + Send + Sync>;
@@ -55,80 +58,31 @@ enum Source {
     Files(Files),
 }
 
-struct Files {
-    tensors: MmapedSafetensors,
-    paths: Vec<PathBuf>,
-}
-
-impl Files {
-    fn names(&self) -> String {
-        self.paths
-            .iter()
-            .map(|path| format!("`{}`", path.display()))
-            .collect::<Vec<_>>()
-            .join(", ")
-    }
-}
-
 /// Reads safetensors files as trainable parameters: `vars.builder()` gives a model its tensors, converted to `dtype` on `device`.
 ///
+/// Each path is a safetensors file, an index such as `model.safetensors.index.json`, or a folder as it is downloaded, with an index or
+/// a file `model.safetensors` in it. Together they hold each tensor once.
+///
 /// The files are mapped into memory and must not be changed by others meanwhile; [`Parameters::save`] may replace them. A tensor
-/// that the model never asks for is neither trained nor saved.
+/// that the model never asks for is refused by [`Trainer::new`](crate::Trainer::new), since the model would be another one than the
+/// file's; [`Parameters::ignore`] passes over those that are left out on purpose.
 ///
 /// # Errors
-/// AS0501 if a file is missing or cannot be read; AS0502 if it is not a safetensors file. The builder reports a tensor that is
-/// missing (AS0503) or has another shape (AS0504).
+/// AS0501 if a file is missing or cannot be read; AS0502 if it is not a safetensors file or was cut short; AS0541 if two files hold
+/// the same tensor; AS0542 if `dtype` is no floating-point type; AS0543 if an index is broken or does not fit its files. The
+/// builder reports a tensor that is missing (AS0503), has another shape (AS0504), or does not hold floating-point numbers (AS0542).
 pub fn load_trainable<P: AsRef<Path>>(
     files: &[P],
     dtype: DType,
     device: &Device,
 ) -> Result<Parameters> {
+    if !dtype.is_float() {
+        let text = format!("expected a floating-point type for parameters, found {dtype:?}");
+        return Err(Error::new(codes::TENSOR_DTYPE, text).with_help("DType::F32"));
+    }
     let paths: Vec<PathBuf> = files.iter().map(|path| path.as_ref().to_owned()).collect();
-    if paths.is_empty() {
-        return Err(Error::new(
-            codes::FILE_UNREADABLE,
-            "expected at least one model file, found none",
-        ));
-    }
-    for path in &paths {
-        File::open(path)
-            .and_then(|file| file.metadata())
-            .and_then(|found| {
-                if found.is_dir() {
-                    Err(std::io::Error::other("it is a folder"))
-                } else {
-                    Ok(())
-                }
-            })
-            .map_err(|error| {
-                Error::new(
-                    codes::FILE_UNREADABLE,
-                    format!(
-                        "cannot read the model file `{}`: {}",
-                        path.display(),
-                        crate::io_reason(&error)
-                    ),
-                )
-            })?;
-        // SAFETY: the mapping lives no longer than this statement; a writer in between can only make the check fail.
-        unsafe { MmapedSafetensors::new(path) }.map_err(|error| {
-            let error = Error::from(error);
-            let message = format!(
-                "`{}` is not a valid safetensors file: {}",
-                path.display(),
-                error.message()
-            );
-            Error::new(codes::FILE_BROKEN, message)
-        })?;
-    }
-    // SAFETY: the caller keeps other programs from changing the files, as documented; our own `save` replaces a file by a rename,
-    // which leaves the mapped one as it is.
-    let tensors = unsafe { MmapedSafetensors::multi(&paths) }?;
-    Ok(Parameters::new(
-        Source::Files(Files { tensors, paths }),
-        dtype,
-        device,
-    ))
+    let files = Files::open(&paths)?;
+    Ok(Parameters::new(Source::Files(files), dtype, device))
 }
 
 impl Parameters {
@@ -137,6 +91,7 @@ impl Parameters {
             vars: Mutex::default(),
             source,
             frozen: Mutex::default(),
+            ignored: Mutex::default(),
         };
         Self {
             shared: Arc::new(shared),
@@ -175,6 +130,57 @@ impl Parameters {
             .lock()
             .unwrap_or_else(PoisonError::into_inner) = Some(Box::new(rule));
         self
+    }
+
+    /// Passes over tensors of the files that the model does not ask for, where the rule accepts their names. Without a rule,
+    /// [`Trainer::new`](crate::Trainer::new) refuses what is left.
+    #[must_use]
+    pub fn ignore(self, rule: impl Fn(&str) -> bool + Send + Sync + 'static) -> Self {
+        *self
+            .shared
+            .ignored
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = Some(Box::new(rule));
+        self
+    }
+
+    /// Tensors of the files that the model has not asked for by now, with their files, in name order; without those that are
+    /// [ignored](Self::ignore) and those of whole numbers, which are no parameters.
+    pub fn unused(&self) -> Vec<(String, PathBuf)> {
+        let Source::Files(files) = &self.shared.source else {
+            return Vec::new();
+        };
+        let ignored = self
+            .shared
+            .ignored
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let vars = self.shared.vars();
+        files
+            .parameters()
+            .filter(|(name, _)| !vars.contains_key(*name))
+            .filter(|(name, _)| !ignored.as_ref().is_some_and(|rule| rule(name)))
+            .map(|(name, path)| (name.to_owned(), path.to_owned()))
+            .collect()
+    }
+
+    /// # Errors
+    /// AS0540 naming what the model has not asked for.
+    pub(crate) fn expect_all_used(&self) -> Result<()> {
+        let unused = self.unused();
+        let Some((first, path)) = unused.first() else {
+            return Ok(());
+        };
+        let more = match unused.len() - 1 {
+            0 => String::new(),
+            more => format!(" and {more} more"),
+        };
+        let text = format!(
+            "expected a model that uses every tensor of its files, found `{first}` in `{}`{more} unused",
+            path.display()
+        );
+        Err(Error::new(codes::TENSOR_EXTRA, text)
+            .with_help(format!("parameters.ignore(|name| name == {first:?})")))
     }
 
     /// What a model's constructor takes.
@@ -324,19 +330,7 @@ impl Shared {
                         format!("expected a shape for `{name}`, which is to be drawn, found none"),
                     ));
                 }
-                (Source::Files(files), _) => {
-                    let found = files
-                        .tensors
-                        .load(name, &candle_core::Device::Cpu)
-                        .map_err(|_| {
-                            let message = format!(
-                                "expected a tensor `{name}` in {}, found none",
-                                files.names()
-                            );
-                            Error::new(codes::TENSOR_MISSING, message)
-                        })?;
-                    found.to_dtype(dtype)?.to_device(device)?
-                }
+                (Source::Files(files), _) => files.load(name, dtype, device)?,
             };
             let var = Var::from_tensor(&tensor)?;
             vars.insert(name.to_owned(), var.clone());
@@ -395,7 +389,7 @@ impl SimpleBackend for Backend {
     fn contains_tensor(&self, name: &str) -> bool {
         match &self.0.source {
             Source::Seed(_) => self.0.vars().contains_key(name),
-            Source::Files(files) => files.tensors.get(name).is_ok(),
+            Source::Files(files) => files.contains(name),
         }
     }
 }

@@ -87,7 +87,8 @@ impl Trainer {
     /// of rank 0, frozen ones included.
     ///
     /// # Errors
-    /// AS0516 for a setting that cannot be, or if there is nothing to train; as [`wait`](crate::comm::Engine::wait), and AS0406 if
+    /// AS0516 for a setting that cannot be, or if there is nothing to train; AS0540 if the model has not asked for a tensor of its
+    /// files; as [`wait`](crate::comm::Engine::wait), and AS0406 if
     /// the ranks have built different models.
     pub fn new(sp: &Sp, parameters: Parameters, settings: TrainSettings) -> Result<Self> {
         settings.check()?;
@@ -97,6 +98,7 @@ impl Trainer {
             return Err(Error::new(codes::TRAIN_SETTING, text)
                 .with_help("Model::load(parameters.builder(), ..)"));
         }
+        parameters.expect_all_used()?;
         if sp.world_size() > 1 {
             for (name, var) in parameters.all() {
                 // A copy, since steps change variables in place and a peer may still read.

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use autosp_compiler::{Analysis, Refusal};
-use autosp_plan::{codes, plan};
+use autosp_plan::{Settings, codes, plan};
 use autosp_templates::report::plan as report;
 use serde_json::{Value, json};
 
@@ -12,6 +12,11 @@ use crate::{Failure, Format, Outcome, REFUSED, source};
 /// Analyses the file and prints the plan.
 pub(crate) fn run(file: &Path, format: Format) -> Result<Outcome, Failure> {
     let (name, text) = source::open(file)?;
+    let settings = Settings::load().map_err(|error| {
+        let help = error.help.map_or(String::new(), |help| format!("; {help}"));
+        let code = codes::find(error.code.id).unwrap_or(&codes::SETTINGS_FILE);
+        Failure::new(code, error.message + &help)
+    })?;
     let analysis =
         autosp_compiler::analyse(&text).map_err(|error| source::unparsable(&name, &error))?;
     let code = if analysis.refusals.is_empty() {
@@ -20,14 +25,14 @@ pub(crate) fn run(file: &Path, format: Format) -> Result<Outcome, Failure> {
         REFUSED
     };
     let text = match format {
-        Format::Json => json(&name, &analysis)?,
-        Format::Text => view(name, &analysis).to_string(),
+        Format::Json => json(&name, &analysis, &settings)?,
+        Format::Text => view(name, &analysis, &settings).to_string(),
     };
     Ok(Outcome { text, code })
 }
 
 /// The same facts for programs.
-fn json(file: &str, analysis: &Analysis) -> Result<String, Failure> {
+fn json(file: &str, analysis: &Analysis, settings: &Settings) -> Result<String, Failure> {
     let Analysis { plan, refusals, .. } = analysis;
     let refusals: Vec<Value> = refusals
         .iter()
@@ -42,12 +47,19 @@ fn json(file: &str, analysis: &Analysis) -> Result<String, Failure> {
             })
         })
         .collect();
+    let settings: Vec<Value> = settings
+        .entries()
+        .map(|(key, value, source)| {
+            json!({"name": key.name, "value": value.to_string(), "source": source.to_string()})
+        })
+        .collect();
     let document = json!({
         "file": file,
         "sites": plan.sites,
         "blocks": plan.blocks,
         "notes": plan.notes,
         "refusals": refusals,
+        "settings": settings,
     });
     let text = serde_json::to_string_pretty(&document).map_err(|error| {
         Failure::new(
@@ -58,13 +70,21 @@ fn json(file: &str, analysis: &Analysis) -> Result<String, Failure> {
     Ok(text + "\n")
 }
 
-fn view(file: String, analysis: &Analysis) -> report::Plan {
+fn view(file: String, analysis: &Analysis, settings: &Settings) -> report::Plan {
     report::Plan {
         file,
         sites: analysis.plan.sites.iter().map(site).collect(),
         blocks: analysis.plan.blocks.iter().map(block).collect(),
         notes: analysis.plan.notes.clone(),
         refusals: analysis.refusals.iter().map(refusal).collect(),
+        settings: settings
+            .entries()
+            .map(|(key, value, source)| report::Setting {
+                name: key.name.to_owned(),
+                value: value.to_string(),
+                source: source.to_string(),
+            })
+            .collect(),
     }
 }
 

@@ -216,3 +216,66 @@ fn an_included_model_is_followed() {
     assert_eq!(output.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&output.stderr).contains("nowhere.rs"));
 }
+
+/// Runs `plan` in a folder of its own that holds this `autosp.toml`.
+fn plan_with(name: &str, file: &str, variable: Option<&str>) -> Output {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+    fs::create_dir_all(&folder).unwrap();
+    fs::write(folder.join("autosp.toml"), file).unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_cargo-autosp"));
+    command.args(["plan", &llama()]).current_dir(folder);
+    if let Some(value) = variable {
+        command.env("AUTOSP_SP", value);
+    }
+    command.output().unwrap()
+}
+
+#[test]
+fn settings_are_printed_with_where_they_came_from() {
+    let output = plan_with("settings", "# mesh\nsp = 2\ngroups = 1\n", Some("4"));
+    let text = String::from_utf8(output.stdout).unwrap();
+    for line in [
+        "sp         = 4            variable AUTOSP_SP",
+        "groups     = 1            autosp.toml:3",
+        "dp         = 1            default",
+    ] {
+        assert!(text.contains(line), "{line} is missing in\n{text}");
+    }
+}
+
+#[test]
+fn settings_that_cannot_be_are_one_line() {
+    for (name, file, parts) in [
+        (
+            "unknown",
+            "spp = 2\n",
+            &[
+                "unknown setting `spp` (autosp.toml:1:1)",
+                "`sp`",
+                "did you mean",
+                "[AS0308]",
+            ][..],
+        ),
+        (
+            "malformed",
+            "sp = 2\ndp = = 3\n",
+            &["autosp.toml:2:6", "[AS0310]"],
+        ),
+        (
+            "type",
+            "\n  sp = \"two\"\n",
+            &["autosp.toml:2:3", "[AS0309]"],
+        ),
+    ] {
+        let output = plan_with(name, file, None);
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(
+            (output.status.code(), text.lines().count()),
+            (Some(1), 1),
+            "{text}"
+        );
+        for part in parts {
+            assert!(text.contains(part), "{part} is missing in {text}");
+        }
+    }
+}

@@ -3,7 +3,7 @@
 use std::{ffi::OsString, path::PathBuf};
 
 use autosp::Result;
-use clap::{Parser, error::ErrorKind};
+use clap::{Parser, ValueEnum, error::ErrorKind};
 
 use crate::failure;
 
@@ -14,12 +14,32 @@ pub struct Options {
     /// Text files, or folders of them [default: the sources and documents of this workspace]
     #[arg(long, value_name = "PATH", num_args = 1..)]
     pub data: Vec<PathBuf>,
-    /// Ranks that share one sequence
-    #[arg(long, value_name = "N", default_value_t = 4)]
-    pub sp: usize,
-    /// Replicas that share a batch
-    #[arg(long, value_name = "M", default_value_t = 1)]
-    pub dp: usize,
+    /// What makes tokens of text: a tokenizer.json, or a folder with one [default: each byte is a token]
+    #[arg(long, value_name = "FILE")]
+    pub tokenizer: Option<PathBuf>,
+    /// The data are JSON lines, and the text is in this field
+    #[arg(
+        long,
+        value_name = "NAME",
+        requires = "data",
+        conflicts_with = "token_width"
+    )]
+    pub json_field: Option<String>,
+    /// The data are files of tokens, of 16 or 32 bits each
+    #[arg(long, value_name = "BITS", requires = "data")]
+    pub token_width: Option<u8>,
+    /// What a sequence is made of: one document each, or the documents end to end
+    #[arg(long, value_enum, default_value_t = Documents::Pad)]
+    pub documents: Documents,
+    /// A Llama to go on from: a folder with config.json and safetensors [default: a small one, drawn]
+    #[arg(long, value_name = "FOLDER")]
+    pub model: Option<PathBuf>,
+    /// Ranks that share one sequence [default: 4]
+    #[arg(long, value_name = "N")]
+    pub sp: Option<usize>,
+    /// Replicas that share a batch [default: 1]
+    #[arg(long, value_name = "M")]
+    pub dp: Option<usize>,
     /// Tokens (bytes) of a sequence
     #[arg(long, value_name = "S", default_value_t = 512)]
     pub seq_len: usize,
@@ -40,15 +60,24 @@ pub struct Options {
         allow_negative_numbers = true
     )]
     pub lr: f64,
-    /// Head groups of each attention: the next group's exchange overlaps this group's attention
-    #[arg(long, value_name = "G", default_value_t = 2)]
-    pub groups: usize,
+    /// Head groups of each attention: the next group's exchange overlaps this group's attention [default: 2]
+    #[arg(long, value_name = "G")]
+    pub groups: Option<usize>,
     /// One JSON object a step goes here
     #[arg(long, value_name = "FILE")]
     pub log: Option<PathBuf>,
     /// The trained model goes here, as safetensors
     #[arg(long, value_name = "FILE", default_value = "out/llama.safetensors")]
     pub save: PathBuf,
+}
+
+/// What a sequence is made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Documents {
+    /// One document, padded at the end where it is short
+    Pad,
+    /// All documents end to end: attention crosses them
+    Cross,
 }
 
 impl Options {
@@ -85,22 +114,32 @@ impl Options {
 
     fn check(&self) -> Result<()> {
         for (flag, value) in [
-            ("--sp", self.sp),
-            ("--dp", self.dp),
+            ("--sp", self.sp.unwrap_or(1)),
+            ("--dp", self.dp.unwrap_or(1)),
             ("--seq-len", self.seq_len),
             ("--batch", self.batch),
             ("--steps", self.steps),
-            ("--groups", self.groups),
+            ("--groups", self.groups.unwrap_or(1)),
         ] {
             if value == 0 {
                 return Err(failure(format!("expected {flag} of at least 1, found 0")));
             }
         }
-        if !self.batch.is_multiple_of(self.dp) {
-            let (dp, batch) = (self.dp, self.batch);
+        if let Some(bits) = self.token_width
+            && !matches!(bits, 16 | 32)
+        {
             return Err(failure(format!(
-                "expected a --batch that divides by --dp {dp}, found {batch}"
+                "expected --token-width 16 or 32, found {bits}"
             )));
+        }
+        for path in &self.data {
+            if self.json_field.is_none() && path.extension().is_some_and(|ending| ending == "jsonl")
+            {
+                return Err(failure(format!(
+                    "expected --json-field NAME for the JSON lines of `{}`, found none",
+                    path.display()
+                )));
+            }
         }
         if !(self.lr.is_finite() && self.lr > 0.0) {
             return Err(failure(format!("expected --lr above 0, found {}", self.lr)));

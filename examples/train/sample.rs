@@ -5,18 +5,18 @@ use candle_nn::VarBuilder;
 
 use crate::llama::{Cache, Config, Llama};
 
-/// Continues `prompt` by `n` bytes.
+/// Continues `prompt` by at most `n` tokens.
 ///
 /// # Errors
 /// When the model fails.
-pub fn generate(vb: VarBuilder, config: &Config, prompt: &[u8], n: usize) -> Result<Vec<u8>> {
+pub fn generate(vb: VarBuilder, config: &Config, prompt: &[u32], n: usize) -> Result<Vec<u32>> {
     let config = Config {
         last_token_only: true,
         ..config.clone()
     };
     let model = Llama::load(vb, &config)?;
     let mut cache = Cache::new(true, DType::F32, &config, &Device::Cpu)?;
-    let mut next: Vec<u32> = prompt.iter().map(|&byte| u32::from(byte)).collect();
+    let mut next = prompt.to_vec();
     let (mut text, mut seen) = (Vec::with_capacity(n), 0);
     for i in 0..n.min(config.max_position_embeddings.saturating_sub(prompt.len())) {
         let tokens = Tensor::new(next.as_slice(), &Device::Cpu)?.unsqueeze(0)?;
@@ -25,9 +25,9 @@ pub fn generate(vb: VarBuilder, config: &Config, prompt: &[u8], n: usize) -> Res
             .squeeze(0)?
             .to_vec1::<f32>()?;
         seen += next.len();
-        let byte = pick(&logits, 0.7, random(i as u64));
-        text.push(byte);
-        next = vec![u32::from(byte)];
+        let token = pick(&logits, 0.7, random(i as u64));
+        text.push(token);
+        next = vec![token];
     }
     Ok(text)
 }
@@ -41,18 +41,18 @@ fn random(counter: u64) -> f64 {
 }
 
 /// Draws from the distribution of the logits at a temperature; `draw` is uniform in [0, 1).
-fn pick(logits: &[f32], temperature: f64, draw: f64) -> u8 {
+fn pick(logits: &[f32], temperature: f64, draw: f64) -> u32 {
     let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let weights: Vec<f64> = logits
         .iter()
         .map(|&logit| (f64::from(logit - largest) / temperature).exp())
         .collect();
     let mut left = draw * weights.iter().sum::<f64>();
-    for (byte, weight) in weights.iter().enumerate() {
+    for (token, weight) in weights.iter().enumerate() {
         left -= weight;
         if left < 0.0 {
-            return byte as u8;
+            return token as u32;
         }
     }
-    (weights.len() - 1) as u8
+    (weights.len() - 1) as u32
 }

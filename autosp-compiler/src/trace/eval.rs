@@ -440,14 +440,26 @@ impl<'a> Trace<'_, 'a> {
                 .as_constant()
                 .and_then(|k| elems.get(k as usize).cloned())
                 .unwrap_or(*any),
-            (Value::List { elems: None, any }, _) => *any,
             // The whole of it
             (base, Value::Tuple(all)) if all.is_empty() => base,
+            (Value::List { elems: None, any }, _) => self.any_element(*any),
             (Value::ShapeOf(node), Value::Size(s)) => match s.poly.as_constant() {
                 Some(k) => self.dim_of(node, k, at),
                 None => Value::Opaque,
             },
             _ => Value::Opaque,
+        }
+    }
+
+    /// One element of a list of which only the kind is known. A number is none that was seen before: two elements may differ.
+    fn any_element(&mut self, any: Value) -> Value {
+        match any {
+            // One that a shard may have a part of stays what it is: its uses are classified.
+            Value::Size(s) if !self.atoms.anchored(&s.poly) => {
+                let poly = self.fresh_feature("element");
+                Value::Size(Size { poly, ..s })
+            }
+            other => other,
         }
     }
 

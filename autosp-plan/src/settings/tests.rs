@@ -200,3 +200,79 @@ fn the_reference_has_a_row_for_each_setting() {
     );
     assert!(text.contains("| `deadline` | `AUTOSP_DEADLINE` | a number of seconds above 0 | `120` | when ranks start |"));
 }
+
+#[test]
+fn equally_strong_sources_that_disagree_are_refused() {
+    let two = Settings::default()
+        .with_file("a.toml", "sp = 2\ndp = 3\n")
+        .unwrap()
+        .with_file("b.toml", "\ndp = 3\nsp = 4\n")
+        .unwrap_err();
+    assert_eq!(
+        two.to_string(),
+        "setting `sp`: expected one value, found 2 (a.toml:1) and 4 (b.toml:3) [AS0312]"
+    );
+    let variables = [("AUTOSP_SP", "2"), ("AUTOSP_sp", "4")];
+    for order in [[0, 1], [1, 0]] {
+        let pairs = order.map(|i| (variables[i].0.to_owned(), variables[i].1.to_owned()));
+        let error = Settings::default().with_variables(pairs).unwrap_err();
+        assert_eq!(error.code, codes::SETTINGS_CONTRADICT);
+        assert!(error.message.contains("AUTOSP_SP") && error.message.contains("AUTOSP_sp"));
+    }
+    let mut flags = Settings::default();
+    flags.set("sp", "2", flag("sp")).unwrap();
+    flags.set("sp", "2", flag("ranks")).unwrap();
+    assert!(flags.set("sp", "3", flag("sp")).is_err());
+    // A program may change its mind, and a stronger source never contradicts a weaker one.
+    let program = Settings::default()
+        .with_sp(2)
+        .with_sp(3)
+        .with("sp", "4")
+        .unwrap();
+    assert_eq!(
+        program
+            .with_variables(variable("AUTOSP_SP", "5"))
+            .unwrap()
+            .sp(),
+        5
+    );
+}
+
+#[test]
+fn a_mesh_that_is_needed_overrides_flags() {
+    let mut settings = Settings::default();
+    settings.set("sp", "4", flag("sp")).unwrap();
+    let alone = settings.on_mesh(1, 1);
+    assert_eq!((alone.sp(), alone.dp()), (1, 1));
+    assert_eq!(alone.source("sp"), Some(&Source::Program));
+}
+
+#[test]
+fn the_variable_that_names_the_file_is_no_setting() {
+    let settings = Settings::default()
+        .with_variables(variable(FILE_VARIABLE, "run/autosp.toml"))
+        .unwrap();
+    assert_eq!(settings, Settings::default());
+}
+
+#[test]
+fn the_table_says_where_each_value_came_from() {
+    let mut settings = Settings::default()
+        .with_file("autosp.toml", "groups = 3\n")
+        .unwrap()
+        .with_variables(variable("AUTOSP_POLICY", "input"))
+        .unwrap()
+        .with_dp(2);
+    settings.set("sp", "4", flag("sp")).unwrap();
+    let table = settings.table();
+    for line in [
+        "sp         = 4            flag --sp",
+        "dp         = 2            the program",
+        "groups     = 3            autosp.toml:1",
+        "deadline   = 120          default",
+        "policy     = \"input\"      variable AUTOSP_POLICY",
+    ] {
+        assert!(table.lines().any(|found| found == line), "{line}\n{table}");
+    }
+    assert_eq!(table.lines().count(), KEYS.len());
+}

@@ -5,6 +5,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use autosp_plan::{Settings, codes};
+use tracing::Span;
+use tracing::dispatcher::{self, Dispatch};
+use tracing::subscriber::NoSubscriber;
 
 use super::panics;
 use super::sp::{Groups, Sp};
@@ -59,15 +62,22 @@ pub(super) fn run_watched<T: Send>(
     let size = mesh.world();
     let world = Arc::new(World::new(size, settings.deadline()));
 
+    for (key, value, source) in settings.entries() {
+        tracing::info!(setting = key.name, %value, %source, "setting");
+    }
+    let observer = Observer::of_caller();
+
     let results: Vec<Option<T>> = std::thread::scope(|scope| {
         let mut threads = Vec::with_capacity(size);
         for rank in 0..size {
             let sp = connect(&world, mesh, rank, settings);
-            let own_world = Arc::clone(&world);
+            let (own_world, observer) = (Arc::clone(&world), observer.clone());
             let thread = std::thread::Builder::new()
                 .name(format!("rank {rank}"))
                 .stack_size(STACK_BYTES);
-            match thread.spawn_scoped(scope, move || rank_main(&own_world, &sp, f)) {
+            match thread.spawn_scoped(scope, move || {
+                observer.observe(rank, || rank_main(&own_world, &sp, f))
+            }) {
                 Ok(thread) => threads.push(thread),
                 Err(error) => {
                     let text = format!("could not start a thread for rank {rank}: {error}");
@@ -95,6 +105,32 @@ pub(super) fn run_watched<T: Send>(
                 "a rank ended without a result and without an error",
             )
         }),
+    }
+}
+
+/// Who watches the run, if anybody does: ranks are threads of their own, and are watched as their caller is.
+#[derive(Clone)]
+struct Observer {
+    dispatch: Option<Dispatch>,
+    caller: Span,
+}
+
+impl Observer {
+    fn of_caller() -> Self {
+        Self {
+            dispatch: dispatcher::get_default(|found| {
+                (!found.is::<NoSubscriber>()).then(|| found.clone())
+            }),
+            caller: Span::current(),
+        }
+    }
+
+    fn observe<T>(self, rank: usize, f: impl FnOnce() -> T) -> T {
+        let in_span = || tracing::info_span!(parent: &self.caller, "rank", rank).in_scope(f);
+        match &self.dispatch {
+            Some(dispatch) => dispatcher::with_default(dispatch, in_span),
+            None => in_span(),
+        }
     }
 }
 

@@ -76,7 +76,7 @@ impl Timeline {
     }
 }
 
-/// Runs one verb, and records it if this thread records.
+/// Runs one verb in a span of its own, `attention` or `exchange`, and records it if this thread records.
 pub(crate) fn timed<T>(
     rank: usize,
     site: &'static str,
@@ -84,6 +84,12 @@ pub(crate) fn timed<T>(
     group: usize,
     run: impl FnOnce() -> T,
 ) -> T {
+    let _span = if verb.starts_with("attend") {
+        tracing::debug_span!("attention", site, verb, group)
+    } else {
+        tracing::debug_span!("exchange", site, verb, group)
+    }
+    .entered();
     let Some(timeline) = ATTACHED.with_borrow(Clone::clone) else {
         return run();
     };

@@ -18,6 +18,19 @@ pub struct Plan {
     pub notes: Vec<String>,
     /// What cannot be done.
     pub refusals: Vec<Refusal>,
+    /// The settings of a run that is started here.
+    pub settings: Vec<Setting>,
+}
+
+/// One setting.
+#[derive(Debug)]
+pub struct Setting {
+    /// Its name in a settings file.
+    pub name: String,
+    /// Its value, as a settings file writes it.
+    pub value: String,
+    /// Where the value came from.
+    pub source: String,
 }
 
 /// One attention site.
@@ -142,6 +155,11 @@ mod tests {
                     scope: Err("two tensors are carried".into()),
                 },
             ],
+            settings: vec![Setting {
+                name: "sp".into(),
+                value: "4".into(),
+                source: "autosp.toml:1".into(),
+            }],
             ..Plan::default()
         }
     }
@@ -159,6 +177,7 @@ mod tests {
             "ulysses",
             "block.forward(&x)",
             "two tensors are carried",
+            "sp         = 4            autosp.toml:1",
         ] {
             assert!(text.contains(part), "{part} is missing in\n{text}");
         }
