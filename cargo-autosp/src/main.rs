@@ -11,11 +11,14 @@ use std::{
 
 use clap::{Parser, Subcommand, ValueEnum};
 
+mod adopt;
 mod expand;
 mod explain;
 mod failure;
+mod metadata;
 mod plan;
 mod source;
+mod survey;
 
 use failure::Failure;
 
@@ -45,6 +48,10 @@ enum Command {
         /// A Rust file, annotated or not
         file: PathBuf,
     },
+    /// Copy a model file of a dependency into your crate, as an annotated module with its paths fixed
+    Adopt(adopt::Arguments),
+    /// Print what becomes of every model file of a folder or of a dependency
+    Survey(survey::Arguments),
     /// Print what an error code means and what to do; without a code, all of them
     Explain {
         /// An error code, such as AS0203
@@ -95,6 +102,8 @@ fn main() -> ExitCode {
     let outcome = match arguments.command {
         Command::Plan { file, format } => plan::run(&file, format),
         Command::Expand { file } => expand::run(&file),
+        Command::Adopt(arguments) => adopt::run(&arguments),
+        Command::Survey(arguments) => survey::run(&arguments),
         Command::Explain { code, markdown } => explain::run(code.as_deref(), markdown),
     };
     let written = match &outcome {
