@@ -34,14 +34,14 @@ fn refused(from: &str, to: &str, code: &str) -> Refusal {
 }
 
 #[test]
-fn a_mean_over_tokens() {
+fn a_maximum_over_tokens() {
     let r = refused(
         "let x = self.norm.forward(&x)?;",
-        "let x = x.broadcast_sub(&x.mean_keepdim(1)?)?;",
+        "let x = x.broadcast_sub(&x.max_keepdim(1)?)?;",
         "AS0203",
     );
     assert!(
-        r.message.contains("`x.mean_keepdim(1)` mixes tokens"),
+        r.message.contains("`x.max_keepdim(1)` mixes tokens"),
         "{}",
         r.message
     );
@@ -249,10 +249,10 @@ fn a_mask_that_is_not_a_rule() {
     assert!(["AS0209", "AS0208"].contains(&refuse(&source)[0].code.id));
     let r = refused(
         "let mask = cache.mask(seq_len)?.broadcast_as(scores.shape())?;",
-        "let mask = Tensor::arange(0u32, seq_len as u32, x.device())?.unsqueeze(0)?;",
-        "AS0208",
+        "let mask = x.narrow(2, 0, 1)?.transpose(1, 2)?.unsqueeze(1)?.gt(0.0)?;",
+        "AS0216",
     );
-    assert!(r.notes[0].contains("rule over (query, key)"));
+    assert!(r.notes[0].contains("it comes out of"));
 }
 
 #[test]

@@ -68,6 +68,8 @@ codes! {
         "A function is called with tensors and with attention scores in a way that one signature cannot express.";
     VERIFY = "AS0215", "a plan that does not hold",
         "The verifier found that an operand does not have the placement that its operation requires. This is a fault of the compiler; please report it with the model.";
+    LEARNED_BIAS = "AS0216", "a learned bias on the scores",
+        "A site gives gradients to queries, keys and values. A bias on the scores that comes out of a layer would need a fourth one, from all tokens against all, and is refused rather than trained without it.";
 
     MESH = "AS0301", "the mesh does not fit",
         "A run has dp x sp ranks. Every rank count is at least 1, and a model's heads must divide among the sp ranks of a group, or each kv head must be held by the same number of ranks.";
@@ -93,6 +95,8 @@ codes! {
         "The message is candle's own: an operation got shapes, types or devices that it does not take. Set RUST_BACKTRACE=1 to see where.";
     SETTINGS_CONTRADICT = "AS0312", "settings contradict each other",
         "Two sources of the same strength, such as two files or `AUTOSP_SP` and `AUTOSP_sp`, say different things, or one setting rules out another. Which of them was meant cannot be known. The message says where each was read.";
+    INPUT_RANK = "AS0313", "an input has another number of dimensions than the model was analysed with",
+        "The model never reads how many dimensions this input has, and its uses were taken to say it. Read its sizes in the model, as in `let (b, s) = mask.dims2()?`, so that both are known.";
 
     SITE_HEADS = "AS0321", "heads and ranks do not fit",
         "Each sp rank attends query_heads / sp heads, so sp divides the query heads; and kv heads are either divided among ranks or each is held by the same number of ranks, so sp divides the kv heads or the kv heads divide sp. The message lists the values of sp that fit this model.";
@@ -114,6 +118,8 @@ codes! {
         "Attention on the CPU takes f32, f64, bf16 and f16, one type for q, k and v.";
     FILL = "AS0330", "a fill is not one number",
         "where_cond at a site takes scores on one side and one number on the other: a scalar tensor, or a scalar that was broadcast. A tensor of S x S different values would be the dense scores again.";
+    SEQUENCE_GRADIENT = "AS0331", "a running sum along the sequence that would need a gradient",
+        "Running sums over sharded tokens are computed for masks and counts, which are constants. A tensor that depends on variables would lose its gradient there.";
 
     RANK_FAILED = "AS0401", "a rank failed",
         "The code of one rank panicked. The other ranks were stopped, since they would have waited for it. The message names the rank that failed first.";

@@ -121,10 +121,26 @@ pub struct Root {
     pub inputs: Vec<(String, usize)>,
     /// The parameter and dimension that is the batch, where a site merges it with heads.
     pub batch: Option<(String, usize)>,
+    /// Further tensor parameters that arrive as shards, compared when the model is entered.
+    pub beside: Vec<Beside>,
     /// Integer parameters that must be zero: offsets into a cache.
     pub offsets: Vec<String>,
     /// Index into [`Plan::twins`].
     pub twin: usize,
+}
+
+/// A shard that may be missing, or whose rank the analysis took from its uses.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+pub struct Beside {
+    /// The parameter.
+    pub name: String,
+    /// The sequence dimension.
+    pub dim: usize,
+    /// How many dimensions it has.
+    pub rank: usize,
+    /// An `Option`.
+    pub optional: bool,
 }
 
 /// A function that gets a twin for use inside a sharded scope.
@@ -199,6 +215,10 @@ pub enum Action {
     Slice(i64),
     /// One token of a sharded tensor.
     Pick(usize),
+    /// The same where the dimension stays, with length one: `x.narrow(dim, i, 1)`.
+    PickOne(usize),
+    /// A tensor over keys, of which each rank holds its own, becomes a mask; the same for all queries, if that is set.
+    Keys(bool),
     /// The expression inside, with this number, takes its place.
     Inner(u32),
     /// The `if` always takes its first branch.

@@ -27,7 +27,7 @@ pub mod train;
 
 pub use autosp_plan::{Settings, codes, io_reason, settings};
 pub use config::ModelConfig;
-pub use data::{Batch, Packing, TextData, TextReader, Tokenizer};
+pub use data::{Batch, Packing, Rows, TextData, TextReader, Tokenizer};
 pub use error::{Error, Result};
 pub use ledger::{Bytes, Ledger};
 pub use mesh::Mesh;

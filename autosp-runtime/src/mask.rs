@@ -5,6 +5,7 @@
 //! [`Scores`](crate::scores::Scores) by `where_cond` (a select mask, of an integer type) or by addition (a float mask), and evaluated
 //! block by block inside the attention kernel. A tensor that the user computed himself can be a mask through [`Mask::dense`].
 
+mod keys;
 mod rule;
 mod term;
 
@@ -16,6 +17,7 @@ use candle_core::{DType, Device, Shape, Tensor, WithDType};
 use half::{bf16, f16};
 
 use crate::error::Error;
+pub use keys::{key_mask, mask};
 pub use rule::{Band, HostMask, mask_rule};
 pub(crate) use rule::{Declared, Rule};
 pub(crate) use term::{Action, Block, Prepared, Term};

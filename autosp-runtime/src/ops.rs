@@ -13,10 +13,11 @@ mod norm;
 mod positions;
 mod record;
 mod rope;
+pub mod sequence;
 mod softmax;
 
 pub use norm::{layer_norm, layer_norm_op, rms_norm, rms_norm_op};
-pub use positions::{pick, slice};
+pub use positions::{pick, pick_keepdim, slice};
 pub use rope::{rope, rope_i, rope_thd};
 pub use softmax::{softmax, softmax_last_dim};
 

@@ -3,10 +3,10 @@
 pub use candle_core::{D, Result};
 
 pub use crate::layout::Layout;
-pub use crate::mask::{Band, HostMask, Mask, mask_rule};
+pub use crate::mask::{Band, HostMask, Mask, key_mask, mask, mask_rule};
 pub use crate::memory::checkpoint;
 pub use crate::ops;
-pub use crate::ops::{pick, slice};
+pub use crate::ops::{pick, pick_keepdim, sequence, slice};
 pub use crate::schedule::{Backward, Forward, HeadMap, Schedule, Site, Ulysses};
 pub use crate::scores::{Scores, Weights, scores, softmax};
 
@@ -36,6 +36,15 @@ pub fn enter(function: &str, inputs: &[(&str, &Tensor, usize)]) -> Result<()> {
 pub fn batch(x: &Tensor, dim: usize) -> Result<()> {
     scope::set_batch(x.dim(dim)?);
     Ok(())
+}
+
+/// A tensor beside those that [`enter`] looked at: it has `rank` dims, as the compiler took it to have, and its dim `dim` is the
+/// sequence that is in progress.
+///
+/// # Errors
+/// AS0313 for another number of dims; AS0303 and AS0307 as [`enter`].
+pub fn enter_beside(function: &str, name: &str, x: &Tensor, dim: usize, rank: usize) -> Result<()> {
+    Ok(scope::enter_beside(function, name, x, dim, rank)?)
 }
 
 /// A sharded forward starts at position 0.

@@ -186,6 +186,40 @@ pub(crate) fn set_batch(rows: usize) {
     });
 }
 
+/// A further tensor that enters a model, of a known number of dims; it is the same shard as those before it.
+pub(crate) fn enter_beside(
+    function: &str,
+    name: &str,
+    x: &Tensor,
+    dim: usize,
+    rank: usize,
+) -> Result<()> {
+    let Some(scope) = current() else {
+        return Ok(());
+    };
+    if x.rank() != rank {
+        let text = format!(
+            "`{function}`: expected `{name}` of {rank} dims, as the model was analysed, found {:?}",
+            x.dims()
+        );
+        return Err(Error::new(codes::INPUT_RANK, text)
+            .with_help("read its sizes in the model, such as `let (b, s) = mask.dims2()?;`"));
+    }
+    let before = scope.shard;
+    enter(function, &[(name, x, dim)])?;
+    let after = current().and_then(|scope| scope.shard);
+    match (before, after) {
+        (Some(before), Some(after)) if before != after => {
+            let text = format!(
+                "`{function}`: expected inputs of one sequence, of length {}, found `{name}` of length {}",
+                before.valid, after.valid
+            );
+            Err(Error::new(codes::LOCAL_LENGTH, text))
+        }
+        _ => Ok(()),
+    }
+}
+
 fn find(scope: &Scope, x: &Tensor, dim: usize) -> Result<Shard> {
     let len = x.dim(dim)?;
     if let Some(shard) = scope.sp.shard_of(x.id()) {

@@ -285,6 +285,26 @@ impl Scores {
         self.add_mask(&mask.as_mask()?)
     }
 
+    /// Subtracts a mask; see [`AsMask`].
+    ///
+    /// # Errors
+    /// As [`add`](Self::add).
+    pub fn broadcast_sub<M: AsMask + ?Sized>(&self, mask: &M) -> Result<Self> {
+        self.add_mask(&mask.as_mask()?.affine(-1.0, 0.0)?)
+    }
+
+    /// Subtracts a mask; see [`AsMask`].
+    ///
+    /// # Errors
+    /// As [`add`](Self::add).
+    #[allow(
+        clippy::should_implement_trait,
+        reason = "the method of a tensor; the operator is there too"
+    )]
+    pub fn sub<M: AsMask + ?Sized>(&self, mask: &M) -> Result<Self> {
+        self.broadcast_sub(mask)
+    }
+
     /// Multiplies by a scalar tensor.
     ///
     /// # Errors

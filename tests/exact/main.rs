@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, unreachable_pub)]
 
 mod anybody;
+mod encoders;
 mod faults;
 mod finite_differences;
 mod golden;
@@ -23,6 +24,20 @@ pub mod llama {
 #[allow(dead_code, missing_docs, clippy::pedantic)]
 pub mod gpt2 {
     include!("../../examples/models/gpt2.rs");
+}
+
+/// The example encoder with the attribute.
+#[autosp::sequence_parallel]
+#[allow(dead_code, missing_docs, clippy::pedantic)]
+pub mod encoder {
+    include!("../../examples/models/encoder.rs");
+}
+
+/// Edits of the encoder: other masks and other ways to pool, with the attribute.
+#[autosp::sequence_parallel]
+#[allow(dead_code, missing_docs, clippy::pedantic)]
+pub mod masked {
+    include!("../models/masked.rs");
 }
 
 /// A decoder with a window, a soft cap and interleaved heads, with the attribute.

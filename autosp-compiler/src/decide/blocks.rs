@@ -152,7 +152,10 @@ fn captured(
     name: &str,
 ) -> Result<bool, String> {
     match value {
-        Value::Tensor(n) if matches!(placed.place[*n], Place::Sharded | Place::Either) => {
+        Value::Tensor(n)
+            if matches!(placed.place[*n], Place::Sharded | Place::Either)
+                && !trace.data_only(*n) =>
+        {
             Err(format!("the block takes a second sharded tensor, `{name}`"))
         }
         Value::Object {

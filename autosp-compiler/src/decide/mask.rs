@@ -247,6 +247,13 @@ pub(super) fn describe(trace: &Trace<'_, '_>, site: &Site) -> String {
             _ => "a rule over (query, key), evaluated tile by tile".to_string(),
         });
     }
+    for (user, operand) in &site.keys {
+        let node = trace.nodes[*user].inputs[*operand].node;
+        let text = format!("keys by `{}`", trace.nodes[node].text);
+        if !words.contains(&text) {
+            words.push(text);
+        }
+    }
     if words.is_empty() {
         "none".to_string()
     } else {

@@ -15,7 +15,7 @@ use crate::place::{Placed, place};
 use crate::syntax::Scope;
 use crate::syntax::types::Ty;
 use crate::trace::Trace;
-use crate::trace::shape::{Dim, show};
+use crate::trace::shape::{Dim, Shape, show};
 use crate::trace::size::AtomKind;
 use crate::trace::value::{Presence, Value};
 
@@ -31,9 +31,9 @@ pub(crate) fn decide(
     };
     let mut refusals: Vec<Refusal> = Vec::new();
     let mut fallback: Vec<Refusal> = Vec::new();
-    for (root, trace) in roots(scope, table) {
+    for (root, mut trace) in roots(scope, table) {
         refusals.extend(lost_result(&trace, root));
-        match place(&trace) {
+        match place(&mut trace) {
             Ok(placed) => {
                 if let Err(more) = add(&mut plan, &trace, &placed, root) {
                     refusals.extend(more);
@@ -245,13 +245,43 @@ fn add(
         )),
         syn::FnArg::Receiver(_) => None,
     });
-    let inputs = inputs
-        .filter(|(_, ty)| *ty == Ty::Tensor)
-        .filter_map(|(name, _)| sharded_dim(trace, placed, &name).map(|d| (name, d)));
+    let (mut plain, mut beside) = (Vec::new(), Vec::new());
+    for (name, ty) in inputs {
+        let optional = matches!(&ty, Ty::Option(inner) if **inner == Ty::Tensor);
+        if ty != Ty::Tensor && !optional {
+            continue;
+        }
+        let Some((dim, rank)) = sharded_dim(trace, placed, &name) else {
+            continue;
+        };
+        let assumed = trace.assumed_ranks.contains(&name);
+        match rank {
+            Some(rank) if optional || assumed => beside.push(plan::Beside {
+                name,
+                dim,
+                rank,
+                optional,
+            }),
+            _ if optional => {
+                return Err(vec![
+                    Refusal::new(
+                        codes::NOT_FOLLOWED,
+                        f.sig.ident.span(),
+                        format!("cannot tell how many dimensions `{name}` has"),
+                    )
+                    .help(format!(
+                        "read its sizes, such as `let (b, s) = {name}.dims2()?;`"
+                    )),
+                ]);
+            }
+            _ => plain.push((name, dim)),
+        }
+    }
     plan.roots.push(plan::Root {
         function: trace.scope.full_name(root),
         line: f.line(),
-        inputs: inputs.collect(),
+        inputs: plain,
+        beside,
         batch: batch(trace, placed),
         offsets: trace.offsets.clone(),
         twin,
@@ -268,17 +298,28 @@ fn batch(trace: &Trace<'_, '_>, placed: &Placed) -> Option<(String, usize)> {
     }
 }
 
-/// The sequence dimension of a root's parameter.
-fn sharded_dim(trace: &Trace<'_, '_>, placed: &Placed, name: &str) -> Option<usize> {
+/// The sequence dimension of a root's parameter, and its rank, if that is known.
+fn sharded_dim(
+    trace: &Trace<'_, '_>,
+    placed: &Placed,
+    name: &str,
+) -> Option<(usize, Option<usize>)> {
     let node = trace
         .nodes
         .iter()
         .position(|n| matches!(&n.op, crate::trace::graph::Op::Param(p) if p == name))?;
-    let dims = trace.nodes[node].shape.known()?;
-    dims.iter().position(|d| {
+    let sequence = |d: &Dim| {
         d.0.iter()
             .any(|f| trace.atoms.normal(&f.size).contains(placed.sequence))
-    })
+    };
+    match &trace.nodes[node].shape {
+        Shape::Known(dims) => Some((dims.iter().position(sequence)?, Some(dims.len()))),
+        Shape::Partial(known) => {
+            let (d, _) = known.iter().find(|(_, dim)| sequence(dim))?;
+            Some((*d, None))
+        }
+        _ => None,
+    }
 }
 
 fn describe(

@@ -8,9 +8,10 @@ use autosp_plan::plan::{Action, Edit, Kind, Plan, Twin};
 use super::blocks::Found;
 use super::mask;
 use crate::error::Refusal;
+use crate::ops::Row;
 use crate::place::{Conversion, Place, Placed};
 use crate::syntax::number;
-use crate::trace::graph::{ActId, NodeId, Op};
+use crate::trace::graph::{ActId, Node, NodeId, Op};
 use crate::trace::value::{Presence, Value};
 use crate::trace::{Fact, SizeUse, Trace};
 
@@ -114,16 +115,21 @@ impl Builder<'_, '_, '_> {
             let n = &trace.nodes[*node];
             match conversion {
                 Conversion::Pick { dim } => self.push(n.at.act, n.at.expr, Action::Pick(*dim)),
+                Conversion::PickOne { dim } => {
+                    self.push(n.at.act, n.at.expr, Action::PickOne(*dim));
+                }
+                Conversion::Sequence => {
+                    let name = n.row().map_or("", Row::name);
+                    let path = format!("sequence::{name}");
+                    self.push(n.at.act, n.at.expr, Action::Replace(path));
+                }
                 Conversion::Slice { input, dim } => {
-                    let Some(expr) = n.inputs[*input].expr else {
-                        return Err(Refusal::new(
-                            codes::NOT_FOLLOWED,
-                            n.at.span,
-                            format!("cannot cut the table in `{}`", n.text),
-                        )
-                        .help("give each operand as an expression of its own"));
-                    };
+                    let expr = operand(n, *input, "cut the table")?;
                     self.push(n.at.act, expr, Action::Slice(*dim));
+                }
+                Conversion::Keys { input, all_queries } => {
+                    let expr = operand(n, *input, "gather the mask")?;
+                    self.push(n.at.act, expr, Action::Keys(*all_queries));
                 }
             }
         }
@@ -369,6 +375,18 @@ impl Builder<'_, '_, '_> {
         plan.twins.push(twin);
         plan.twins.len() - 1
     }
+}
+
+/// The expression of an operand, for a conversion.
+fn operand(n: &Node, input: usize, what: &str) -> Result<u32, Refusal> {
+    n.inputs[input].expr.ok_or_else(|| {
+        Refusal::new(
+            codes::NOT_FOLLOWED,
+            n.at.span,
+            format!("cannot {what} in `{}`", n.text),
+        )
+        .help("give each operand as an expression of its own")
+    })
 }
 
 /// Edits inside an expression that is left out say nothing.

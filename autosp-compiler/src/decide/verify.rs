@@ -40,12 +40,13 @@ fn property(trace: &Trace<'_, '_>, placed: &Placed, node: NodeId) -> Result<(), 
     let Op::Row(row) = &n.op else { return Ok(()) };
     let in_site = placed.place[node].lazy() || placed.sites.iter().any(|s| s.out == node);
     if in_site {
-        return Ok(());
+        return keys(trace, placed, node);
     }
     let sequence = |d: &Dim| {
         d.0.iter()
             .any(|f| trace.atoms.normal(&f.size).contains(placed.sequence))
     };
+    let varies = |d: &Dim| sequence(&d.unrepeated());
     let ranges = |m: NodeId| matches!(&trace.nodes[m].shape, Shape::Known(dims) if dims.iter().any(sequence));
     let sharded = |i: usize| {
         let input = n.inputs[i].node;
@@ -67,8 +68,12 @@ fn property(trace: &Trace<'_, '_>, placed: &Placed, node: NodeId) -> Result<(), 
             return Err(format!("operand {i} is never made"));
         }
     }
-    // Nothing is computed along the sequence.
-    for (i, d) in &n.touches {
+    // Nothing is computed along the sequence, but what the plan computes over all ranks.
+    let over_ranks = placed
+        .conversions
+        .iter()
+        .any(|(m, c)| *m == node && matches!(c, Conversion::Sequence | Conversion::PickOne { .. }));
+    for (i, d) in n.touches.iter().filter(|_| !over_ranks) {
         let Some(input) = n.inputs.get(*i) else {
             continue;
         };
@@ -81,12 +86,32 @@ fn property(trace: &Trace<'_, '_>, placed: &Placed, node: NodeId) -> Result<(), 
         }
     }
     match &n.shape {
-        Shape::Known(dims) if dims.iter().filter(|d| sequence(d)).count() > 1 => {
+        Shape::Known(dims) if dims.iter().filter(|d| varies(d)).count() > 1 => {
             Err("its result would pair all tokens".to_string())
         }
         Shape::Unknown(why) => Err(format!("its shape is not known: {why}")),
         _ => Ok(()),
     }
+}
+
+/// A shard that meets scores is a mask over keys, which the plan gathers.
+fn keys(trace: &Trace<'_, '_>, placed: &Placed, node: NodeId) -> Result<(), String> {
+    let scores = placed.place[node] == Place::Scores || placed.place[node] == Place::Mask;
+    let product = placed.sites.iter().any(|s| s.matmul == node);
+    if !scores || product {
+        return Ok(());
+    }
+    for (i, input) in trace.nodes[node].inputs.iter().enumerate() {
+        let gathered = placed
+            .conversions
+            .iter()
+            .any(|(m, c)| *m == node && matches!(c, Conversion::Keys { input, .. } if *input == i));
+        let constant = crate::place::sites::constant(trace, input.node);
+        if placed.place[input.node] == Place::Sharded && !gathered && !constant {
+            return Err(format!("operand {i} is one rank's part of a mask"));
+        }
+    }
+    Ok(())
 }
 
 /// Every site is entered once, and a softmax stands in its way.
@@ -157,8 +182,8 @@ mod tests {
             .iter()
             .position(|f| f.name == "forward")
             .expect("the root");
-        let trace = Trace::run(&scope, crate::ops::candle(), root);
-        let mut placed = place(&trace).expect("placements");
+        let mut trace = Trace::run(&scope, crate::ops::candle(), root);
+        let mut placed = place(&mut trace).expect("placements");
         let (mut plan, refusals) =
             crate::decide::decide(&scope, crate::ops::candle(), proc_macro2::Span::call_site());
         assert!(refusals.is_empty(), "{}", refusals[0].text(None));

@@ -183,6 +183,19 @@ fn twin_fn(
             let ident = format_ident!("{name}");
             quote!(#rt::no_offset(#function, #name, #ident)?;)
         }));
+        let beside = root.beside.iter().map(|b| {
+            let (name, ident) = (&b.name, format_ident!("{}", b.name));
+            let dim = proc_macro2::Literal::usize_unsuffixed(b.dim);
+            let rank = proc_macro2::Literal::usize_unsuffixed(b.rank);
+            if b.optional {
+                quote!(if let Some(#ident) = &#ident {
+                    #rt::enter_beside(#function, #name, #ident, #dim, #rank)?;
+                })
+            } else {
+                quote!(#rt::enter_beside(#function, #name, &#ident, #dim, #rank)?;)
+            }
+        });
+        let checks = checks.chain(beside);
         let checks: Vec<syn::Stmt> = checks.map(|c| syn::parse_quote!(#c)).collect();
         block.stmts.splice(0..0, checks);
     }

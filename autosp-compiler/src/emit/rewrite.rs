@@ -167,6 +167,12 @@ impl Rewriter<'_> {
                     *e = parse_quote!(#rt::pick(&#receiver, #dim, #index));
                 }
             }
+            Action::Keys(all_queries) => {
+                let mask = format_ident!("{}", if *all_queries { "key_mask" } else { "mask" });
+                let operand = by_reference(e);
+                *e = parse_quote!(&#rt::#mask(#operand)?);
+            }
+            Action::PickOne(dim) => pick_one(e, *dim, rt),
             Action::Inner(inner) => {
                 if let Some(saved) = self.saved.get(inner) {
                     let owned = strip(saved);
@@ -178,20 +184,7 @@ impl Rewriter<'_> {
                     };
                 }
             }
-            Action::Then => {
-                if let Expr::If(i) = &mut *e {
-                    if matches!(&*i.cond, Expr::Let(_)) {
-                        if let Some((_, other)) = &mut i.else_branch {
-                            **other = parse_quote!({
-                                unreachable!("decided when the module was compiled")
-                            });
-                        }
-                    } else {
-                        let block = &i.then_branch;
-                        *e = parse_quote!(#block);
-                    }
-                }
-            }
+            Action::Then => always(e),
             Action::Else => {
                 if let Expr::If(i) = &*e {
                     *e = match &i.else_branch {
@@ -374,6 +367,33 @@ fn twin_call(e: &mut Expr, name: &str) {
         }
         _ => {}
     }
+}
+
+/// The branch that is always taken.
+fn always(e: &mut Expr) {
+    let Expr::If(i) = &mut *e else { return };
+    if matches!(&*i.cond, Expr::Let(_)) {
+        if let Some((_, other)) = &mut i.else_branch {
+            **other = parse_quote!({ unreachable!("decided when the module was compiled") });
+        }
+    } else {
+        let block = &i.then_branch;
+        *e = parse_quote!(#block);
+    }
+}
+
+/// `x.narrow(dim, start, 1)` as the pick of one token.
+fn pick_one(e: &mut Expr, dim: usize, rt: &syn::Ident) {
+    let (operand, start) = match &*e {
+        Expr::MethodCall(m) => (by_reference(&m.receiver), m.args.get(1)),
+        Expr::Call(c) => match c.args.first() {
+            Some(x) => (by_reference(x), c.args.get(2)),
+            None => return,
+        },
+        _ => return,
+    };
+    let dim = proc_macro2::Literal::usize_unsuffixed(dim);
+    *e = parse_quote!(#rt::pick_keepdim(#operand, #dim, #start));
 }
 
 /// The arm that is always taken; where its pattern binds nothing, its body alone.

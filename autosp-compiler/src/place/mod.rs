@@ -1,14 +1,15 @@
 //! The third room: which tensors are sharded along the sequence, which every rank holds whole, and which are never made.
 //!
 //! ```text
-//!            Unknown            not followed: reported if something depends on it
+//!            Unknown                    not followed: reported if something depends on it
 //!               |
-//!            Either             sharded or replicated, by a condition
-//!            /    \
-//!      Sharded    Replicated    Lazy (scores, weights, masks: the site's own)
+//!            Either                     sharded or replicated, by a condition
+//!          /    |    \
+//!   Sharded   Given   Replicated        Lazy (scores, weights, masks: the site's own)
 //! ```
-//! A join of two placements goes up. A rule says when an operation on shards gives the shard of the operation; where an
-//! operand is replicated and has the sequence in its shape, the runtime cuts this rank's rows out of it.
+//! A join of two placements goes up. `Given` is an input whose dimensions nobody reads: a shard or whole, as the caller has
+//! it. A rule says when an operation on shards gives the shard of the operation; where an operand is replicated and has the
+//! sequence in its shape, the runtime cuts this rank's rows out of it; a sum over the sequence is taken over all ranks.
 
 mod layout;
 mod rules;
@@ -20,8 +21,8 @@ use autosp_plan::codes;
 
 use crate::error::Refusal;
 use crate::trace::graph::{NodeId, Op};
-use crate::trace::shape::{Dim, Shape};
-use crate::trace::size::AtomId;
+use crate::trace::shape::{Dim, Factor, Shape};
+use crate::trace::size::{AtomId, AtomKind, Poly};
 use crate::trace::{Role, SizeUse, Trace};
 use sites::Site;
 
@@ -34,6 +35,8 @@ pub(crate) enum Place {
     Sharded,
     /// One or the other, by a condition.
     Either,
+    /// An input of a rank that nobody reads, or what was made of it element by element: as the caller has it.
+    Given,
     /// Attention scores, not yet normalised.
     Scores,
     /// Attention weights.
@@ -59,6 +62,12 @@ pub(crate) enum Conversion {
     Slice { input: usize, dim: i64 },
     /// Fetch one token from the rank that owns it.
     Pick { dim: usize },
+    /// The same where the dimension stays, with length one.
+    PickOne { dim: usize },
+    /// Run along the whole sequence, over all ranks.
+    Sequence,
+    /// Operand `input` is a mask over keys, of which each rank holds its own; the same for all queries, whatever it looks like.
+    Keys { input: usize, all_queries: bool },
 }
 
 /// The outcome of placement.
@@ -76,8 +85,10 @@ pub(crate) struct Placed {
 ///
 /// # Errors
 /// Everything that cannot be done and matters, in the order of the source.
-pub(crate) fn place(trace: &Trace<'_, '_>) -> Result<Placed, Vec<Refusal>> {
+pub(crate) fn place(trace: &mut Trace<'_, '_>) -> Result<Placed, Vec<Refusal>> {
     let (sites, sequence) = sites::find(trace)?;
+    let sequence = relate(trace, sequence);
+    let trace: &Trace<'_, '_> = trace;
     let mut placer = Placer {
         trace,
         sequence,
@@ -124,6 +135,9 @@ pub(crate) fn place(trace: &Trace<'_, '_>) -> Result<Placed, Vec<Refusal>> {
             placer.behind_each_other(node, node);
         }
     }
+    for site in &sites {
+        placer.keys(site);
+    }
     let live = live(trace, &sites);
     let mut refusals: Vec<Refusal> = Vec::new();
     let mut nodes: Vec<&NodeId> = placer
@@ -162,6 +176,44 @@ pub(crate) fn place(trace: &Trace<'_, '_>) -> Result<Placed, Vec<Refusal>> {
     } else {
         Err(refusals)
     }
+}
+
+/// An input beside the tokens that something is computed along, and that meets the tokens nowhere, is taken to have the
+/// sequence where they have it. Its length is compared when the model is entered. Returns the sequence under its last name.
+fn relate(trace: &mut Trace<'_, '_>, sequence: AtomId) -> AtomId {
+    let AtomKind::Dim(_, place) = trace.atoms.kind(sequence).clone() else {
+        return sequence;
+    };
+    let mut strangers = Vec::new();
+    for n in &trace.nodes {
+        for (i, d) in &n.touches {
+            let dims = n
+                .inputs
+                .get(*i)
+                .and_then(|i| trace.nodes[i.node].shape.known());
+            for factor in dims
+                .and_then(|dims| dims.get(*d))
+                .iter()
+                .flat_map(|dim| &dim.0)
+            {
+                let Some(atom) = trace.atoms.normal(&factor.size).as_atom() else {
+                    continue;
+                };
+                if trace.atoms.is_dim(atom)
+                    && trace.atoms.alone(atom)
+                    && matches!(trace.atoms.kind(atom), AtomKind::Dim(_, d) if *d == place)
+                {
+                    strangers.push(factor.size.clone());
+                }
+            }
+        }
+    }
+    let mut sequence = Poly::atom(sequence);
+    for stranger in strangers {
+        trace.atoms.unify(&stranger, &sequence);
+        sequence = trace.atoms.normal(&sequence);
+    }
+    sequence.as_atom().unwrap_or_default()
 }
 
 /// Everything that the root's result or a site depends on.
@@ -204,6 +256,20 @@ impl Placer<'_, '_, '_> {
         }
     }
 
+    /// Those of them along which elements differ.
+    fn varying_dims(&self, node: NodeId) -> Vec<usize> {
+        let mut dims = self.sequence_dims(node);
+        if let Shape::Known(known) = &self.trace.nodes[node].shape {
+            dims.retain(|d| {
+                let varies = |f: &Factor| {
+                    !f.repeat && self.trace.atoms.normal(&f.size).contains(self.sequence)
+                };
+                known[*d].0.iter().any(varies)
+            });
+        }
+        dims
+    }
+
     fn in_dim(&self, dim: &Dim) -> bool {
         dim.0
             .iter()
@@ -242,13 +308,11 @@ impl Placer<'_, '_, '_> {
             .iter()
             .any(|p| matches!(p, Place::Sharded | Place::Either));
         match &n.op {
-            Op::Param(_) => {
-                if self.sequence_dims(node).is_empty() {
-                    Place::Replicated
-                } else {
-                    Place::Sharded
-                }
-            }
+            Op::Param(_) => match &n.shape {
+                _ if !self.sequence_dims(node).is_empty() => Place::Sharded,
+                Shape::Known(_) => Place::Replicated,
+                _ => Place::Given,
+            },
             Op::Field | Op::Mask(_) => Place::Replicated,
             Op::Phi { .. } => {
                 // In the first round, what comes round the loop has no place yet.
@@ -293,7 +357,14 @@ impl Placer<'_, '_, '_> {
         if sharded && self.copied(input) {
             return self.behind_each_other(node, input);
         }
-        if !sharded || !self.sequence_dims(input).contains(&dim) {
+        if self.place[input] == Place::Given {
+            return self.cannot_tell(node, input);
+        }
+        let token = self.sequence_dims(input).contains(&dim);
+        if let Some(refused) = (!token).then(|| self.rows_of_the_batch(node)).flatten() {
+            return refused;
+        }
+        if !sharded || !token {
             return if sharded {
                 Place::Sharded
             } else {

@@ -2,11 +2,13 @@
 
 use autosp_plan::codes;
 
+use super::sites::Site;
 use super::{Conversion, Place, Placer};
+use crate::error::Refusal;
 use crate::ops::{PlaceRule, Row, ShapeRule};
 use crate::trace::Role;
-use crate::trace::graph::NodeId;
-use crate::trace::shape::Shape;
+use crate::trace::graph::{NodeId, Op};
+use crate::trace::shape::{Dim, Shape, show};
 
 impl Placer<'_, '_, '_> {
     pub(super) fn row(
@@ -33,7 +35,13 @@ impl Placer<'_, '_, '_> {
             );
         }
         if !sharded {
-            return self.uniform(node, row);
+            return match inputs.iter().position(|p| *p == Place::Given) {
+                Some(i) => self.given(node, row, n.inputs[i].node),
+                None => match self.rows_of_the_batch(node) {
+                    Some(refused) => refused,
+                    None => self.uniform(node, row),
+                },
+            };
         }
         if let Some(refused) = self.never_on_shards(node, row) {
             return refused;
@@ -59,8 +67,14 @@ impl Placer<'_, '_, '_> {
         if inputs.contains(&Place::Either) {
             return Place::Either;
         }
+        if let Some(refused) = self.shapes_are_read(node, row, inputs) {
+            return refused;
+        }
         if matches!(row.shape, ShapeRule::Rope | ShapeRule::RopeThd) {
             return self.rope(node, row, inputs);
+        }
+        if let Some(whole) = self.along_the_sequence(node, row, inputs) {
+            return whole;
         }
         if let Some(refused) = self.computes_along_tokens(node, row, inputs) {
             return refused;
@@ -102,7 +116,7 @@ impl Placer<'_, '_, '_> {
                     "write the operation with sizes that come from the tensor's own dimensions",
                 )
             }
-            Shape::Known(_) if self.sequence_dims(node).len() > 1 => self.refuse(
+            Shape::Known(_) if self.varying_dims(node).len() > 1 => self.refuse(
                 node,
                 codes::MIXES_TOKENS,
                 format!(
@@ -155,6 +169,196 @@ impl Placer<'_, '_, '_> {
         }
     }
 
+    /// What may happen to an input of a rank that nobody reads: it stays one.
+    fn given(&mut self, node: NodeId, row: &Row, input: NodeId) -> Place {
+        let fine = match row.shape {
+            ShapeRule::Embedding
+            | ShapeRule::Linear
+            | ShapeRule::Unsqueeze
+            | ShapeRule::Rope
+            | ShapeRule::RopeThd => true,
+            ShapeRule::AlongLast => row.name() != "softmax_last_dim",
+            ShapeRule::Same => !matches!(row.place, PlaceRule::Random),
+            ShapeRule::Expand => self.sequence_dims(node).is_empty(),
+            _ => row.place == PlaceRule::Each,
+        };
+        if fine {
+            Place::Given
+        } else {
+            self.cannot_tell(node, input)
+        }
+    }
+
+    /// An operation that needs to know whether an input is a shard.
+    pub(super) fn cannot_tell(&mut self, node: NodeId, input: NodeId) -> Place {
+        let trace = self.trace;
+        let mut from = input;
+        while let (Op::Row(_), Some(first)) =
+            (&trace.nodes[from].op, trace.nodes[from].inputs.first())
+        {
+            from = first.node;
+        }
+        let (text, name) = (&trace.nodes[node].text, &trace.nodes[from].text);
+        self.refuse(
+            node,
+            codes::NOT_FOLLOWED,
+            format!("cannot tell what `{text}` computes along: no size of `{name}` is read"),
+            None,
+            &format!("read its sizes first, such as `let (b, s) = {name}.dims2()?;`"),
+        )
+    }
+
+    /// Operations that need to know where the tokens are in their operands, of which the shapes have to be followed.
+    fn shapes_are_read(&mut self, node: NodeId, row: &Row, inputs: &[Place]) -> Option<Place> {
+        let trace = self.trace;
+        let n = &trace.nodes[node];
+        if row.place == PlaceRule::Each
+            || matches!(
+                row.shape,
+                ShapeRule::Same
+                    | ShapeRule::Linear
+                    | ShapeRule::Embedding
+                    | ShapeRule::Unsqueeze
+                    | ShapeRule::Rope
+                    | ShapeRule::RopeThd
+            )
+            || (row.shape == ShapeRule::AlongLast && row.name() != "softmax_last_dim")
+        {
+            return None;
+        }
+        for (i, input) in n.inputs.iter().enumerate() {
+            if inputs[i] == Place::Given {
+                return Some(self.cannot_tell(node, input.node));
+            }
+            let read = match &trace.nodes[input.node].shape {
+                Shape::Partial(known) => known.iter().any(|(_, dim)| self.in_dim(dim)),
+                _ => true,
+            };
+            if inputs[i] == Place::Sharded && !read {
+                let operand = trace.nodes[input.node].text.clone();
+                return Some(self.refuse(
+                    node,
+                    codes::NOT_FOLLOWED,
+                    format!(
+                        "cannot tell what `{}` computes along: the dimensions of `{operand}` are not known",
+                        n.text
+                    ),
+                    None,
+                    "read its sizes first, such as `let (b, s, h) = x.dims3()?;`",
+                ));
+            }
+        }
+        None
+    }
+
+    /// What runs along the sequence and has a form over all ranks.
+    fn along_the_sequence(&mut self, node: NodeId, row: &Row, inputs: &[Place]) -> Option<Place> {
+        let trace = self.trace;
+        let n = &trace.nodes[node];
+        let ([(0, d)], [Place::Sharded]) = (n.touches.as_slice(), inputs) else {
+            return None;
+        };
+        let input = n.inputs[0].node;
+        let Shape::Known(dims) = &trace.nodes[input].shape else {
+            return None;
+        };
+        // The sequence alone, once, and not merged with anything.
+        let [factor] = dims.get(*d)?.0.as_slice() else {
+            return None;
+        };
+        let alone = trace.atoms.normal(&factor.size).as_atom() == Some(self.sequence);
+        if !alone || factor.repeat || self.sequence_dims(input) != [*d] {
+            return None;
+        }
+        let (conversion, place) = match (row.shape, row.name()) {
+            (
+                ShapeRule::Reduce | ShapeRule::ReduceKeep,
+                "sum" | "mean" | "sum_keepdim" | "mean_keepdim",
+            ) => (Conversion::Sequence, Place::Replicated),
+            (ShapeRule::Along, "cumsum") if trace.data_only(input) => {
+                (Conversion::Sequence, Place::Sharded)
+            }
+            (ShapeRule::Narrow, _) if n.shape.known().is_some_and(|dims| dims[*d].is_one()) => {
+                (Conversion::PickOne { dim: *d }, Place::Replicated)
+            }
+            _ => return None,
+        };
+        self.conversions.push((node, conversion));
+        Some(place)
+    }
+
+    /// The masks over keys that the operands of a site's scores are.
+    pub(super) fn keys(&mut self, site: &Site) {
+        for (node, input) in site.keys.iter().copied() {
+            let trace = self.trace;
+            let operand = trace.nodes[node].inputs[input].node;
+            let shapes: Vec<&[Dim]> = match &trace.nodes[operand].shape {
+                Shape::Known(dims) => vec![dims],
+                Shape::Either(all) => all.iter().map(Vec::as_slice).collect(),
+                _ => Vec::new(),
+            };
+            let has = |dim: &Dim, repeated: bool| {
+                dim.0.iter().any(|f| {
+                    f.repeat == repeated && trace.atoms.normal(&f.size).contains(self.sequence)
+                })
+            };
+            let mut all_queries = false;
+            let place = self.place[operand];
+            if let Some(layer) = trace.learned(operand) {
+                self.problems.insert(
+                    node,
+                    Refusal::new(
+                        codes::LEARNED_BIAS,
+                        trace.nodes[node].at.span,
+                        format!(
+                            "`{}` adds a learned bias to the scores",
+                            trace.nodes[node].text
+                        ),
+                    )
+                    .note(format!("it comes out of `{}`", trace.nodes[layer].text))
+                    .help(
+                        "`.detach()` it if it is not trained, or use rotary or absolute positions",
+                    ),
+                );
+                continue;
+            }
+            let fine = match place {
+                Place::Given | Place::Replicated => true,
+                Place::Sharded => shapes.iter().all(|dims| {
+                    let Some((keys, before)) = dims.split_last() else {
+                        return false;
+                    };
+                    all_queries |= before.last().is_some_and(|q| has(q, true));
+                    has(keys, false)
+                        && keys.0.len() == 1
+                        && before.iter().all(|d| !has(d, false))
+                        && before.iter().rev().skip(1).all(|d| !has(d, true))
+                }),
+                _ => false,
+            };
+            if !fine || (place == Place::Sharded && shapes.is_empty()) {
+                let shape = match shapes.first() {
+                    Some(dims) => show(&trace.atoms, dims),
+                    None => "of an unknown shape".to_string(),
+                };
+                self.problems.insert(
+                    node,
+                    Refusal::new(
+                        codes::MASK,
+                        trace.nodes[node].at.span,
+                        format!("cannot follow the mask `{}`", trace.nodes[operand].text),
+                    )
+                    .note(format!(
+                        "it is {shape}; a mask from the caller has one number a key, [b, 1, 1, s]"
+                    ))
+                    .help("`mask.reshape((b, 1, 1, s))?` of a mask [b, s]"),
+                );
+            }
+            self.conversions
+                .push((node, Conversion::Keys { input, all_queries }));
+        }
+    }
+
     /// An operation that runs along the sequence or the batch of a shard.
     fn computes_along_tokens(
         &mut self,
@@ -173,19 +377,50 @@ impl Placer<'_, '_, '_> {
                 return Some(self.mixes(node, row, note));
             }
             if self.is_batch(input, *d) {
-                return Some(self.refuse(
-                    node,
-                    codes::MIXES_TOKENS,
-                    format!(
-                        "`{}` mixes rows of the batch, which the dp replicas share out",
-                        n.text
-                    ),
-                    None,
-                    "compute it for each row",
-                ));
+                return Some(self.mixes_rows(node));
             }
         }
         None
+    }
+
+    fn mixes_rows(&mut self, node: NodeId) -> Place {
+        let text = &self.trace.nodes[node].text;
+        let message = format!("`{text}` mixes rows of the batch, which the dp replicas share out");
+        self.refuse(
+            node,
+            codes::MIXES_TOKENS,
+            message,
+            None,
+            "compute it for each row",
+        )
+    }
+
+    /// What every rank of a sequence holds alike still has the rows of one replica alone.
+    pub(super) fn rows_of_the_batch(&mut self, node: NodeId) -> Option<Place> {
+        let trace = self.trace;
+        let n = &trace.nodes[node];
+        let foreign = |dim: &Dim| {
+            dim.0.iter().any(|f| {
+                let size = trace.atoms.normal(&f.size);
+                let mut atoms = size.atoms();
+                atoms.any(|a| a != self.sequence && trace.atoms.is_dim(a))
+            })
+        };
+        let along = n.touches.iter().any(|(i, d)| {
+            let dims = n
+                .inputs
+                .get(*i)
+                .and_then(|i| trace.nodes[i.node].shape.known());
+            dims.and_then(|dims| dims.get(*d)).is_some_and(foreign)
+        });
+        let pairs = |dims: &[Dim]| {
+            let rows: Vec<&Dim> = dims
+                .iter()
+                .filter(|d| foreign(d) && !d.has_repeat())
+                .collect();
+            rows.iter().enumerate().any(|(i, d)| rows[..i].contains(d))
+        };
+        (along || n.shape.known().is_some_and(pairs)).then(|| self.mixes_rows(node))
     }
 
     /// Whether a dimension is the batch: one of the input's that is not the sequence and that no layer runs along.

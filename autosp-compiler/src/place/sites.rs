@@ -7,10 +7,10 @@ use autosp_plan::codes;
 use super::layout;
 use crate::error::Refusal;
 use crate::ops::{PlaceRule, ShapeRule};
-use crate::trace::Trace;
 use crate::trace::graph::{Input, NodeId, Op};
 use crate::trace::shape::{Dim, Shape, show};
 use crate::trace::size::{AtomId, AtomKind};
+use crate::trace::{Role, Trace};
 
 /// One attention.
 #[derive(Debug, Clone)]
@@ -28,6 +28,8 @@ pub(crate) struct Site {
     /// From the softmax to the operand of the second product.
     pub(crate) weights: Vec<NodeId>,
     pub(crate) masks: Vec<NodeId>,
+    /// Operands of scores and masks that are tensors over keys: operation and operand.
+    pub(crate) keys: Vec<(NodeId, usize)>,
     pub(crate) layout: Layout,
 }
 
@@ -40,6 +42,9 @@ pub(crate) struct Layout {
     /// The batch, where a dimension merges it with heads.
     pub(crate) batch: Option<AtomId>,
 }
+
+/// Tensors that are masks, and operands that become masks.
+type Masks = (Vec<NodeId>, Vec<(NodeId, usize)>);
 
 type Found = Result<(Vec<Site>, AtomId), Vec<Refusal>>;
 
@@ -96,7 +101,8 @@ struct Finder<'t, 's, 'a> {
 #[derive(Default)]
 struct Chain {
     nodes: Vec<NodeId>,
-    others: Vec<NodeId>,
+    /// The other operands of these: operation and operand.
+    others: Vec<(NodeId, usize)>,
     /// The first operation that scores may not pass through.
     foreign: Option<NodeId>,
 }
@@ -144,13 +150,9 @@ impl Finder<'_, '_, '_> {
                     });
                 let (i, matmul) = hit?;
                 chain.nodes.push(node);
-                chain.others.extend(
-                    n.inputs
-                        .iter()
-                        .enumerate()
-                        .filter(|(k, _)| *k != i)
-                        .map(|(_, input)| input.node),
-                );
+                chain
+                    .others
+                    .extend((0..n.inputs.len()).filter(|k| *k != i).map(|k| (node, k)));
                 if !row.scores {
                     chain.foreign = Some(node);
                 }
@@ -255,7 +257,7 @@ impl Finder<'_, '_, '_> {
             }
             return None;
         };
-        let masks = self.masks(&chain, sequence)?;
+        let (masks, keys) = self.masks(&chain)?;
         let (q, k, v) = (
             trace.nodes[matmul].inputs[0],
             trace.nodes[matmul].inputs[1],
@@ -275,6 +277,7 @@ impl Finder<'_, '_, '_> {
                 scores: chain.nodes,
                 weights,
                 masks,
+                keys,
                 layout,
             },
             sequence,
@@ -332,33 +335,35 @@ impl Finder<'_, '_, '_> {
         Some(())
     }
 
-    /// The tensors that make up the masks: everything that ranges over queries or keys.
-    fn masks(&mut self, chain: &Chain, sequence: AtomId) -> Option<Vec<NodeId>> {
+    /// The tensors that make up the masks: what is made from a rule or takes its sizes from the scores, and the operands
+    /// that are tensors over keys.
+    fn masks(&mut self, chain: &Chain) -> Option<Masks> {
         let mut masks: Vec<NodeId> = Vec::new();
-        let mut stack: Vec<NodeId> = chain.others.clone();
-        let ranges = |node: NodeId| match &self.trace.nodes[node].shape {
-            Shape::Known(dims) => dims.iter().any(|d| {
-                d.0.iter()
-                    .any(|f| self.trace.atoms.normal(&f.size).contains(sequence))
-            }),
-            _ => false,
-        };
-        while let Some(node) = stack.pop() {
+        let mut keys: Vec<(NodeId, usize)> = Vec::new();
+        let mut stack: Vec<(NodeId, usize)> = chain.others.clone();
+        while let Some((user, operand)) = stack.pop() {
+            let node = self.trace.nodes[user].inputs[operand].node;
             if masks.contains(&node) || chain.nodes.contains(&node) {
                 continue;
             }
             let n = &self.trace.nodes[node];
-            let from_rule = self.reaches_rule(node);
-            if !from_rule {
+            if !self.reaches_rule(node) && !self.sized_by_scores(node, chain, &masks) {
                 // A scalar or a fill: all elements alike.
-                let constant = self.constant(node);
-                if ranges(node) && !constant {
+                if constant(self.trace, node) || !self.ranges(node) {
+                    continue;
+                }
+                if !self.takes_mask(user, operand) {
+                    // A factor of unknown shape is looked at when the model runs.
+                    if matches!(n.shape, Shape::Partial(_)) {
+                        continue;
+                    }
                     let refusal = Refusal::new(codes::MASK, n.at.span, format!("cannot follow the mask `{}`", n.text))
-                        .note("a mask is built from a rule over (query, key), so that each rank can make its own part")
-                        .help("build it in the module from `(0..t).flat_map(|i| (0..t).map(move |j| ..)).collect()`");
+                        .note("a mask is added to the scores, or selects among them with one number on the other side")
+                        .help("`scores.broadcast_add(&mask)?`, or `mask.where_cond(&fill, &scores)?` with a `fill` that is one number");
                     self.refusals.push(refusal);
                     return None;
                 }
+                keys.push((user, operand));
                 continue;
             }
             masks.push(node);
@@ -377,10 +382,42 @@ impl Finder<'_, '_, '_> {
                     self.refusals.push(refusal);
                     return None;
                 }
-                stack.extend(n.inputs.iter().map(|i| i.node));
+                stack.extend((0..n.inputs.len()).map(|i| (node, i)));
             }
         }
-        Some(masks)
+        Some((masks, keys))
+    }
+
+    /// Whether a tensor may range over queries or keys: which of the inputs' dimensions are the sequence may still be open.
+    fn ranges(&self, node: NodeId) -> bool {
+        let over = |dims: &[Dim]| dims.iter().any(|d| d.anchored(&self.trace.atoms));
+        match &self.trace.nodes[node].shape {
+            Shape::Known(dims) => over(dims),
+            Shape::Either(all) => all.iter().any(|dims| over(dims)),
+            _ => true,
+        }
+    }
+
+    /// Whether an operation takes a mask there: what is added, or what selects.
+    fn takes_mask(&self, user: NodeId, operand: usize) -> bool {
+        let row = self.trace.nodes[user].row();
+        row.is_some_and(|row| match row.name() {
+            "add" | "broadcast_add" => true,
+            "sub" | "broadcast_sub" => operand == 1,
+            "where_cond" | "broadcast_as" | "expand" => operand == 0,
+            _ => false,
+        })
+    }
+
+    /// Whether a tensor was repeated to sizes of the scores or of a mask.
+    fn sized_by_scores(&self, node: NodeId, chain: &Chain, masks: &[NodeId]) -> bool {
+        let expands = self.trace.nodes[node]
+            .row()
+            .is_some_and(|r| r.shape == ShapeRule::Expand);
+        let lazy = |origin: &NodeId| chain.nodes.contains(origin) || masks.contains(origin);
+        let own = Role::SizeOf(node);
+        let mut sizes = self.trace.sizes.iter().filter(|u| u.role == own);
+        expands && !constant(self.trace, node) && sizes.any(|u| u.size.origins.iter().any(lazy))
     }
 
     fn reaches_rule(&self, node: NodeId) -> bool {
@@ -388,18 +425,6 @@ impl Finder<'_, '_, '_> {
         matches!(n.op, Op::Mask(_))
             || (matches!(n.op, Op::Row(_) | Op::Phi { carried: false })
                 && n.inputs.iter().any(|i| self.reaches_rule(i.node)))
-    }
-
-    /// Whether all elements are one number: a scalar, repeated or filled.
-    fn constant(&self, node: NodeId) -> bool {
-        let n = &self.trace.nodes[node];
-        match n.row().map(|r| r.shape) {
-            Some(ShapeRule::Scalar | ShapeRule::Filled) => true,
-            Some(
-                ShapeRule::Expand | ShapeRule::Same | ShapeRule::Unsqueeze | ShapeRule::Reshape,
-            ) => n.inputs.iter().all(|i| self.constant(i.node)),
-            _ => false,
-        }
     }
 
     fn layout(&mut self, matmul: NodeId, out: NodeId, sequence: AtomId) -> Option<Layout> {
@@ -414,5 +439,17 @@ impl Finder<'_, '_, '_> {
                 .help("bring queries, keys and values into [batch, heads, sequence, width] before the product"),
         );
         None
+    }
+}
+
+/// Whether all elements are one number: a scalar, repeated or filled.
+pub(crate) fn constant(trace: &Trace<'_, '_>, node: NodeId) -> bool {
+    let n = &trace.nodes[node];
+    match n.row().map(|r| r.shape) {
+        Some(ShapeRule::Scalar | ShapeRule::Filled) => true,
+        Some(ShapeRule::Expand | ShapeRule::Same | ShapeRule::Unsqueeze | ShapeRule::Reshape) => {
+            n.inputs.iter().all(|i| constant(trace, i.node))
+        }
+        _ => false,
     }
 }

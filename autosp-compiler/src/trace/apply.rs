@@ -289,6 +289,7 @@ impl<'a> Trace<'_, 'a> {
         if let Shape::Known(dims) = &self.nodes[node].shape {
             return (dims.len() >= rank).then(|| dims.clone());
         }
+        self.assume_rank(node, rank);
         self.with_rank(node, rank)
     }
 

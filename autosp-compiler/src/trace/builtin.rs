@@ -284,11 +284,36 @@ impl<'a> Trace<'_, 'a> {
                 })
             }
             _ => {
-                let text = self.nodes[node].text.clone();
+                let input = self.unread_input(node).map(|(_, name)| name.to_string());
+                let poly = if let Some(input) = input {
+                    let poly = self.atoms.dim(&input, d);
+                    self.note_dim(node, d, &poly);
+                    poly
+                } else {
+                    let text = self.nodes[node].text.clone();
+                    self.feature(format!("{text}.dim({d})"))
+                };
                 Value::Size(Size {
-                    poly: self.feature(format!("{text}.dim({d})")),
+                    poly,
                     origins: Rc::from([node]),
                 })
+            }
+        }
+    }
+
+    /// Remembers a dimension, counted from the left, of an input whose rank is not known, and of what was made of it.
+    fn note_dim(&mut self, mut node: NodeId, d: i64, poly: &Poly) {
+        let Ok(d) = usize::try_from(d) else { return };
+        loop {
+            self.nodes[node].sizes_read = true;
+            if let Shape::Partial(known) = &mut self.nodes[node].shape
+                && known.iter().all(|(k, _)| *k != d)
+            {
+                known.push((d, Dim::of(poly.clone())));
+            }
+            match (&self.nodes[node].op, self.nodes[node].inputs.first()) {
+                (super::graph::Op::Row(_), Some(input)) => node = input.node,
+                _ => return,
             }
         }
     }

@@ -389,6 +389,12 @@ impl<'a> Trace<'_, 'a> {
     }
 
     fn join_shapes(&mut self, a: NodeId, b: NodeId) -> Shape {
+        // An input that nobody has read the sizes of is like what stands for it where it is not given.
+        for (x, y) in [(a, b), (b, a)] {
+            if let Some(rank) = self.nodes[y].shape.known().map(<[Dim]>::len) {
+                self.assume_rank(x, rank);
+            }
+        }
         match (self.nodes[a].shape.clone(), self.nodes[b].shape.clone()) {
             (Shape::Known(x), Shape::Known(y)) if x.len() == y.len() => {
                 let same = x.iter().zip(&y).all(|(p, q)| {

@@ -113,6 +113,8 @@ pub(crate) struct Trace<'s, 'a> {
     pub(crate) reads: Vec<NodeId>,
     /// A softmax was to be computed of something that was lost.
     pub(crate) lost_softmax: bool,
+    /// Inputs whose rank was taken from their uses.
+    pub(crate) assumed_ranks: Vec<String>,
     table: &'static Table,
     /// Fields that are written while the root runs.
     written: HashSet<String>,
@@ -138,6 +140,7 @@ impl<'s, 'a> Trace<'s, 'a> {
             offsets: Vec::new(),
             reads: Vec::new(),
             lost_softmax: false,
+            assumed_ranks: Vec::new(),
             table,
             written: scope.written_by(root),
             fields: HashMap::new(),
@@ -420,13 +423,12 @@ impl<'s, 'a> Trace<'s, 'a> {
         let op = self.nodes[node].op.clone();
         let source = self.nodes[node].inputs.first().map(|i| i.node);
         let mut dims: Vec<Dim> = match (&op, source) {
-            (Op::Param(name), _) => (0..rank)
-                .map(|d| {
-                    Dim::of(Poly::atom(
-                        self.atoms.intern(AtomKind::Dim(name.clone(), d)),
-                    ))
-                })
-                .collect(),
+            (Op::Param(name), _) => {
+                self.atoms.rank_of(name, rank);
+                (0..rank)
+                    .map(|d| Dim::of(self.atoms.dim(name, d as i64)))
+                    .collect()
+            }
             (Op::Row(row), Some(source))
                 if row.shape == crate::ops::ShapeRule::Embedding && rank > 0 =>
             {
@@ -490,6 +492,95 @@ impl<'s, 'a> Trace<'s, 'a> {
             if seen.insert(n) {
                 stack.extend(node.inputs.iter().map(|i| i.node));
             }
+        }
+        true
+    }
+
+    /// The input that a tensor is, or is element by element, as long as nobody has said how many dimensions it has.
+    pub(crate) fn unread_input(&self, mut node: NodeId) -> Option<(NodeId, &str)> {
+        loop {
+            let n = &self.nodes[node];
+            match (&n.op, &n.shape) {
+                (_, Shape::Known(_) | Shape::Either(_) | Shape::Unknown(_)) => return None,
+                (Op::Param(name), _) => return Some((node, name)),
+                (Op::Row(row), _) if row.shape == crate::ops::ShapeRule::Same => {
+                    node = n.inputs.first()?.node;
+                }
+                _ => return None,
+            }
+        }
+    }
+
+    /// Takes an input to have `rank` dimensions, which is compared when the model is entered.
+    fn assume_rank(&mut self, node: NodeId, rank: usize) {
+        let Some((_, name)) = self.unread_input(node) else {
+            return;
+        };
+        let name = name.to_string();
+        if self.with_rank(node, rank).is_some() && !self.assumed_ranks.contains(&name) {
+            self.assumed_ranks.push(name);
+        }
+    }
+
+    /// An operation that needs to know where the dimensions of its operand are: one more than the highest dimension that
+    /// was read or that it names.
+    fn needs_rank(&mut self, node: NodeId, named: Option<i64>) {
+        let Some((input, _)) = self.unread_input(node) else {
+            return;
+        };
+        let read = match &self.nodes[input].shape {
+            Shape::Partial(known) => known.iter().map(|(d, _)| d + 1).max(),
+            _ => None,
+        };
+        let named = named
+            .and_then(|d| usize::try_from(d).ok())
+            .map(|d| (d + 1).max(2));
+        if let Some(rank) = read.max(named) {
+            self.assume_rank(node, rank);
+        }
+    }
+
+    /// The layer that a tensor comes out of, if it does and nothing detaches it.
+    pub(crate) fn learned(&self, node: NodeId) -> Option<NodeId> {
+        let mut stack = vec![node];
+        let mut seen = HashSet::new();
+        while let Some(n) = stack.pop() {
+            let row = self.nodes[n].row();
+            if !seen.insert(n) || row.is_some_and(|r| r.name() == "detach") {
+                continue;
+            }
+            let layer = |r: &crate::ops::Row| {
+                r.path.starts_with("candle_nn::") && !r.path.starts_with("candle_nn::ops::")
+            };
+            if row.is_some_and(layer) {
+                return Some(n);
+            }
+            stack.extend(self.nodes[n].inputs.iter().map(|i| i.node));
+        }
+        None
+    }
+
+    /// Whether a tensor is made of what callers give and of constants alone, through no weight: it needs no gradient.
+    pub(crate) fn data_only(&self, node: NodeId) -> bool {
+        let mut stack = vec![node];
+        let mut seen = HashSet::new();
+        while let Some(n) = stack.pop() {
+            if !seen.insert(n) {
+                continue;
+            }
+            let node = &self.nodes[n];
+            let fine = match &node.op {
+                Op::Param(_) | Op::Mask(_) | Op::Phi { .. } | Op::Pick { .. } => true,
+                Op::Row(row) => {
+                    row.path.starts_with("candle_core::Tensor::")
+                        || row.path.starts_with("candle_nn::ops::")
+                }
+                Op::Field | Op::Unknown(_) => false,
+            };
+            if !fine {
+                return false;
+            }
+            stack.extend(node.inputs.iter().map(|i| i.node));
         }
         true
     }

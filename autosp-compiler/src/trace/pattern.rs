@@ -162,6 +162,12 @@ impl<'a> Trace<'_, 'a> {
                 Cond::Known(false) => Cond::Known(false),
                 _ => Cond::Unknown,
             },
+            (syn::Pat::Lit(l), Value::Size(s)) => match (&l.lit, s.poly.as_constant()) {
+                (syn::Lit::Int(i), Some(value)) => i
+                    .base10_parse::<i64>()
+                    .map_or(Cond::Unknown, |v| Cond::Known(v == value)),
+                _ => Cond::Unknown,
+            },
             (syn::Pat::Ident(i), Value::Option(presence, _)) if i.ident == "None" => match presence
             {
                 Presence::None => Cond::Known(true),

@@ -25,6 +25,23 @@ impl<'a> Trace<'_, 'a> {
     ) -> Ruled {
         let inputs: Vec<NodeId> = self.nodes[node].inputs.iter().map(|i| i.node).collect();
         let what = self.nodes[node].text.clone();
+        if let Some(first) = inputs.first() {
+            let named = match row.shape {
+                ShapeRule::Reduce | ShapeRule::ReduceKeep | ShapeRule::Along => {
+                    Some(args.get(1).and_then(|a| dim_argument(&a.0)))
+                }
+                ShapeRule::Unsqueeze
+                | ShapeRule::Expand
+                | ShapeRule::Reshape
+                | ShapeRule::Transpose
+                | ShapeRule::Narrow
+                | ShapeRule::Flatten => Some(None),
+                _ => None,
+            };
+            if let Some(named) = named {
+                self.needs_rank(*first, named);
+            }
+        }
         let first = inputs.first().map(|n| self.nodes[*n].shape.clone());
         let plain = |shape: Shape| Ok((shape, Vec::new()));
         match (row.shape, first) {
@@ -199,6 +216,10 @@ impl<'a> Trace<'_, 'a> {
             (Shape::Known(a), Shape::Known(b)) => (a, b),
             (Shape::Unknown(r), _) | (_, Shape::Unknown(r)) => {
                 return Ok((Shape::Unknown(r), Vec::new()));
+            }
+            // What a table of unknown shape is multiplied with is contracted along its rows.
+            (Shape::Partial(_), Shape::Known(b)) if b.len() >= 2 => {
+                return Ok((Shape::Partial(Vec::new()), vec![(1, b.len() - 2)]));
             }
             (Shape::Known(mut a), Shape::Partial(_)) if !a.is_empty() => {
                 // A weight whose sizes nobody reads

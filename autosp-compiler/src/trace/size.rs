@@ -200,11 +200,66 @@ impl Atoms {
         }
     }
 
+    /// Whether two atoms are dimensions of different inputs, which may be equal: tokens and their mask. The lengths are
+    /// compared when the model is entered.
+    fn of_two_inputs(&self, x: AtomId, y: AtomId) -> bool {
+        let inputs = |root: AtomId| {
+            let members = (0..self.kinds.len() as AtomId).filter(move |a| self.root(*a) == root);
+            members.filter_map(|a| match self.kind(a) {
+                AtomKind::Dim(input, _) => Some(input),
+                _ => None,
+            })
+        };
+        let dims =
+            matches!(self.kind(x), AtomKind::Dim(..)) && matches!(self.kind(y), AtomKind::Dim(..));
+        dims && inputs(x).all(|input| inputs(y).all(|other| other != input))
+    }
+
+    /// Writes `x` as `y` from now on.
+    fn merge(&mut self, x: AtomId, y: AtomId) {
+        if self.widths.contains(&x) {
+            self.widths.push(y);
+        }
+        self.same[x as usize] = y;
+    }
+
+    /// Dimension `d` of an input, negative from the end as long as its rank is not known.
+    pub(crate) fn dim(&mut self, input: &str, d: i64) -> Poly {
+        let d = usize::try_from(d).unwrap_or_else(|_| usize::MAX - d.unsigned_abs() as usize);
+        Poly::atom(self.intern(AtomKind::Dim(input.to_string(), d)))
+    }
+
+    /// The rank of an input is known now: dimensions that were counted from the end are those counted from the beginning.
+    pub(crate) fn rank_of(&mut self, input: &str, rank: usize) {
+        for back in 1..=rank {
+            let late = AtomKind::Dim(input.to_string(), usize::MAX - back);
+            if let Some(late) = self.kinds.iter().position(|k| *k == late) {
+                let early = self.intern(AtomKind::Dim(input.to_string(), rank - back));
+                let (late, early) = (self.root(late as AtomId), self.root(early));
+                if late != early {
+                    self.merge(late, early);
+                }
+            }
+        }
+    }
+
+    /// Whether only dimensions of one input are held to be equal to this one.
+    pub(crate) fn alone(&self, atom: AtomId) -> bool {
+        let members = (0..self.kinds.len() as AtomId).filter(|a| self.root(*a) == self.root(atom));
+        members.count() == 1
+    }
+
     /// Holds two sizes to be equal, if that is possible: exactly where a batch or sequence dimension is part of either,
     /// by assumption (candle checks it when it runs) where both are features.
     pub(crate) fn unify(&mut self, a: &Poly, b: &Poly) -> bool {
         let (a, b) = (self.normal(a), self.normal(b));
         if a == b {
+            return true;
+        }
+        if let (Some(x), Some(y)) = (a.as_atom(), b.as_atom())
+            && self.of_two_inputs(x, y)
+        {
+            self.merge(x, y);
             return true;
         }
         if self.anchored(&a) || self.anchored(&b) {
@@ -354,6 +409,9 @@ impl Atoms {
 
     fn name(&self, id: AtomId) -> String {
         match self.kind(id) {
+            AtomKind::Dim(of, d) if *d > usize::MAX / 2 => {
+                format!("{of}.dim(-{})", usize::MAX - d)
+            }
             AtomKind::Dim(of, d) => format!("{of}.dim({d})"),
             AtomKind::Param(name) | AtomKind::Feature(name) => name.clone(),
             AtomKind::Quotient(a, b) => format!("({}/{})", self.show(a), self.show(b)),

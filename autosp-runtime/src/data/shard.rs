@@ -89,7 +89,7 @@ impl Sp {
             .to_vec2::<i64>()?)
     }
 
-    fn replica(&self, x: &Tensor) -> Result<Tensor> {
+    pub(super) fn replica(&self, x: &Tensor) -> Result<Tensor> {
         let (rows, dp) = (x.dim(0)?, self.mesh().dp);
         if rows % dp != 0 {
             let text =

@@ -1,6 +1,6 @@
 //! Operators and argument forms of candle's tensors, for scores and masks.
 
-use std::ops::{Add, Div, Mul};
+use std::ops::{Add, Div, Mul, Sub};
 
 use autosp_plan::codes;
 use candle_core::{DType, Result, Tensor};
@@ -160,6 +160,12 @@ macro_rules! operators {
             type Output = Result<Scores>;
             fn add(self, mask: &M) -> Self::Output {
                 self.broadcast_add(mask)
+            }
+        }
+        impl<M: AsMask> Sub<&M> for $scores {
+            type Output = Result<Scores>;
+            fn sub(self, mask: &M) -> Self::Output {
+                self.broadcast_sub(mask)
             }
         }
         impl Add<Mask> for $scores {

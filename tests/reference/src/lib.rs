@@ -26,6 +26,18 @@ pub mod gpt2 {
     include!("../../../examples/models/gpt2.rs");
 }
 
+/// The example encoder, as the file stands.
+#[allow(missing_docs, clippy::pedantic)]
+pub mod encoder {
+    include!("../../../examples/models/encoder.rs");
+}
+
+/// Other masks from the caller and other ways to pool, as the file stands.
+#[allow(missing_docs, clippy::pedantic)]
+pub mod masked {
+    include!("../../models/masked.rs");
+}
+
 /// A decoder with a window, a soft cap and interleaved heads, as the file stands.
 #[allow(missing_docs, clippy::pedantic)]
 pub mod window {
