@@ -355,9 +355,13 @@ fn operation(row: &Row, seed: u64) -> Option<Case> {
     Some(case)
 }
 
-/// Rows without a tensor operand or whose value is no tensor, checked by name below.
+/// Rows without a tensor operand or whose value is no tensor, checked by name below; candle-transformers' layers are checked
+/// in `tests/zoo`.
 fn without_operand(row: &Row) -> bool {
-    matches!(row.place, PlaceRule::Make | PlaceRule::Host) || matches!(row.shape, ShapeRule::Opaque)
+    let elsewhere = row.path.starts_with("candle_transformers::");
+    elsewhere
+        || matches!(row.place, PlaceRule::Make | PlaceRule::Host)
+        || matches!(row.shape, ShapeRule::Opaque | ShapeRule::Each)
 }
 
 #[test]
@@ -530,6 +534,32 @@ fn tensors_from_nothing_are_the_same_on_every_rank_and_have_the_shape_of_their_r
         let (a, b) = (make()?, make()?);
         assert_eq!(a.dims(), dims, "{name}");
         assert_eq!(bits(&a)?, bits(&b)?, "{name}");
+    }
+    Ok(())
+}
+
+#[test]
+fn an_empty_cache_gives_what_it_is_given() -> Result<()> {
+    use candle_nn::kv_cache::{ConcatKvCache, KvCache, RotatingKvCache};
+    let (k, v) = (random(1, &[2, 3, N, 4]), random(2, &[2, 3, N, 5]));
+    let rows = candle()
+        .rows()
+        .iter()
+        .filter(|r| r.shape == ShapeRule::Each);
+    for row in rows {
+        let (a, b) = match row.path.as_str() {
+            "candle_nn::kv_cache::KvCache::append" => KvCache::new(2, 3).append(&k, &v)?,
+            "candle_nn::kv_cache::ConcatKvCache::append" => ConcatKvCache::new(2).append(&k, &v)?,
+            // Shorter than the sequence: what does not fit is still given back.
+            "candle_nn::kv_cache::RotatingKvCache::append" => {
+                RotatingKvCache::new(2, 3).append(&k, &v)?
+            }
+            other => panic!("{other} has no proof"),
+        };
+        for (found, given) in [(a, &k), (b, &v)] {
+            assert_eq!(found.dims(), given.dims(), "{}", row.path);
+            assert_eq!(bits(&found)?, bits(given)?, "{}", row.path);
+        }
     }
     Ok(())
 }

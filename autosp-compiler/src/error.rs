@@ -17,6 +17,8 @@ pub struct Refusal {
     pub notes: Vec<String>,
     /// What to type.
     pub help: Option<String>,
+    /// The branch that it stands in, if that may be left untaken.
+    pub(crate) branch: Option<crate::trace::branch::Branch>,
 }
 
 impl Refusal {
@@ -27,6 +29,7 @@ impl Refusal {
             message: message.into(),
             notes: Vec::new(),
             help: None,
+            branch: None,
         }
     }
 

@@ -235,7 +235,11 @@ fn with_body(module: &syn::ItemMod, body: &TokenStream) -> TokenStream {
     let syn::ItemMod {
         attrs, vis, ident, ..
     } = module;
-    quote!(#(#attrs)* #vis mod #ident { #body })
+    // `//!` comments stand inside.
+    let (outer, inner): (Vec<_>, Vec<_>) = attrs
+        .iter()
+        .partition(|a| matches!(a.style, syn::AttrStyle::Outer));
+    quote!(#(#outer)* #vis mod #ident { #(#inner)* #body })
 }
 
 fn refused(refusals: &[Refusal], file: Option<&str>, item: &TokenStream) -> TokenStream {

@@ -175,7 +175,7 @@ fn sums_and_means_are_taken_over_all_ranks() {
     accepted(
         POOL,
         "None => x.narrow(1, 0, 1)?.squeeze(1)?,",
-        "rt::pick_keepdim(&x, 1, 0)?",
+        "rt::pick_narrow(&x, 1, 0)?",
     );
 }
 

@@ -118,7 +118,11 @@ codes! {
         "Attention on the CPU takes f32, f64, bf16 and f16, one type for q, k and v.";
     FILL = "AS0330", "a fill is not one number",
         "where_cond at a site takes scores on one side and one number on the other: a scalar tensor, or a scalar that was broadcast. A tensor of S x S different values would be the dense scores again.";
-    SEQUENCE_GRADIENT = "AS0331", "a running sum along the sequence that would need a gradient",
+    HELPER = "AS0331", "a helper is not what it was taken for",
+        "A layer or function of another library was followed by what its name stands for, such as `repeat_kv` or a linear layer. At its first use it is held against that; this one does something else, or has no backward.";
+    UNTAKEN = "AS0332", "a branch that is not sharded is taken",
+        "Some branches of a model cannot be sharded, such as a call of a flash attention library, and are decided by the model's configuration. The other branches are sharded; this one is an error when a run takes it.";
+    SEQUENCE_GRADIENT = "AS0333", "a running sum along the sequence that would need a gradient",
         "Running sums over sharded tokens are computed for masks and counts, which are constants. A tensor that depends on variables would lose its gradient there.";
 
     RANK_FAILED = "AS0401", "a rank failed",

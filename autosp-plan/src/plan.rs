@@ -17,6 +17,10 @@ pub struct Plan {
     pub blocks: Vec<Block>,
     /// Functions that a user calls.
     pub roots: Vec<Root>,
+    /// Functions that hold an attention and cannot be called by themselves inside a sharded scope.
+    pub unsharded: Vec<Unsharded>,
+    /// Helpers of libraries that are compared with their definition when the program runs: path as written, and name.
+    pub helpers: Vec<(String, String)>,
     /// The functions that get a twin.
     pub twins: Vec<Twin>,
     /// Things worth knowing that are no refusal.
@@ -143,6 +147,18 @@ pub struct Beside {
     pub optional: bool,
 }
 
+/// A function that a user could call, and that only works inside the functions that call it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+pub struct Unsharded {
+    /// `llama::Attention::forward`.
+    pub function: String,
+    /// The item (and the item of the `impl`) that holds it.
+    pub place: (usize, Option<usize>),
+    /// Why it is not sharded by itself.
+    pub why: String,
+}
+
 /// A function that gets a twin for use inside a sharded scope.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
@@ -227,6 +243,8 @@ pub enum Action {
     Else,
     /// The `match` always takes this arm.
     Arm(usize),
+    /// The alternative cannot be sharded, for this reason: an error if it is taken.
+    Untaken(usize, String),
     /// The statement writes to a cache and is left out.
     Drop,
     /// A host array over (query, key) becomes a rule.

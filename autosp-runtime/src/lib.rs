@@ -9,6 +9,7 @@ pub mod data;
 pub mod error;
 pub mod layout;
 pub mod ledger;
+pub mod library;
 pub mod loss;
 pub mod mask;
 pub mod memory;

@@ -9,6 +9,7 @@
 //! An operand that nothing tracks (a frozen weight, rope tables) gets no gradient and costs none.
 
 mod kernel;
+mod layer;
 mod norm;
 mod positions;
 mod record;
@@ -16,8 +17,9 @@ mod rope;
 pub mod sequence;
 mod softmax;
 
+pub use layer::{layer, no_cache, norm_layer};
 pub use norm::{layer_norm, layer_norm_op, rms_norm, rms_norm_op};
-pub use positions::{pick, pick_keepdim, slice};
+pub use positions::{pick, pick_narrow, slice};
 pub use rope::{rope, rope_i, rope_thd};
 pub use softmax::{softmax, softmax_last_dim};
 

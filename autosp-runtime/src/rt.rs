@@ -1,12 +1,13 @@
 //! What the code that the attribute emits names, as `autosp::rt`. Not for writing by hand.
 
-pub use candle_core::{D, Result};
+pub use candle_core::{self, D, Result};
 
 pub use crate::layout::Layout;
+pub use crate::library;
 pub use crate::mask::{Band, HostMask, Mask, key_mask, mask, mask_rule};
 pub use crate::memory::checkpoint;
 pub use crate::ops;
-pub use crate::ops::{pick, pick_keepdim, sequence, slice};
+pub use crate::ops::{pick, pick_narrow, sequence, slice};
 pub use crate::schedule::{Backward, Forward, HeadMap, Schedule, Site, Ulysses};
 pub use crate::scores::{Scores, Weights, scores, softmax};
 
@@ -60,6 +61,24 @@ pub fn no_offset(function: &str, name: &str, offset: usize) -> Result<()> {
     Err(Error::new(codes::CACHE_OFFSET, text)
         .with_help("call the model outside `sp.scope` to generate")
         .into())
+}
+
+/// A function that is sharded only as a part of the functions that call it is called by itself.
+pub fn unsharded(function: &str, why: &str) -> candle_core::Error {
+    let text = format!("`{function}` cannot be called by itself inside a sharded scope: {why}");
+    Error::new(codes::UNTAKEN, text)
+        .with_help("call the model that it is a part of")
+        .into()
+}
+
+/// A branch that the attribute could not follow is taken; `why` says what stands in it.
+pub fn untaken(why: &str) -> candle_core::Error {
+    let text = format!("this configuration takes a branch that is not sharded: {why}");
+    Error::new(codes::UNTAKEN, text)
+        .with_help(
+            "set the option that leads there to off; `cargo autosp plan` lists such branches",
+        )
+        .into()
 }
 
 /// The valid number of tokens for a size that a shard shows: `c` times the local length becomes `c` times S. Other sizes, and all sizes

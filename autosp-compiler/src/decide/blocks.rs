@@ -125,6 +125,13 @@ fn scope(
                 continue;
             };
             let bare = std::ptr::eq(e, numbers.get(id).unwrap_or(e));
+            if borrowed_option(trace, act, &ident.to_string())
+                && !matches!(value, Value::Option(Presence::None, _))
+            {
+                return Err(format!(
+                    "`{ident}` is borrowed from the caller; pass an `&Option<Tensor>`"
+                ));
+            }
             if captured(trace, placed, value, &ident.to_string())? {
                 // A variable that holds a reference is captured as a value and passed by reference again.
                 let by_ref = bare && i > 0 && takes_reference(trace, *callee, m, e);
@@ -142,6 +149,21 @@ fn scope(
             captures,
         },
     ))
+}
+
+/// Whether a parameter of the function is an `Option` of a reference, which a scope cannot keep.
+fn borrowed_option(trace: &Trace<'_, '_>, act: ActId, name: &str) -> bool {
+    let sig = trace.scope.functions[trace.acts[act].function].sig;
+    sig.inputs.iter().any(|input| match input {
+        syn::FnArg::Typed(t) => {
+            matches!(&*t.pat, syn::Pat::Ident(p) if p.ident == name)
+                && matches!(&*t.ty, syn::Type::Path(p) if p.path.segments.last().is_some_and(|s| {
+                    s.ident == "Option" && matches!(&s.arguments, syn::PathArguments::AngleBracketed(a)
+                        if a.args.iter().any(|a| matches!(a, syn::GenericArgument::Type(syn::Type::Reference(_)))))
+                }))
+        }
+        syn::FnArg::Receiver(_) => false,
+    })
 }
 
 /// Whether a variable must be cloned into the scope's closure.

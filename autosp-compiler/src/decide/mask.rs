@@ -226,26 +226,28 @@ pub(super) fn describe(trace: &Trace<'_, '_>, site: &Site) -> String {
         let Op::Mask(host) = &trace.nodes[*node].op else {
             continue;
         };
-        if !seen.insert(Rc::as_ptr(host)) {
-            continue;
+        for host in &host.all() {
+            if !seen.insert(Rc::as_ptr(host)) {
+                continue;
+            }
+            let act = trace.nodes[*node].at.act;
+            let band = rule(trace, host, act).and_then(|r| r.band);
+            words.push(match (interval_of(trace, host), band) {
+                (Some((None, Some(hi))), Some(band)) if hi == Poly::default() && hides(&band) => {
+                    "causal: key <= query".to_string()
+                }
+                (Some((lo, hi)), Some(band)) => {
+                    let lo = lo.map_or(String::new(), |p| format!("{} <= ", trace.atoms.show(&p)));
+                    let hi = hi.map_or(String::new(), |p| format!(" <= {}", trace.atoms.show(&p)));
+                    format!(
+                        "{} where {lo}key - query{hi}, {} elsewhere",
+                        number(&band.inside),
+                        number(&band.outside)
+                    )
+                }
+                _ => "a rule over (query, key), evaluated tile by tile".to_string(),
+            });
         }
-        let act = trace.nodes[*node].at.act;
-        let band = rule(trace, host, act).and_then(|r| r.band);
-        words.push(match (interval_of(trace, host), band) {
-            (Some((None, Some(hi))), Some(band)) if hi == Poly::default() && hides(&band) => {
-                "causal: key <= query".to_string()
-            }
-            (Some((lo, hi)), Some(band)) => {
-                let lo = lo.map_or(String::new(), |p| format!("{} <= ", trace.atoms.show(&p)));
-                let hi = hi.map_or(String::new(), |p| format!(" <= {}", trace.atoms.show(&p)));
-                format!(
-                    "{} where {lo}key - query{hi}, {} elsewhere",
-                    number(&band.inside),
-                    number(&band.outside)
-                )
-            }
-            _ => "a rule over (query, key), evaluated tile by tile".to_string(),
-        });
     }
     for (user, operand) in &site.keys {
         let node = trace.nodes[*user].inputs[*operand].node;

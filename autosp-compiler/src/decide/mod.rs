@@ -31,12 +31,19 @@ pub(crate) fn decide(
     };
     let mut refusals: Vec<Refusal> = Vec::new();
     let mut fallback: Vec<Refusal> = Vec::new();
-    for (root, mut trace) in roots(scope, table) {
+    let mut inner: Vec<usize> = Vec::new();
+    for (root, trace) in roots(scope, table) {
+        let (trace, placed) = without_branches(scope, table, root, trace);
         refusals.extend(lost_result(&trace, root));
-        match place(&mut trace) {
+        match placed {
             Ok(placed) => {
                 if let Err(more) = add(&mut plan, &trace, &placed, root) {
                     refusals.extend(more);
+                }
+                for function in holders(&trace, &placed) {
+                    if !inner.contains(&function) {
+                        inner.push(function);
+                    }
                 }
             }
             Err(more) => refusals.extend(more),
@@ -52,8 +59,111 @@ pub(crate) fn decide(
         };
         refusals.push(fallback.into_iter().next().unwrap_or_else(nothing));
     }
+    if refusals.is_empty() {
+        for function in inner {
+            add_inner(&mut plan, scope, table, function);
+        }
+    }
     dedupe(&mut refusals);
     (plan, refusals)
+}
+
+/// Public functions that a root calls on the way to an attention, callees first.
+fn holders(trace: &Trace<'_, '_>, placed: &Placed) -> Vec<usize> {
+    let mut found = Vec::new();
+    for site in &placed.sites {
+        let mut at = Some(trace.nodes[site.matmul].at.act);
+        while let Some(act) = at {
+            let function = trace.acts[act].function;
+            let f = &trace.scope.functions[function];
+            if act != 0
+                && f.public
+                && !trace.scope.is_library(function)
+                && !found.contains(&function)
+            {
+                found.push(function);
+            }
+            at = trace.acts[act].parent.map(|(parent, _)| parent);
+        }
+    }
+    found
+}
+
+/// A function that can be called from outside too: a root of its own where that can be followed, else an error inside a scope.
+fn add_inner(plan: &mut plan::Plan, scope: &Scope<'_>, table: &'static Table, function: usize) {
+    let place = scope.functions[function].place;
+    if plan.roots.iter().any(|r| plan.twins[r.twin].place == place) {
+        return;
+    }
+    let trace = Trace::run(scope, table, function, Vec::new());
+    let (trace, placed) = without_branches(scope, table, function, trace);
+    let before = plan.clone();
+    let outcome = match (lost_result(&trace, function), placed) {
+        (Some(lost), _) => Err(vec![lost]),
+        (None, Ok(placed)) => add(plan, &trace, &placed, function),
+        (None, Err(problems)) => Err(problems),
+    };
+    if let Err(problems) = outcome {
+        *plan = before;
+        let why = problems.first().map_or_else(
+            || "no attention was followed in it".to_string(),
+            |p| p.message.clone(),
+        );
+        let fallible = trace.may_fail(function);
+        if fallible {
+            let function = scope.full_name(function);
+            plan.unsharded.push(plan::Unsharded {
+                function,
+                place,
+                why,
+            });
+        }
+    }
+}
+
+/// Branches that a model may have and that are left untaken; more say that the model itself is not followed.
+const BRANCHES: usize = 16;
+
+/// The trace and its placement, with branches left untaken that cannot be sharded and that the configuration decides.
+fn without_branches<'s, 'a>(
+    scope: &'s Scope<'a>,
+    table: &'static Table,
+    root: usize,
+    mut trace: Trace<'s, 'a>,
+) -> (Trace<'s, 'a>, Result<Placed, Vec<Refusal>>) {
+    let mut untaken = Vec::new();
+    loop {
+        let problems = match place(&mut trace) {
+            Ok(placed) => return (trace, Ok(placed)),
+            Err(problems) if problems.is_empty() => in_the_way(&trace).into_iter().collect(),
+            Err(problems) => problems,
+        };
+        let known = untaken.len();
+        // A call into another library may be anything; what is known to be wrong is wrong in every configuration.
+        let open = |p: &Refusal| p.branch.filter(|_| p.code == codes::UNKNOWN_CALL);
+        for problem in &problems {
+            if let Some(branch) = open(problem)
+                && untaken.iter().all(|(b, _)| *b != branch)
+            {
+                untaken.push((
+                    branch,
+                    format!("line {}: {}", problem.line(), problem.message),
+                ));
+            }
+        }
+        // What stands in no such branch is refused, and is all that has to be said.
+        let firm: Vec<Refusal> = problems
+            .iter()
+            .filter(|p| open(p).is_none())
+            .cloned()
+            .collect();
+        if !firm.is_empty() || untaken.len() == known || known > BRANCHES {
+            let sites = place(&mut trace).is_err_and(|p| p.is_empty());
+            let said = if firm.is_empty() { problems } else { firm };
+            return (trace, Err(if sites { Vec::new() } else { said }));
+        }
+        trace = Trace::run(scope, table, root, untaken.clone());
+    }
 }
 
 /// The same place is refused once, though several roots come by.
@@ -85,7 +195,7 @@ fn roots<'s, 'a>(scope: &'s Scope<'a>, table: &'static Table) -> Vec<(usize, Tra
         if !takes_tensor || !gives_tensor || called.contains(&id) {
             continue;
         }
-        let trace = Trace::run(scope, table, id);
+        let trace = Trace::run(scope, table, id, Vec::new());
         called.extend(trace.acts.iter().skip(1).map(|a| a.function));
         let softmax = |n: &crate::trace::graph::Node| {
             n.row().is_some_and(|r| r.name().starts_with("softmax"))
@@ -157,11 +267,13 @@ fn in_the_way(trace: &Trace<'_, '_>) -> Option<Refusal> {
         }
     }
     let unknown = seen.iter().find_map(|n| match &trace.nodes[*n].op {
-        crate::trace::graph::Op::Unknown(r) => Some(
-            Refusal::new(r.code, trace.nodes[*n].at.span, r.message.clone())
+        crate::trace::graph::Op::Unknown(r) => {
+            let mut refusal = Refusal::new(r.code, trace.nodes[*n].at.span, r.message.clone())
                 .note("no attention was found in this module; this stands in the way of one")
-                .help(r.help.clone()),
-        ),
+                .help(r.help.clone());
+            refusal.branch = trace.nodes[*n].branch;
+            Some(refusal)
+        }
         _ => None,
     });
     // Else a product whose dimensions were not followed, and the first tensor on the way to it that has none.
@@ -218,7 +330,17 @@ fn add(
         }
         let described = describe(trace, site, heads, unrepeated);
         // Two roots that come to the same attention share its site.
-        let known = plan.sites.iter().position(|s| *s == described);
+        let same = |s: &plan::Site| {
+            (&s.function, s.line, &s.layout, s.heads, s.unrepeated)
+                == (
+                    &described.function,
+                    described.line,
+                    &described.layout,
+                    described.heads,
+                    described.unrepeated,
+                )
+        };
+        let known = plan.sites.iter().position(same);
         site_ids.push(known.unwrap_or_else(|| {
             plan.sites.push(described);
             plan.sites.len() - 1
@@ -286,6 +408,24 @@ fn add(
         offsets: trace.offsets.clone(),
         twin,
     });
+    for a in &trace.acts {
+        for (_, fact) in &a.facts {
+            if let crate::trace::Fact::Untaken(_, why) = fact {
+                let function = trace.scope.full_name(a.function);
+                let note = format!(
+                    "`{function}` has a branch that is not sharded and is an error if it is taken: {why}"
+                );
+                if !plan.notes.contains(&note) {
+                    plan.notes.push(note);
+                }
+            }
+        }
+    }
+    for helper in &trace.helpers {
+        if !plan.helpers.contains(helper) {
+            plan.helpers.push(helper.clone());
+        }
+    }
     verify::check(plan, trace, placed).map_err(|r| vec![r])
 }
 

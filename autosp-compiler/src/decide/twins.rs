@@ -63,7 +63,11 @@ impl Builder<'_, '_, '_> {
         for (act, a) in self.trace.acts.iter().enumerate() {
             for (expr, fact) in &a.facts {
                 // A branch that one evaluation takes and another does not (the body of a closure) stays as it is written.
-                if a.facts.iter().any(|(e, f)| e == expr && f != fact) {
+                let two = |f: &Fact| !matches!((f, fact), (Fact::Untaken(..), Fact::Untaken(..)));
+                if a.facts
+                    .iter()
+                    .any(|(e, f)| e == expr && f != fact && two(f))
+                {
                     continue;
                 }
                 let action = match fact {
@@ -71,6 +75,7 @@ impl Builder<'_, '_, '_> {
                     Fact::Else => Action::Else,
                     Fact::Arm(k) => Action::Arm(*k),
                     Fact::Write => Action::Drop,
+                    Fact::Untaken(k, why) => Action::Untaken(*k, why.clone()),
                 };
                 self.push(act, *expr, action);
             }
@@ -95,13 +100,15 @@ impl Builder<'_, '_, '_> {
             for node in &site.masks {
                 if let Op::Mask(host) = &trace.nodes[*node].op {
                     let at = trace.nodes[*node].at;
-                    let rule = mask::rule(trace, host, at.act);
-                    let (Some(rule), Some(expr)) = (rule, host.expr) else {
-                        return Err(Refusal::new(codes::MASK, at.span, format!("cannot follow the rule behind `{}`", trace.nodes[*node].text))
-                            .help("build the mask from `(0..t).flat_map(|i| (0..t).map(move |j| ..)).collect()`"));
-                    };
                     self.push(at.act, at.expr, Action::Mask);
-                    self.push(at.act, expr, Action::Rule(rule));
+                    for host in host.all() {
+                        let rule = mask::rule(trace, &host, at.act);
+                        let (Some(rule), Some(expr)) = (rule, host.expr) else {
+                            return Err(Refusal::new(codes::MASK, at.span, format!("cannot follow the rule behind `{}`", trace.nodes[*node].text))
+                                .help("build the mask from `(0..t).flat_map(|i| (0..t).map(move |j| ..)).collect()`"));
+                        };
+                        self.push(at.act, expr, Action::Rule(rule));
+                    }
                 }
             }
         }
@@ -233,6 +240,21 @@ impl Builder<'_, '_, '_> {
         match value {
             Value::Tensor(n) => self.node_kind(*n),
             Value::Option(Presence::Some | Presence::Maybe, inner) => self.kind(inner),
+            // One type stands for all tensors of a tuple; where they differ, the compiler of the twin says so.
+            Value::Tuple(values) => {
+                let holds = |v: &&Value| {
+                    let mut tensors = Vec::new();
+                    v.tensors(&mut tensors);
+                    !tensors.is_empty()
+                };
+                let mut kinds = values.iter().filter(holds).map(|v| self.kind(v));
+                let first = kinds.next().unwrap_or(Kind::Data);
+                if kinds.all(|k| k == first) {
+                    first
+                } else {
+                    Kind::Data
+                }
+            }
             _ => Kind::Data,
         }
     }
@@ -248,12 +270,20 @@ impl Builder<'_, '_, '_> {
 
     /// Types written beside variables that hold something else in the twin.
     fn untyped(&mut self, act: ActId) {
-        struct Find<'b>(&'b [(u32, bool)], Vec<u32>, &'b number::Numbers<'b>);
-        impl<'ast> syn::visit::Visit<'ast> for Find<'_> {
-            fn visit_local(&mut self, l: &'ast syn::Local) {
+        struct Find<'n, 'a>(
+            Vec<(u32, bool)>,
+            Vec<u32>,
+            &'n number::Numbers<'a>,
+            Vec<u32>,
+        );
+        impl<'a> syn::visit::Visit<'a> for Find<'_, 'a> {
+            fn visit_local(&mut self, l: &'a syn::Local) {
                 if let (syn::Pat::Type(_), Some(init)) = (&l.pat, &l.init) {
                     let id = self.2.id(&init.expr);
-                    if self.0.iter().any(|(e, lazy)| *e == id && *lazy) {
+                    let rules = number::within(self.2, &init.expr);
+                    if self.0.iter().any(|(e, lazy)| *e == id && *lazy)
+                        || self.3.iter().any(|r| rules.contains(r))
+                    {
                         self.1.push(id);
                     }
                 }
@@ -272,7 +302,7 @@ impl Builder<'_, '_, '_> {
             .iter()
             .map(|(e, v)| (*e, self.kind(v) != Kind::Data || ruled.contains(e)))
             .collect();
-        let mut find = Find(&lazy, Vec::new(), &f.numbers);
+        let mut find = Find(lazy, Vec::new(), &f.numbers, ruled);
         syn::visit::Visit::visit_block(&mut find, f.block);
         for expr in find.1 {
             self.push(act, expr, Action::Untyped);
@@ -365,7 +395,10 @@ impl Builder<'_, '_, '_> {
                 .any(|g| g.owner == f.owner && g.name == name);
             in_plan || in_scope
         };
-        let base = format!("{}__sp", f.name);
+        let mut base = format!("{}__sp", f.name);
+        if self.trace.scope.is_library(a.function) {
+            base = format!("{}::{base}", crate::syntax::library::MODULE);
+        }
         twin.name.clone_from(&base);
         let mut k = 1;
         while clashes(&twin.name) {

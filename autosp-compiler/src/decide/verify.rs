@@ -182,7 +182,7 @@ mod tests {
             .iter()
             .position(|f| f.name == "forward")
             .expect("the root");
-        let mut trace = Trace::run(&scope, crate::ops::candle(), root);
+        let mut trace = Trace::run(&scope, crate::ops::candle(), root, Vec::new());
         let mut placed = place(&mut trace).expect("placements");
         let (mut plan, refusals) =
             crate::decide::decide(&scope, crate::ops::candle(), proc_macro2::Span::call_site());

@@ -6,7 +6,7 @@ mod signature;
 
 use std::collections::HashMap;
 
-use autosp_plan::plan::{Plan, Root, Twin};
+use autosp_plan::plan::{Plan, Root, Twin, Unsharded};
 use proc_macro2::TokenStream;
 use quote::{ToTokens, format_ident, quote};
 
@@ -21,10 +21,39 @@ pub(crate) fn items(items: &[syn::Item], plan: &Plan, facade: &TokenStream) -> T
     for (i, item) in items.iter().enumerate() {
         let twins = by_item.remove(&i).unwrap_or_default();
         original(item, i, plan, names).to_tokens(&mut out);
-        emit_twins(item, &twins, plan, names).to_tokens(&mut out);
+        emit_twins(item, &twins, names).to_tokens(&mut out);
     }
+    library(&by_item, items.len(), names, facade).to_tokens(&mut out);
     schedule::sites(plan, facade).to_tokens(&mut out);
     out
+}
+
+/// The twins of libraries' helpers, in a module of their own.
+fn library(
+    by_item: &HashMap<usize, Vec<(usize, &Twin)>>,
+    own: usize,
+    names: &Paths,
+    facade: &TokenStream,
+) -> TokenStream {
+    let definitions = crate::syntax::library::items();
+    let twins: TokenStream = definitions
+        .iter()
+        .enumerate()
+        .filter_map(|(i, item)| Some(emit_twins(item, by_item.get(&(own + i))?, names)))
+        .collect();
+    if twins.is_empty() {
+        return twins;
+    }
+    let module = format_ident!("{}", crate::syntax::library::MODULE);
+    quote! {
+        /// What shared helpers of the model compute, on one rank's shard of the sequence.
+        #[allow(unused, clippy::all, clippy::pedantic, clippy::restriction, clippy::nursery)]
+        pub(crate) mod #module {
+            use super::autosp_sites;
+            use #facade::rt::candle_core;
+            #twins
+        }
+    }
 }
 
 /// How emitted code names the runtime.
@@ -64,25 +93,28 @@ impl Paths {
 
 /// The item as it was written; functions that a user calls go to their twin inside a sharded scope.
 fn original(item: &syn::Item, index: usize, plan: &Plan, names: &Paths) -> TokenStream {
-    let roots: Vec<(&Root, &Twin)> = plan
+    let calls = plan
         .roots
         .iter()
-        .map(|r| (r, &plan.twins[r.twin]))
-        .filter(|(_, t)| t.place.0 == index)
+        .map(|r| (plan.twins[r.twin].place, Call::Twin(r, &plan.twins[r.twin])));
+    let none = plan.unsharded.iter().map(|u| (u.place, Call::Refused(u)));
+    let here: Vec<_> = calls
+        .chain(none)
+        .filter(|(place, _)| place.0 == index)
         .collect();
-    if roots.is_empty() {
+    if here.is_empty() {
         return item.to_token_stream();
     }
     let mut item = item.clone();
-    for (_, twin) in roots {
-        match (&mut item, twin.place.1) {
+    for (place, call) in here {
+        match (&mut item, place.1) {
             (syn::Item::Fn(f), None) => {
-                let call = dispatch(&f.sig, twin, names);
+                let call = call.statement(&f.sig, plan, names);
                 f.block.stmts.insert(0, call);
             }
             (syn::Item::Impl(imp), Some(k)) => {
                 if let Some(syn::ImplItem::Fn(f)) = imp.items.get_mut(k) {
-                    let call = dispatch(&f.sig, twin, names);
+                    let call = call.statement(&f.sig, plan, names);
                     f.block.stmts.insert(0, call);
                 }
             }
@@ -92,7 +124,32 @@ fn original(item: &syn::Item, index: usize, plan: &Plan, names: &Paths) -> Token
     item.to_token_stream()
 }
 
-fn dispatch(sig: &syn::Signature, twin: &Twin, names: &Paths) -> syn::Stmt {
+/// What a function does inside a sharded scope.
+enum Call<'p> {
+    Twin(&'p Root, &'p Twin),
+    Refused(&'p Unsharded),
+}
+
+impl Call<'_> {
+    fn statement(&self, sig: &syn::Signature, plan: &Plan, names: &Paths) -> syn::Stmt {
+        match self {
+            Self::Twin(root, twin) => dispatch(sig, root, twin, plan, names),
+            Self::Refused(Unsharded { function, why, .. }) => {
+                let rt = &names.full;
+                syn::parse_quote!(if #rt::sharded() { return Err(#rt::unsharded(#function, #why).into()); })
+            }
+        }
+    }
+}
+
+/// Checks what comes in, then the twin.
+fn dispatch(
+    sig: &syn::Signature,
+    root: &Root,
+    twin: &Twin,
+    plan: &Plan,
+    names: &Paths,
+) -> syn::Stmt {
     let rt = &names.full;
     let name = format_ident!("{}", twin.name);
     let args = sig.inputs.iter().filter_map(|input| match input {
@@ -104,7 +161,47 @@ fn dispatch(sig: &syn::Signature, twin: &Twin, names: &Paths) -> syn::Stmt {
         (None, Some(_)) => quote!(Self::#name(#(#args),*)),
         (None, None) => quote!(#name(#(#args),*)),
     };
-    syn::parse_quote!(if #rt::sharded() { return #call; })
+    let function = &root.function;
+    let inputs = root.inputs.iter().map(|(name, dim)| {
+        let ident = format_ident!("{name}");
+        let dim = proc_macro2::Literal::usize_unsuffixed(*dim);
+        let by_ref = sig.inputs.iter().any(|i| matches!(i, syn::FnArg::Typed(t) if matches!(&*t.ty, syn::Type::Reference(_)) && matches!(&*t.pat, syn::Pat::Ident(p) if p.ident == *name)));
+        if by_ref { quote!((#name, #ident, #dim)) } else { quote!((#name, &#ident, #dim)) }
+    });
+    let offsets = root.offsets.iter().map(|name| {
+        let ident = format_ident!("{name}");
+        quote!(#rt::no_offset(#function, #name, #ident)?;)
+    });
+    let helpers = plan.helpers.iter().filter_map(|(path, name)| {
+        let path: syn::Path = syn::parse_str(path).ok()?;
+        let name = format_ident!("{name}");
+        Some(quote!(#rt::library::#name(#path)?;))
+    });
+    let beside = root.beside.iter().map(|b| {
+        let (name, ident) = (&b.name, format_ident!("{}", b.name));
+        let dim = proc_macro2::Literal::usize_unsuffixed(b.dim);
+        let rank = proc_macro2::Literal::usize_unsuffixed(b.rank);
+        if b.optional {
+            quote!(if let Some(#ident) = &#ident {
+                #rt::enter_beside(#function, #name, #ident, #dim, #rank)?;
+            })
+        } else {
+            quote!(#rt::enter_beside(#function, #name, &#ident, #dim, #rank)?;)
+        }
+    });
+    let batch = root.batch.iter().map(|(name, dim)| {
+        let ident = format_ident!("{name}");
+        let dim = proc_macro2::Literal::usize_unsuffixed(*dim);
+        quote!(#rt::batch(&#ident, #dim)?;)
+    });
+    syn::parse_quote!(if #rt::sharded() {
+        #rt::enter(#function, &[#(#inputs),*])?;
+        #(#beside)*
+        #(#batch)*
+        #(#offsets)*
+        #(#helpers)*
+        return #call;
+    })
 }
 
 /// A parameter as an argument; `_` and patterns cannot be passed on by name.
@@ -118,21 +215,15 @@ fn argument(pat: &syn::Pat) -> TokenStream {
     }
 }
 
-fn emit_twins(
-    item: &syn::Item,
-    twins: &[(usize, &Twin)],
-    plan: &Plan,
-    names: &Paths,
-) -> TokenStream {
+fn emit_twins(item: &syn::Item, twins: &[(usize, &Twin)], names: &Paths) -> TokenStream {
     if twins.is_empty() {
         return TokenStream::new();
     }
-    let root = |id: usize| plan.roots.iter().find(|r| r.twin == id);
     match item {
         syn::Item::Fn(f) => twins
             .iter()
-            .map(|(id, twin)| {
-                let function = twin_fn(&f.sig, &f.block, twin, root(*id), names);
+            .map(|(_, twin)| {
+                let function = twin_fn(&f.sig, &f.block, twin, names);
                 quote!(#function)
             })
             .collect(),
@@ -140,10 +231,8 @@ fn emit_twins(
             let functions =
                 twins
                     .iter()
-                    .filter_map(|(id, twin)| match imp.items.get(twin.place.1?) {
-                        Some(syn::ImplItem::Fn(f)) => {
-                            Some(twin_fn(&f.sig, &f.block, twin, root(*id), names))
-                        }
+                    .filter_map(|(_, twin)| match imp.items.get(twin.place.1?) {
+                        Some(syn::ImplItem::Fn(f)) => Some(twin_fn(&f.sig, &f.block, twin, names)),
                         _ => None,
                     });
             let (generics, _, bounds) = imp.generics.split_for_impl();
@@ -154,51 +243,10 @@ fn emit_twins(
     }
 }
 
-fn twin_fn(
-    sig: &syn::Signature,
-    block: &syn::Block,
-    twin: &Twin,
-    root: Option<&Root>,
-    names: &Paths,
-) -> TokenStream {
+fn twin_fn(sig: &syn::Signature, block: &syn::Block, twin: &Twin, names: &Paths) -> TokenStream {
     let rt = &names.short;
     let twin_sig = signature::twin(sig, twin, &names.full);
     let mut block = rewrite::block(block, twin, rt);
-    if let Some(root) = root {
-        let function = &root.function;
-        let inputs = root.inputs.iter().map(|(name, dim)| {
-            let ident = format_ident!("{name}");
-            let dim = proc_macro2::Literal::usize_unsuffixed(*dim);
-            let by_ref = sig.inputs.iter().any(|i| matches!(i, syn::FnArg::Typed(t) if matches!(&*t.ty, syn::Type::Reference(_)) && matches!(&*t.pat, syn::Pat::Ident(p) if p.ident == *name)));
-            if by_ref { quote!((#name, #ident, #dim)) } else { quote!((#name, &#ident, #dim)) }
-        });
-        let checks = std::iter::once(quote!(#rt::enter(#function, &[#(#inputs),*])?;)).chain(
-            root.batch.iter().map(|(name, dim)| {
-                let ident = format_ident!("{name}");
-                let dim = proc_macro2::Literal::usize_unsuffixed(*dim);
-                quote!(#rt::batch(&#ident, #dim)?;)
-            }),
-        );
-        let checks = checks.chain(root.offsets.iter().map(|name| {
-            let ident = format_ident!("{name}");
-            quote!(#rt::no_offset(#function, #name, #ident)?;)
-        }));
-        let beside = root.beside.iter().map(|b| {
-            let (name, ident) = (&b.name, format_ident!("{}", b.name));
-            let dim = proc_macro2::Literal::usize_unsuffixed(b.dim);
-            let rank = proc_macro2::Literal::usize_unsuffixed(b.rank);
-            if b.optional {
-                quote!(if let Some(#ident) = &#ident {
-                    #rt::enter_beside(#function, #name, #ident, #dim, #rank)?;
-                })
-            } else {
-                quote!(#rt::enter_beside(#function, #name, &#ident, #dim, #rank)?;)
-            }
-        });
-        let checks = checks.chain(beside);
-        let checks: Vec<syn::Stmt> = checks.map(|c| syn::parse_quote!(#c)).collect();
-        block.stmts.splice(0..0, checks);
-    }
     block.stmts.insert(0, names.import());
     let doc = format!(
         " [`{}`] on one rank's shard of the sequence.",

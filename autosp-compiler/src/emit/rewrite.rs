@@ -157,7 +157,13 @@ impl Rewriter<'_> {
                 *e = parse_quote!(&#rt::slice(#operand, #dim)?);
             }
             Action::Pick(dim) => {
-                if let Expr::MethodCall(m) = &*e {
+                if let Expr::MethodCall(m) = &*e
+                    && m.method == "narrow"
+                {
+                    let (receiver, index) = (&m.receiver, m.args.iter().nth(1));
+                    let dim = proc_macro2::Literal::usize_unsuffixed(*dim);
+                    *e = parse_quote!(#rt::pick_narrow(&#receiver, #dim, #index));
+                } else if let Expr::MethodCall(m) = &*e {
                     let receiver = &m.receiver;
                     let index = match m.args.first() {
                         Some(Expr::Tuple(t)) => t.elems.get(*dim).cloned(),
@@ -194,6 +200,7 @@ impl Rewriter<'_> {
                 }
             }
             Action::Arm(k) => arm(e, *k),
+            Action::Untaken(k, why) => untaken(e, *k, why, rt),
             Action::Drop => *e = nothing(),
             Action::Rule(rule) => *e = self.rule(rule, rt),
             Action::Mask => {
@@ -230,7 +237,13 @@ impl Rewriter<'_> {
             }
             _ => (**body).clone(),
         };
-        let base: Expr = parse_quote!(#rt::mask_rule(#rows, #keys, move |#i, #j| #body));
+        let mut body = body;
+        let owned = own_fields(&mut body);
+        let base: Expr = if owned.is_empty() {
+            parse_quote!(#rt::mask_rule(#rows, #keys, move |#i, #j| #body))
+        } else {
+            parse_quote!(#rt::mask_rule(#rows, #keys, { #(#owned)* move |#i, #j| #body }))
+        };
         let Some(band) = &rule.band else { return base };
         let bound = |b: &Option<Bound>| -> TokenStream {
             match b {
@@ -267,6 +280,37 @@ impl Rewriter<'_> {
         let (inside, outside) = (value(&band.inside), value(&band.outside));
         parse_quote!(#base.band(#rt::Band { lo: #lo, hi: #hi }, #inside, #outside))
     }
+}
+
+/// A rule outlives the call that made it: fields of the model that it names become variables of its own, which are returned.
+fn own_fields(body: &mut Expr) -> Vec<syn::Stmt> {
+    struct Own(Vec<(String, syn::Stmt)>);
+    impl Own {
+        fn of_self(e: &Expr) -> bool {
+            match e {
+                Expr::Field(f) => Self::of_self(&f.base),
+                Expr::Path(p) => p.path.is_ident("self"),
+                _ => false,
+            }
+        }
+    }
+    impl VisitMut for Own {
+        fn visit_expr_mut(&mut self, e: &mut Expr) {
+            if let (Expr::Field(f), true) = (&*e, Self::of_self(e)) {
+                let text = quote!(#f).to_string().replace([' ', '.'], "_");
+                let name = format_ident!("{text}");
+                if self.0.iter().all(|(known, _)| *known != text) {
+                    self.0.push((text, parse_quote!(let #name = #f.clone();)));
+                }
+                *e = parse_quote!(#name);
+                return;
+            }
+            visit_mut::visit_expr_mut(self, e);
+        }
+    }
+    let mut own = Own(Vec::new());
+    own.visit_expr_mut(body);
+    own.0.into_iter().map(|(_, stmt)| stmt).collect()
 }
 
 /// A branch that became empty, and exclusive borrows of what is not written any more.
@@ -352,14 +396,17 @@ fn call(callee: &TokenStream, e: &Expr) -> Expr {
 
 fn twin_call(e: &mut Expr, name: &str) {
     match e {
-        Expr::MethodCall(m) if m.method == "apply" => {
+        // A method of the model that is called `apply` itself has a twin of that name.
+        Expr::MethodCall(m) if m.method == "apply" && !name.starts_with("apply__sp") => {
             let name = format_ident!("{name}", span = m.method.span());
             let (layer, x) = (m.args.first().map(strip), by_reference(&m.receiver));
             *e = parse_quote!(#layer.#name(#x));
         }
         Expr::MethodCall(m) => m.method = format_ident!("{name}", span = m.method.span()),
         Expr::Call(c) => {
-            if let Expr::Path(p) = &mut *c.func
+            if name.contains("::") {
+                *c.func = syn::parse_str(name).unwrap_or_else(|_| nothing());
+            } else if let Expr::Path(p) = &mut *c.func
                 && let Some(last) = p.path.segments.last_mut()
             {
                 last.ident = format_ident!("{name}", span = last.ident.span());
@@ -393,7 +440,7 @@ fn pick_one(e: &mut Expr, dim: usize, rt: &syn::Ident) {
         _ => return,
     };
     let dim = proc_macro2::Literal::usize_unsuffixed(dim);
-    *e = parse_quote!(#rt::pick_keepdim(#operand, #dim, #start));
+    *e = parse_quote!(#rt::pick_narrow(#operand, #dim, #start));
 }
 
 /// The arm that is always taken; where its pattern binds nothing, its body alone.
@@ -410,6 +457,26 @@ fn arm(e: &mut Expr, k: usize) {
         m.arms = vec![arm, rest];
     } else {
         *e = *arm.body;
+    }
+}
+
+/// What cannot be sharded is an error where the configuration asks for it.
+fn untaken(e: &mut Expr, k: usize, why: &str, rt: &syn::Ident) {
+    let refused: syn::Block = parse_quote!({ return Err(#rt::untaken(#why).into()); });
+    match e {
+        Expr::If(i) if k == 0 => i.then_branch = refused,
+        Expr::If(i) => {
+            if let Some((_, other)) = &mut i.else_branch {
+                **other = parse_quote!(#refused);
+            }
+        }
+        Expr::Match(m) => {
+            if let Some(arm) = m.arms.get_mut(k) {
+                *arm.body = parse_quote!(#refused);
+                arm.comma = Some(syn::Token![,](proc_macro2::Span::call_site()));
+            }
+        }
+        _ => {}
     }
 }
 

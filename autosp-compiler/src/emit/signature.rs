@@ -7,7 +7,8 @@ use syn::visit_mut::{self, VisitMut};
 
 pub(super) fn twin(sig: &syn::Signature, twin: &Twin, rt: &TokenStream) -> syn::Signature {
     let mut sig = sig.clone();
-    sig.ident = format_ident!("{}", twin.name, span = sig.ident.span());
+    let name = twin.name.rsplit("::").next().unwrap_or(&twin.name);
+    sig.ident = format_ident!("{name}", span = sig.ident.span());
     let mut kinds = twin.params.iter();
     for input in &mut sig.inputs {
         match input {

@@ -83,6 +83,8 @@ rules! {
         FromHost = "from_host",
         /// `[end - start]` consecutive numbers.
         Arange = "arange",
+        /// A tuple of the operands as they are.
+        Each = "each",
         /// Where the first tensor is set the second, else the third.
         Select = "select",
         /// Anything else: the shape is not followed.

@@ -151,7 +151,7 @@ pub(crate) fn place(trace: &mut Trace<'_, '_>) -> Result<Placed, Vec<Refusal>> {
         let behind = trace.nodes[*node]
             .inputs
             .iter()
-            .any(|i| placer.problems.contains_key(&i.node));
+            .any(|i| placer.follows_problem(i.node, &mut HashSet::new()));
         if !behind {
             refusals.push(placer.problems[node].clone());
         }
@@ -286,6 +286,7 @@ impl Placer<'_, '_, '_> {
     ) -> Place {
         let mut refusal = Refusal::new(code, self.trace.nodes[node].at.span, message);
         refusal.notes.extend(note);
+        refusal.branch = self.trace.nodes[node].branch;
         self.problems.insert(node, refusal.help(help));
         Place::Sharded
     }
@@ -335,6 +336,15 @@ impl Placer<'_, '_, '_> {
             }
             Op::Row(row) => self.row(node, row, &inputs, sharded),
         }
+    }
+
+    /// Whether a problem stands at a tensor, or at one that meets others in it.
+    fn follows_problem(&self, node: NodeId, seen: &mut HashSet<NodeId>) -> bool {
+        let n = &self.trace.nodes[node];
+        self.problems.contains_key(&node)
+            || (matches!(n.op, Op::Phi { .. })
+                && seen.insert(node)
+                && n.inputs.iter().any(|i| self.follows_problem(i.node, seen)))
     }
 
     /// Whether a value that could not be followed comes from the tokens at all.
@@ -398,11 +408,11 @@ impl Placer<'_, '_, '_> {
                 Role::Unclassified(what) => {
                     if local {
                         let size = self.trace.atoms.show(&u.size.poly);
-                        refusals.push(
-                            Refusal::new(codes::SIZE_USE, u.span, format!("cannot tell whether `{what}` wants the length of the shard or of the sequence"))
-                                .note(format!("the size is `{size}`, of which each rank sees its own part"))
-                                .help("compare it, reshape with it, or move the function that takes it into the annotated module"),
-                        );
+                        let mut refusal = Refusal::new(codes::SIZE_USE, u.span, format!("cannot tell whether `{what}` wants the length of the shard or of the sequence"))
+                            .note(format!("the size is `{size}`, of which each rank sees its own part"))
+                            .help("compare it, reshape with it, or move the function that takes it into the annotated module");
+                        refusal.branch = u.branch;
+                        refusals.push(refusal);
                     }
                     continue;
                 }

@@ -57,7 +57,11 @@ pub(crate) fn find(trace: &Trace<'_, '_>) -> Found {
     let mut sites: Vec<(Site, AtomId)> = Vec::new();
     for softmax in 0..trace.nodes.len() {
         if is_softmax(trace, softmax) {
+            let known = finder.refusals.len();
             sites.extend(finder.site(softmax));
+            for refusal in &mut finder.refusals[known..] {
+                refusal.branch = trace.nodes[softmax].branch;
+            }
         }
     }
     if let Some((first, sequence)) = sites.first().cloned()

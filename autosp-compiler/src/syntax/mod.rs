@@ -3,6 +3,7 @@
 pub(crate) mod args;
 pub(crate) mod depth;
 pub(crate) mod include;
+pub(crate) mod library;
 pub(crate) mod number;
 mod text;
 pub(crate) mod types;
@@ -81,6 +82,8 @@ pub(crate) struct Scope<'a> {
     pub(crate) functions: Vec<Function<'a>>,
     methods: HashMap<(String, String), usize>,
     free: HashMap<String, usize>,
+    /// Functions of libraries with a definition of our own, by absolute path.
+    library: HashMap<String, usize>,
     pub(crate) names: Names,
     pub(crate) consts: HashMap<String, &'a syn::Expr>,
     /// Types that are `Clone`.
@@ -96,6 +99,7 @@ impl<'a> Scope<'a> {
             functions: Vec::new(),
             methods: HashMap::new(),
             free: HashMap::new(),
+            library: HashMap::new(),
             names: Names::default(),
             consts: HashMap::new(),
             cloneable: HashSet::new(),
@@ -115,6 +119,17 @@ impl<'a> Scope<'a> {
             .collect();
         for (i, item) in items.iter().enumerate() {
             scope.item(i, item, &own);
+        }
+        // A handful of short functions; the process ends with the expansion.
+        let definitions: &'static [syn::Item] = Box::leak(library::items().into_boxed_slice());
+        for (i, item) in definitions.iter().enumerate() {
+            if let syn::Item::Fn(f) = item {
+                let name = f.sig.ident.to_string();
+                scope
+                    .library
+                    .insert(format!("{}::{name}", library::HOME), scope.functions.len());
+                scope.function(None, &f.sig, &f.block, false, (items.len() + i, None));
+            }
         }
         scope
     }
@@ -203,9 +218,10 @@ impl<'a> Scope<'a> {
             Some(o) => {
                 self.methods.entry((o.clone(), name.clone())).or_insert(id);
             }
-            None => {
+            None if !self.library.values().any(|known| *known == id) => {
                 self.free.entry(name.clone()).or_insert(id);
             }
+            None => {}
         }
         let numbers = number::Numbers::new(block);
         self.functions.push(Function {
@@ -229,6 +245,25 @@ impl<'a> Scope<'a> {
 
     pub(crate) fn free(&self, name: &str) -> Option<usize> {
         self.free.get(name).copied()
+    }
+
+    /// Whether a free function stands in the source more than once, under different `cfg`s.
+    pub(crate) fn has_alternatives(&self, name: &str) -> bool {
+        let same = |f: &&Function<'_>| f.owner.is_none() && f.name == name;
+        let ids = self.functions.iter().enumerate();
+        ids.filter(|(id, f)| same(f) && !self.is_library(*id))
+            .count()
+            > 1
+    }
+
+    /// A library's function that has a definition of our own.
+    pub(crate) fn library(&self, path: &str) -> Option<usize> {
+        self.library.get(path).copied()
+    }
+
+    /// Whether a function is one of those.
+    pub(crate) fn is_library(&self, function: usize) -> bool {
+        self.library.values().any(|known| *known == function)
     }
 
     /// The fields that are written when a function runs, by it or by what it may call: what the model keeps between calls.

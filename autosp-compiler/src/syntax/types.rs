@@ -56,6 +56,35 @@ const SAME: &[(&str, &str)] = &[
     ("candle_core::tensor::Tensor", "candle_core::Tensor"),
 ];
 
+/// Where candle-transformers keeps what its models share, seen from a crate that holds a copy or a re-export of it.
+const SHARED: &[&str] = &["with_tracing", "utils"];
+
+/// A path into candle-transformers' own helpers, wherever a crate keeps them: `crate::models::with_tracing::Linear`,
+/// `super::with_tracing::Linear` and `candle_transformers::models::with_tracing::Linear` are one. What such a name stands
+/// for is checked when the program runs.
+fn shared(full: &str) -> Option<String> {
+    let mut rest: Vec<&str> = full.split("::").collect();
+    let outside = ["crate", "super", "candle_transformers"].contains(rest.first()?);
+    while rest
+        .first()
+        .is_some_and(|s| ["crate", "super", "candle_transformers"].contains(s))
+    {
+        rest.remove(0);
+    }
+    if rest.first() == Some(&"models") {
+        rest.remove(0);
+    }
+    let [module, _, ..] = rest.as_slice() else {
+        return None;
+    };
+    let home = if *module == "utils" {
+        "candle_transformers"
+    } else {
+        "candle_transformers::models"
+    };
+    (outside && SHARED.contains(module)).then(|| format!("{home}::{}", rest.join("::")))
+}
+
 impl Names {
     pub(crate) fn add(&mut self, tree: &syn::UseTree, prefix: &str) {
         let join = |name: &str| {
@@ -95,6 +124,12 @@ impl Names {
     }
 
     pub(crate) fn resolve_segments(&self, segments: &[String]) -> String {
+        let full = self.written(segments);
+        shared(&full).unwrap_or(full)
+    }
+
+    /// The absolute path as the source has it, through its `use`s.
+    pub(crate) fn written(&self, segments: &[String]) -> String {
         let Some(first) = segments.first() else {
             return String::new();
         };

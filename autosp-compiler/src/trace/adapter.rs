@@ -58,6 +58,7 @@ impl<'a> Trace<'_, 'a> {
                             axes,
                             elem: inner.elem.clone(),
                             expr: Some(at.expr),
+                            among: Vec::new(),
                         }))
                     }
                     Value::Num(_)
@@ -68,6 +69,7 @@ impl<'a> Trace<'_, 'a> {
                         axes: vec![axis],
                         elem,
                         expr: Some(at.expr),
+                        among: Vec::new(),
                     })),
                     other => Value::List {
                         elems: None,
@@ -148,6 +150,16 @@ impl<'a> Trace<'_, 'a> {
                         .unwrap_or(Value::Opaque),
                     None => m.args.first().map_or(Value::Opaque, |e| self.eval(act, e)),
                 };
+                // One of two numbers, of which the second is a length: a number of the whole sequence.
+                if let (Presence::Maybe, Value::Size(s), Value::Size(_), Some(e)) =
+                    (presence, &other, &**inner, m.args.first())
+                    && self.atoms.anchored(&s.poly)
+                    && !matches!(e, syn::Expr::Closure(_))
+                {
+                    let at = self.at(act, e);
+                    self.use_size(at, &s.clone(), Role::Valid);
+                    return Some(Value::Size(Size::of(self.fresh_feature(name))));
+                }
                 Some(match presence {
                     Presence::None => other,
                     Presence::Some => (**inner).clone(),

@@ -72,6 +72,13 @@ impl<'a> Trace<'_, 'a> {
         if row.shape == ShapeRule::Index {
             return self.index_op(row, &inputs, args, at, what);
         }
+        if row.shape == ShapeRule::Each {
+            let each = inputs.into_iter().map(|input| {
+                let shape = self.nodes[input.node].shape.clone();
+                Value::Tensor(self.node(Op::Row(row), vec![input], shape, at, what))
+            });
+            return Value::Tuple(each.collect());
+        }
         let name = object.map_or(what, |o| o).to_string();
         let node = self.node(Op::Row(row), inputs, Shape::Partial(Vec::new()), at, what);
         if object.is_some() {

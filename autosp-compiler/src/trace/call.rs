@@ -82,8 +82,13 @@ impl<'a> Trace<'_, 'a> {
                     let object = object.clone();
                     return self.apply(row, &args, at, &text(m), Some(&object));
                 }
+                // A cache that a sharded scope does not use is not emptied by it.
+                if path.starts_with("candle_nn::kv_cache::") && name == "reset" {
+                    self.acts[act].facts.push((at.expr, super::Fact::Write));
+                    return Value::Unit;
+                }
                 // What a layer shows of its weights
-                if path.starts_with("candle_nn::") {
+                if path.starts_with("candle_nn::") || path.starts_with("candle_transformers::") {
                     let tensor = |this: &mut Self| {
                         this.of_type(&Ty::Tensor, &format!("{object}.{name}()"), at)
                     };
@@ -209,6 +214,9 @@ impl<'a> Trace<'_, 'a> {
                 _ => {}
             }
             if let Some(function) = self.scope.free(name) {
+                if self.scope.has_alternatives(name) {
+                    return self.unknown_call(&text(c), &args, at);
+                }
                 return self.enter(function, at, None, args);
             }
         }
@@ -250,6 +258,10 @@ impl<'a> Trace<'_, 'a> {
         if let Some(row) = self.table.get(&full) {
             return self.apply(row, &args, at, &text(c), None);
         }
+        if let Some(function) = self.scope.library(&full) {
+            self.note_helper(function, &segments);
+            return self.enter(function, at, None, args);
+        }
         // `Module::forward(&layer, x)`
         if segments.last().is_some_and(|s| s == "forward")
             && let Some((
@@ -264,6 +276,15 @@ impl<'a> Trace<'_, 'a> {
             return self.apply(row, &args[1..], at, &text(c), Some(&object));
         }
         self.unknown_call(&text(c), &args, at)
+    }
+
+    /// A helper of a library that is followed through its definition, which is checked when the program runs.
+    fn note_helper(&mut self, function: usize, segments: &[String]) {
+        let written = self.scope.names.written(segments);
+        let helper = (written, self.scope.functions[function].name.clone());
+        if !self.helpers.contains(&helper) {
+            self.helpers.push(helper);
+        }
     }
 
     /// A call through a path, `Attention::forward(&self.attn, x)` or `Self::helper(x)`.
@@ -358,7 +379,9 @@ impl<'a> Trace<'_, 'a> {
         for (pat, value) in c.inputs.iter().zip(args) {
             self.bind(act, pat, value, false);
         }
+        self.closures += 1;
         let value = self.eval(act, &c.body);
+        self.closures -= 1;
         self.acts[act].scopes = outer;
         self.depth -= 1;
         Some(value)

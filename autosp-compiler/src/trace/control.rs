@@ -116,9 +116,25 @@ impl<'a> Trace<'_, 'a> {
             syn::Expr::Paren(p) => self.condition(act, &p.expr),
             other => match self.eval(act, other) {
                 Value::Bool(c) => c,
+                Value::Unknown(reason) => {
+                    self.lost_condition(act, other, &reason);
+                    Cond::Unknown
+                }
                 _ => Cond::Unknown,
             },
         }
+    }
+
+    /// A condition that comes from something lost could fall out differently on a shard: refused, whatever depends on it.
+    fn lost_condition(&mut self, act: ActId, e: &syn::Expr, reason: &super::graph::Reason) {
+        let at = self.at(act, e);
+        let given = |n: &super::graph::Node| matches!(n.op, Op::Param(_));
+        let inputs = (0..self.nodes.len())
+            .filter(|n| given(&self.nodes[*n]))
+            .map(|node| Input { node, expr: None })
+            .collect();
+        let node = self.unknown(reason.clone(), inputs, at, &crate::syntax::text(e));
+        self.reads.push(node);
     }
 
     pub(super) fn if_else(&mut self, act: ActId, i: &'a syn::ExprIf, at: At) -> Value {
@@ -142,15 +158,17 @@ impl<'a> Trace<'_, 'a> {
             }
             _ => {}
         }
-        self.assumed.push(cond.clone());
-        let then = self.block(act, &i.then_branch);
-        self.assumed.pop();
+        let open = self.may_leave(act) && self.settled(act, &i.cond, &cond);
+        let mut then = self.alternative(act, at, 0, open, |t| t.block(act, &i.then_branch));
         self.acts[act].scopes.pop();
         let after_then = std::mem::replace(&mut self.acts[act].scopes, before);
-        let other = i
-            .else_branch
-            .as_ref()
-            .map_or(Value::Unit, |(_, e)| self.eval(act, e));
+        let mut other = match &i.else_branch {
+            Some((_, e)) => self.alternative(act, at, 1, open, |t| t.eval(act, e)),
+            None => Value::Unit,
+        };
+        if open && i.else_branch.is_some() {
+            self.leave_lost(act, at, [(0, &mut then), (1, &mut other)]);
+        }
         self.meet(
             act,
             then == Value::Never,
@@ -200,6 +218,8 @@ impl<'a> Trace<'_, 'a> {
         let mut result: Option<Value> = None;
         let before = self.acts[act].scopes.clone();
         let mut merged: Option<Vars> = None;
+        let open = self.may_leave(act) && self.settled_value(&value);
+        let mut last = 0;
         for (k, arm) in m.arms.iter().enumerate() {
             let matches = Self::matches(&arm.pat, &value);
             if matches == Cond::Known(false) {
@@ -212,8 +232,12 @@ impl<'a> Trace<'_, 'a> {
             self.acts[act].scopes.clone_from(&before);
             self.acts[act].scopes.push(HashMap::new());
             self.bind(act, &arm.pat, value.clone(), true);
-            let v = self.eval(act, &arm.body);
+            let mut v = self.alternative(act, at, k, open && !decided, |t| t.eval(act, &arm.body));
             self.acts[act].scopes.pop();
+            if let (true, Some(other)) = (open, &mut result) {
+                self.leave_lost(act, at, [(last, other), (k, &mut v)]);
+            }
+            last = k;
             let left = v == Value::Never;
             if let Some(first) = merged.take() {
                 let all_left = result == Some(Value::Never);
@@ -290,6 +314,13 @@ impl<'a> Trace<'_, 'a> {
                     Value::Option(presence, Box::new(self.join(*a, *b, cond, at)))
                 }
             },
+            (Value::Host(a), Value::Host(b)) if a.axes.len() == b.axes.len() => {
+                let among = [a.all(), b.all()].concat();
+                Value::Host(std::rc::Rc::new(super::value::Host {
+                    among,
+                    ..(*a).clone()
+                }))
+            }
             (Value::Unknown(r), _) | (_, Value::Unknown(r)) => Value::Unknown(r),
             (
                 Value::List {

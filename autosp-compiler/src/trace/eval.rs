@@ -221,6 +221,9 @@ impl<'a> Trace<'_, 'a> {
         let left = self.eval(act, &b.left);
         if matches!(b.op, syn::BinOp::And(_) | syn::BinOp::Or(_)) {
             let right = self.eval(act, &b.right);
+            if let Some(r) = left.lost().or(right.lost()) {
+                return Value::Unknown(r.clone());
+            }
             let (Value::Bool(l), Value::Bool(r)) = (left, right) else {
                 return Value::Bool(Cond::Unknown);
             };
@@ -340,8 +343,15 @@ impl<'a> Trace<'_, 'a> {
         }
     }
 
-    fn compare(&self, l: &Poly, cmp: Cmp, r: &Poly) -> Cond {
-        let (l, r) = (self.atoms.normal(l), self.atoms.normal(r));
+    fn compare(&mut self, l: &Poly, cmp: Cmp, r: &Poly) -> Cond {
+        let (mut l, mut r) = (self.atoms.normal(l), self.atoms.normal(r));
+        // An offset into a cache that is held against nothing: zero while training, which the twin checks.
+        let zero = Poly::default();
+        if r == zero && self.atoms.without_offsets(&l, &mut Vec::new()) == zero {
+            l = self.atoms.without_offsets(&l, &mut self.offsets);
+        } else if l == zero && self.atoms.without_offsets(&r, &mut Vec::new()) == zero {
+            r = self.atoms.without_offsets(&r, &mut self.offsets);
+        }
         if let Some(d) = l.sub(&r).as_constant() {
             return Cond::Known(match cmp {
                 Cmp::Lt => d < 0,

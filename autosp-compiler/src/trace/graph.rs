@@ -76,6 +76,8 @@ pub(crate) struct Node {
     pub(crate) text: String,
     /// The program reads this tensor's sizes.
     pub(crate) sizes_read: bool,
+    /// The innermost branch that it is made in and that may be left untaken.
+    pub(crate) branch: Option<super::branch::Branch>,
 }
 
 impl Node {

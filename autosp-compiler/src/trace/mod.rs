@@ -5,6 +5,7 @@
 
 mod adapter;
 mod apply;
+pub(crate) mod branch;
 mod builtin;
 mod call;
 mod control;
@@ -66,6 +67,8 @@ pub(crate) enum Fact {
     Arm(usize),
     /// The statement writes to a cache or memo, which a sharded scope does not keep.
     Write,
+    /// This alternative cannot be sharded: an error if it is taken.
+    Untaken(usize, String),
 }
 
 /// A `for` over a list of the model's parts.
@@ -87,6 +90,7 @@ pub(crate) struct SizeUse {
     pub(crate) span: Span,
     /// Which of how many sizes, where the expression is a tuple of them.
     pub(crate) part: Option<(usize, usize)>,
+    pub(crate) branch: Option<branch::Branch>,
 }
 
 /// What a size is used for.
@@ -115,6 +119,8 @@ pub(crate) struct Trace<'s, 'a> {
     pub(crate) lost_softmax: bool,
     /// Inputs whose rank was taken from their uses.
     pub(crate) assumed_ranks: Vec<String>,
+    /// Helpers of libraries that were followed through a definition of our own: the path as written, and the definition.
+    pub(crate) helpers: Vec<(String, String)>,
     table: &'static Table,
     /// Fields that are written while the root runs.
     written: HashSet<String>,
@@ -124,13 +130,22 @@ pub(crate) struct Trace<'s, 'a> {
     depth: usize,
     steps: usize,
     fresh: u32,
-    /// Conditions that hold where evaluation is.
-    assumed: Vec<value::Cond>,
+    /// The branches that evaluation is in and that may be left untaken.
+    branches: Vec<branch::Branch>,
+    /// Branches that are known to be untaken, and why.
+    pub(crate) untaken: Vec<(branch::Branch, String)>,
+    /// Closures that evaluation is in: a branch there cannot leave its function.
+    closures: usize,
 }
 
 impl<'s, 'a> Trace<'s, 'a> {
     /// Evaluates a root function on its own parameters.
-    pub(crate) fn run(scope: &'s Scope<'a>, table: &'static Table, root: usize) -> Self {
+    pub(crate) fn run(
+        scope: &'s Scope<'a>,
+        table: &'static Table,
+        root: usize,
+        untaken: Vec<(branch::Branch, String)>,
+    ) -> Self {
         let mut trace = Self {
             scope,
             atoms: Atoms::default(),
@@ -141,6 +156,7 @@ impl<'s, 'a> Trace<'s, 'a> {
             reads: Vec::new(),
             lost_softmax: false,
             assumed_ranks: Vec::new(),
+            helpers: Vec::new(),
             table,
             written: scope.written_by(root),
             fields: HashMap::new(),
@@ -148,7 +164,9 @@ impl<'s, 'a> Trace<'s, 'a> {
             depth: 0,
             steps: 0,
             fresh: 0,
-            assumed: Vec::new(),
+            branches: Vec::new(),
+            untaken,
+            closures: 0,
         };
         let function = &scope.functions[root];
         let at = At {
@@ -258,6 +276,7 @@ impl<'s, 'a> Trace<'s, 'a> {
             touches: Vec::new(),
             text: text.to_string(),
             sizes_read: false,
+            branch: self.branches.last().copied(),
         });
         self.nodes.len() - 1
     }
@@ -395,6 +414,7 @@ impl<'s, 'a> Trace<'s, 'a> {
                 role,
                 span: at.span,
                 part: None,
+                branch: self.branches.last().copied(),
             });
         }
     }

@@ -127,10 +127,47 @@ impl<'a> Trace<'_, 'a> {
                     _ => plain(Shape::Partial(Vec::new())),
                 }
             }
+            (
+                rule @ (ShapeRule::Unsqueeze | ShapeRule::Squeeze | ShapeRule::Transpose),
+                Some(Shape::Partial(known)),
+            ) => plain(Shape::Partial(Self::partial(rule, known, args))),
             (_, Some(Shape::Partial(_))) => plain(Shape::Partial(Vec::new())),
             (rule, Some(Shape::Known(dims))) => {
                 self.known(rule, node, &inputs, dims, args, at, &what)
             }
+        }
+    }
+
+    /// Where the known dimensions of a tensor of unknown rank go, counted from the left.
+    fn partial(rule: ShapeRule, known: Vec<(usize, Dim)>, args: &[Arg<'a>]) -> Vec<(usize, Dim)> {
+        let place = |i: usize| {
+            let d = args.get(i).and_then(|a| dim_argument(&a.0))?;
+            usize::try_from(d).ok()
+        };
+        match (rule, place(1), place(2)) {
+            (ShapeRule::Unsqueeze, Some(at), _) => {
+                let moved = known
+                    .into_iter()
+                    .map(|(d, dim)| (d + usize::from(d >= at), dim));
+                moved.chain([(at, Dim::default())]).collect()
+            }
+            (ShapeRule::Squeeze, Some(at), _) => {
+                let rest = known.into_iter().filter(|(d, _)| *d != at);
+                rest.map(|(d, dim)| (d - usize::from(d > at), dim))
+                    .collect()
+            }
+            (ShapeRule::Transpose, Some(i), Some(j)) => {
+                let swapped = |d: usize| match d {
+                    d if d == i => j,
+                    d if d == j => i,
+                    d => d,
+                };
+                known
+                    .into_iter()
+                    .map(|(d, dim)| (swapped(d), dim))
+                    .collect()
+            }
+            _ => Vec::new(),
         }
     }
 
@@ -532,6 +569,10 @@ impl<'a> Trace<'_, 'a> {
         let whole = self.atoms.equal(&len, &dims[d].size(&self.atoms));
         let touches = if whole { Vec::new() } else { vec![(0, d)] };
         if !whole {
+            // One token out of many: a rule of its own.
+            if len.is_one() && dims[d].anchored(&self.atoms) && args[2].1.is_some() {
+                self.nodes[node].op = super::graph::Op::Pick { dim: d };
+            }
             dims[d] = Dim::of(len);
         }
         Ok((Shape::Known(dims), touches))

@@ -75,6 +75,19 @@ pub(crate) struct Host {
     pub(crate) elem: Value,
     /// The expression of the whole array in its function, if it is one expression.
     pub(crate) expr: Option<u32>,
+    /// Where a condition decides between arrays: all of them, and nothing above is of use.
+    pub(crate) among: Vec<Rc<Host>>,
+}
+
+impl Host {
+    /// The arrays that this may be.
+    pub(crate) fn all(self: &Rc<Self>) -> Vec<Rc<Self>> {
+        if self.among.is_empty() {
+            vec![self.clone()]
+        } else {
+            self.among.clone()
+        }
+    }
 }
 
 /// One index of a [`Host`] array.

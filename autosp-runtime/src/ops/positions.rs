@@ -51,14 +51,14 @@ pub fn slice(table: &Tensor, dim: usize) -> Result<Tensor> {
 /// AS0515 if the sequence has no such token; AS0303 if `x` has another length than this rank's shard; as
 /// [`wait`](crate::comm::Engine::wait).
 pub fn pick(x: &Tensor, dim: usize, global_index: usize) -> Result<Tensor> {
-    pick_keepdim(x, dim, global_index)?.squeeze(dim)
+    pick_narrow(x, dim, global_index)?.squeeze(dim)
 }
 
-/// As [`pick`], with `dim` of length 1, as in `x.narrow(dim, global_index, 1)`.
+/// As [`pick`], with `dim` of length 1: `x.narrow(dim, global_index, 1)`.
 ///
 /// # Errors
 /// As [`pick`].
-pub fn pick_keepdim(x: &Tensor, dim: usize, global_index: usize) -> Result<Tensor> {
+pub fn pick_narrow(x: &Tensor, dim: usize, global_index: usize) -> Result<Tensor> {
     let Some(scope) = scope::current() else {
         return x.narrow(dim, global_index, 1);
     };

@@ -160,7 +160,7 @@ impl Over {
 /// computed on the host in `f64`, so that whole numbers are exact.
 ///
 /// # Errors
-/// AS0331 for a tensor that carries a gradient; AS0303 as [`sum`].
+/// AS0333 for a tensor that carries a gradient; AS0303 as [`sum`].
 pub fn cumsum<D: Dim>(x: &Tensor, dim: D) -> Result<Tensor> {
     let dim = dim.to_index(x.shape(), "cumsum")?;
     let Some((scope, shard)) = sharded("cumsum", x, dim)? else {

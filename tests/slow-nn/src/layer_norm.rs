@@ -94,6 +94,16 @@ impl RmsNorm {
     }
 }
 
+impl RmsNorm {
+    /// candle's own differentiable forward.
+    ///
+    /// # Errors
+    /// When a candle operation fails.
+    pub fn forward_diff(&self, x: &Tensor) -> Result<Tensor> {
+        self.0.forward_diff(x)
+    }
+}
+
 impl Module for RmsNorm {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         candle_nn::ops::rms_norm_slow(x, self.0.weight(), self.0.eps() as f32)

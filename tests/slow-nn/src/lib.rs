@@ -7,6 +7,7 @@
 
 pub use candle_nn::*;
 
+pub mod kv_cache;
 pub mod layer_norm;
 pub mod ops;
 pub mod rotary_emb;

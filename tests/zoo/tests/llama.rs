@@ -1,0 +1,64 @@
+//! The Llama family: rotary positions, grouped queries, gated feed-forward layers.
+
+use autosp_zoo::{config, decoder, with, zoo, Kind, Zoo};
+use candle::DType;
+use serde_json::json;
+
+autosp_zoo::models!["llama", "mistral", "granite", "yi", "helium", "olmo", "olmo2"];
+
+fn last(config: serde_json::Value, off: Vec<serde_json::Value>) -> Zoo {
+    Zoo {
+        config,
+        off,
+        kind: Kind::Last,
+        ..Zoo::default()
+    }
+}
+
+zoo!(llama: llama, last(decoder(), vec![json!({"rope_theta": 100.0}), json!({"num_key_value_heads": 4})]), |m, json, vb, tokens| {
+    let config = config::<m::LlamaConfig>(json)?.into_config(false);
+    let mut cache = m::Cache::new(false, DType::F32, &config, vb.device())?;
+    m::Llama::load(vb, &config)?.forward(tokens, 0, &mut cache)
+});
+
+zoo!(mistral: mistral, last(with(decoder(), json!({"sliding_window": 5})), vec![json!({"sliding_window": null}), json!({"rope_theta": 100.0})]), |m, json, vb, tokens| {
+    let config: m::Config = config(json)?;
+    m::Model::new(&config, vb)?.forward(tokens, 0)
+});
+
+zoo!(granite: granite, last(decoder(), vec![json!({"rope_theta": 100.0})]), |m, json, vb, tokens| {
+    let config = config::<m::GraniteConfig>(json)?.into_config(false);
+    let mut cache = m::Cache::new(false, DType::F32, &config, vb.device())?;
+    m::Granite::load(vb, &config)?.forward(tokens, 0, &mut cache)
+});
+
+zoo!(yi: yi, last(decoder(), vec![json!({"num_key_value_heads": 4})]), |m, json, vb, tokens| {
+    let config = m::Config {
+        vocab_size: 24,
+        hidden_size: 32,
+        intermediate_size: 40,
+        num_hidden_layers: 2,
+        num_attention_heads: 8,
+        num_key_value_heads: json["num_key_value_heads"].as_u64().unwrap_or(2) as usize,
+        hidden_act: candle_nn::Activation::Silu,
+        max_position_embeddings: 64,
+        rms_norm_eps: 1e-6,
+        rope_theta: 1e4,
+    };
+    m::Model::new(&config, vb)?.forward(tokens, 0)
+});
+
+zoo!(helium: helium, last(with(decoder(), json!({"bos_token_id": 0, "eos_token_id": 1})), vec![json!({"rope_theta": 100.0})]), |m, json, vb, tokens| {
+    let config: m::Config = config(json)?;
+    m::Model::new(&config, vb)?.forward(tokens, 0)
+});
+
+zoo!(olmo: olmo, last(with(decoder(), json!({"clip_qkv": 0.5})), vec![json!({"clip_qkv": null}), json!({"attention_bias": false})]), |m, json, vb, tokens| {
+    let config: m::Config = config(json)?;
+    m::Model::new(&config, vb)?.forward(tokens, 0)
+});
+
+zoo!(olmo2: olmo2, last(decoder(), vec![json!({"rope_theta": 100.0}), json!({"attention_bias": false})]), |m, json, vb, tokens| {
+    let config: m::Config = config(json)?;
+    m::Model::new(&config, vb)?.forward(tokens, 0)
+});
