@@ -247,11 +247,13 @@ fn a_mask_that_is_not_a_rule() {
         "scores.zeros_like()?.gt(1.0)?",
     );
     assert!(["AS0209", "AS0208"].contains(&refuse(&source)[0].code.id));
-    let r = refused(
+    let source = edit(
+        &llama(),
         "let mask = cache.mask(seq_len)?.broadcast_as(scores.shape())?;",
         "let mask = x.narrow(2, 0, 1)?.transpose(1, 2)?.unsqueeze(1)?.gt(0.0)?;",
-        "AS0216",
     );
+    let r = &refuse(&source)[0];
+    assert_eq!(r.code.id, "AS0216");
     assert!(r.notes[0].contains("it comes out of"));
 }
 

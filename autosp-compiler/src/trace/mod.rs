@@ -11,7 +11,11 @@ mod call;
 mod control;
 mod eval;
 pub(crate) mod graph;
+mod join;
+mod macros;
+mod origin;
 mod pattern;
+mod ranges;
 pub(crate) mod shape;
 mod shapes;
 pub(crate) mod size;
@@ -498,39 +502,6 @@ impl<'s, 'a> Trace<'s, 'a> {
         Some(dims)
     }
 
-    /// Whether a tensor comes from what the model holds alone.
-    pub(crate) fn is_table(&self, node: NodeId) -> bool {
-        let mut stack = vec![node];
-        let mut seen = HashSet::new();
-        while let Some(n) = stack.pop() {
-            let node = &self.nodes[n];
-            match node.op {
-                Op::Field => {}
-                Op::Row(_) if !node.inputs.is_empty() => {}
-                _ => return false,
-            }
-            if seen.insert(n) {
-                stack.extend(node.inputs.iter().map(|i| i.node));
-            }
-        }
-        true
-    }
-
-    /// The input that a tensor is, or is element by element, as long as nobody has said how many dimensions it has.
-    pub(crate) fn unread_input(&self, mut node: NodeId) -> Option<(NodeId, &str)> {
-        loop {
-            let n = &self.nodes[node];
-            match (&n.op, &n.shape) {
-                (_, Shape::Known(_) | Shape::Either(_) | Shape::Unknown(_)) => return None,
-                (Op::Param(name), _) => return Some((node, name)),
-                (Op::Row(row), _) if row.shape == crate::ops::ShapeRule::Same => {
-                    node = n.inputs.first()?.node;
-                }
-                _ => return None,
-            }
-        }
-    }
-
     /// Takes an input to have `rank` dimensions, which is compared when the model is entered.
     fn assume_rank(&mut self, node: NodeId, rank: usize) {
         let Some((_, name)) = self.unread_input(node) else {
@@ -558,51 +529,6 @@ impl<'s, 'a> Trace<'s, 'a> {
         if let Some(rank) = read.max(named) {
             self.assume_rank(node, rank);
         }
-    }
-
-    /// The layer that a tensor comes out of, if it does and nothing detaches it.
-    pub(crate) fn learned(&self, node: NodeId) -> Option<NodeId> {
-        let mut stack = vec![node];
-        let mut seen = HashSet::new();
-        while let Some(n) = stack.pop() {
-            let row = self.nodes[n].row();
-            if !seen.insert(n) || row.is_some_and(|r| r.name() == "detach") {
-                continue;
-            }
-            let layer = |r: &crate::ops::Row| {
-                r.path.starts_with("candle_nn::") && !r.path.starts_with("candle_nn::ops::")
-            };
-            if row.is_some_and(layer) {
-                return Some(n);
-            }
-            stack.extend(self.nodes[n].inputs.iter().map(|i| i.node));
-        }
-        None
-    }
-
-    /// Whether a tensor is made of what callers give and of constants alone, through no weight: it needs no gradient.
-    pub(crate) fn data_only(&self, node: NodeId) -> bool {
-        let mut stack = vec![node];
-        let mut seen = HashSet::new();
-        while let Some(n) = stack.pop() {
-            if !seen.insert(n) {
-                continue;
-            }
-            let node = &self.nodes[n];
-            let fine = match &node.op {
-                Op::Param(_) | Op::Mask(_) | Op::Phi { .. } | Op::Pick { .. } => true,
-                Op::Row(row) => {
-                    row.path.starts_with("candle_core::Tensor::")
-                        || row.path.starts_with("candle_nn::ops::")
-                }
-                Op::Field | Op::Unknown(_) => false,
-            };
-            if !fine {
-                return false;
-            }
-            stack.extend(node.inputs.iter().map(|i| i.node));
-        }
-        true
     }
 
     /// A reason with the code for what the analysis cannot follow.
