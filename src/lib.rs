@@ -35,8 +35,17 @@
 //!   share a batch by rows. A rank that fails ends the run with one message; nothing hangs.
 //! - **Scopes.** Inside [`Sp::scope`] and the steps of a [`Trainer`] a model runs its sequence-parallel twin, also on one rank.
 //!   Outside, it is the original function: inference and generation are not touched.
+//! - **Weights.** [`load_trainable`] reads the safetensors of a Hugging Face folder, [`ModelConfig`] its `config.json`; [`Parameters`]
+//!   are named variables, frozen ones among them.
+//! - **Text.** [`TextReader`] reads text, JSON lines and files of tokens, by a [`Tokenizer`]. A row of a batch is one document unless
+//!   the crossing is asked for ([`data::Packing`]).
+//! - **Loops.** [`Trainer`] takes whole steps. A loop of one's own needs [`Sp::shard`], [`Sp::scope`], [`loss::cross_entropy`] and
+//!   [`Sp::reduce_gradients`], and any optimizer of candle. [`testing::assert_equivalent`] holds a model to the numbers of one rank.
 //! - **Settings.** [`Settings`] come from flags, variables `AUTOSP_*`, `autosp.toml` and the program, and remember from where.
 //! - **Errors.** [`Error`] carries a code that `cargo autosp explain CODE` explains, and converts from and into candle's error.
+//! - **Watching.** Nothing is printed. The library speaks through `tracing` to whatever subscriber the program has: spans `rank`, `step`,
+//!   `evaluation`, `reduction`, `optimizer` (info), `attention`, `exchange`, `recomputation` (debug), and events for settings, finished
+//!   steps, saved files and failed ranks. Ranks are watched as the thread is that called [`run()`].
 
 pub use autosp_macros::sequence_parallel;
 #[doc(inline)]

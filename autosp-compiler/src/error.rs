@@ -43,6 +43,11 @@ impl Refusal {
         self
     }
 
+    pub(crate) fn in_branch(mut self, branch: Option<crate::trace::branch::Branch>) -> Self {
+        self.branch = branch;
+        self
+    }
+
     /// 1-based line, 0 where the position is not known.
     pub fn line(&self) -> usize {
         self.span.start().line

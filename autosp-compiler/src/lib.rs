@@ -91,12 +91,13 @@ fn too_deep(span: Span) -> syn::Error {
 /// If the file is not Rust.
 pub fn analyse(source: &str) -> Result<Analysis, ParseError> {
     let file = parse(source)?;
-    let (name, items) = module_of(&file);
+    let (name, items, loss) = module_of(&file);
     Ok(analyse_items(
         &name,
         items,
         Span::call_site(),
         ops::candle(),
+        loss,
     ))
 }
 
@@ -106,7 +107,7 @@ pub fn analyse(source: &str) -> Result<Analysis, ParseError> {
 /// If the source is not Rust.
 pub fn included(source: &str) -> Result<Option<String>, ParseError> {
     let file = parse(source)?;
-    let (_, items) = module_of(&file);
+    let (_, items, _) = module_of(&file);
     Ok(match items {
         [only] => syntax::include::included_path(only).map(|path| path.value()),
         _ => None,
@@ -119,8 +120,8 @@ pub fn included(source: &str) -> Result<Option<String>, ParseError> {
 /// If the file is not Rust.
 pub fn analyse_with(source: &str, table: &'static ops::Table) -> Result<Analysis, ParseError> {
     let file = parse(source)?;
-    let (name, items) = module_of(&file);
-    Ok(analyse_items(&name, items, Span::call_site(), table))
+    let (name, items, loss) = module_of(&file);
+    Ok(analyse_items(&name, items, Span::call_site(), table, loss))
 }
 
 /// The code that the attribute emits for a file: its items with their twins.
@@ -129,8 +130,8 @@ pub fn analyse_with(source: &str, table: &'static ops::Table) -> Result<Analysis
 /// If the file is not Rust.
 pub fn expand(source: &str) -> Result<Result<syn::File, Vec<Refusal>>, ParseError> {
     let file = parse(source)?;
-    let (name, items) = module_of(&file);
-    let analysis = analyse_items(&name, items, Span::call_site(), ops::candle());
+    let (name, items, loss) = module_of(&file);
+    let analysis = analyse_items(&name, items, Span::call_site(), ops::candle(), loss);
     if !analysis.refusals.is_empty() {
         return Ok(Err(analysis.refusals));
     }
@@ -138,22 +139,26 @@ pub fn expand(source: &str) -> Result<Result<syn::File, Vec<Refusal>>, ParseErro
     Ok(Ok(syn::parse2(tokens)?))
 }
 
-/// The annotated inline module of a file, or the file's own items.
-fn module_of(file: &syn::File) -> (String, &[syn::Item]) {
+/// The annotated inline module of a file, or the file's own items; and whether the attribute asks for a loss.
+fn module_of(file: &syn::File) -> (String, &[syn::Item], bool) {
     for item in &file.items {
         if let syn::Item::Mod(m) = item {
-            let annotated = m.attrs.iter().any(|a| {
+            let attribute = m.attrs.iter().find(|a| {
                 a.path()
                     .segments
                     .last()
                     .is_some_and(|s| s.ident == "sequence_parallel")
             });
-            if let (true, Some((_, items))) = (annotated, &m.content) {
-                return (m.ident.to_string(), items);
+            if let (Some(attribute), Some((_, items))) = (attribute, &m.content) {
+                let args = match &attribute.meta {
+                    syn::Meta::List(list) => syntax::args::Args::parse(list.tokens.clone()),
+                    _ => Ok(syntax::args::Args::default()),
+                };
+                return (m.ident.to_string(), items, args.is_ok_and(|a| a.loss));
             }
         }
     }
-    (String::new(), &file.items)
+    (String::new(), &file.items, false)
 }
 
 fn analyse_items(
@@ -161,8 +166,10 @@ fn analyse_items(
     items: &[syn::Item],
     span: Span,
     table: &'static ops::Table,
+    loss: bool,
 ) -> Analysis {
-    let scope = syntax::Scope::new(name, items);
+    let mut scope = syntax::Scope::new(name, items);
+    scope.loss = loss;
     let (plan, mut refusals) = decide::decide(&scope, table, span);
     refusals.sort_by_key(|r| (r.line(), r.column()));
     Analysis { plan, refusals }
@@ -222,6 +229,7 @@ pub fn sequence_parallel(
         items,
         module.ident.span(),
         ops::candle(),
+        args.loss,
     );
     if !analysis.refusals.is_empty() {
         return refused(&analysis.refusals, None, item);
@@ -280,7 +288,13 @@ fn include_module(
                 codes::PARSE.id,
             )]
         })?;
-        let analysis = analyse_items(&name, &file.items, Span::call_site(), ops::candle());
+        let analysis = analyse_items(
+            &name,
+            &file.items,
+            Span::call_site(),
+            ops::candle(),
+            args.loss,
+        );
         if !analysis.refusals.is_empty() {
             return Err(analysis
                 .refusals

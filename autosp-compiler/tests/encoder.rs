@@ -110,7 +110,7 @@ fn a_mask_that_scores_are_multiplied_with_or_that_is_learned_is_refused() {
     refused(
         "let bias = key_bias(mask, x.dtype())?;",
         "let bias = x.narrow(2, 0, 1)?.unsqueeze(1)?.transpose(2, 3)?;",
-        "AS0216",
+        "AS0217",
     );
 }
 

@@ -253,7 +253,7 @@ fn a_mask_that_is_not_a_rule() {
         "let mask = x.narrow(2, 0, 1)?.transpose(1, 2)?.unsqueeze(1)?.gt(0.0)?;",
     );
     let r = &refuse(&source)[0];
-    assert_eq!(r.code.id, "AS0216");
+    assert_eq!(r.code.id, "AS0217", "{}", r.text(None));
     assert!(r.notes[0].contains("it comes out of"));
 }
 

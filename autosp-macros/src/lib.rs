@@ -15,7 +15,9 @@ use proc_macro::{Span, TokenStream};
 /// }
 /// ```
 ///
-/// Arguments: `crate = path` names the facade where it is not `::autosp`.
+/// Arguments: `crate = path` names the facade where it is not `::autosp`. `loss` gives every function that keeps one token, such
+/// as the `forward` of a decoder for generation, a companion `forward_loss` with one more parameter, the labels of the shard: the
+/// mean cross-entropy over all tokens of all ranks.
 #[proc_macro_attribute]
 pub fn sequence_parallel(args: TokenStream, item: TokenStream) -> TokenStream {
     let source = Span::call_site().local_file();

@@ -68,7 +68,9 @@ codes! {
         "A function is called with tensors and with attention scores in a way that one signature cannot express.";
     VERIFY = "AS0215", "a plan that does not hold",
         "The verifier found that an operand does not have the placement that its operation requires. This is a fault of the compiler; please report it with the model.";
-    LEARNED_BIAS = "AS0216", "a learned bias on the scores",
+    LOSS = "AS0216", "no loss over all tokens",
+        "With the argument `loss` a function that keeps one token is followed for every token: all tokens become rows of the batch, and what comes after the pick runs as it stands. Here it counts or mixes rows.";
+    LEARNED_BIAS = "AS0217", "a learned bias on the scores",
         "A site gives gradients to queries, keys and values. A bias on the scores that comes out of a layer would need a fourth one, from all tokens against all, and is refused rather than trained without it.";
 
     MESH = "AS0301", "the mesh does not fit",

@@ -131,6 +131,8 @@ pub struct Root {
     pub offsets: Vec<String>,
     /// Index into [`Plan::twins`].
     pub twin: usize,
+    /// The twin that gives a row for every token where the function keeps one, if a loss was asked for.
+    pub loss: Option<usize>,
 }
 
 /// A shard that may be missing, or whose rank the analysis took from its uses.
@@ -231,8 +233,8 @@ pub enum Action {
     Slice(i64),
     /// One token of a sharded tensor.
     Pick(usize),
-    /// The same where the dimension stays, with length one: `x.narrow(dim, i, 1)`.
-    PickOne(usize),
+    /// In the place of a pick: all tokens as rows of the batch.
+    Fold(usize),
     /// A tensor over keys, of which each rank holds its own, becomes a mask; the same for all queries, if that is set.
     Keys(bool),
     /// The expression inside, with this number, takes its place.

@@ -66,6 +66,15 @@ pub fn cross_entropy(logits: &Tensor, labels: &Tensor) -> Result<Tensor> {
     )
 }
 
+/// [`cross_entropy`] of rows `[b * s, V]`, with dimensions of length 1 between, against the labels `[b, s]` of a shard.
+///
+/// # Errors
+/// As [`cross_entropy`].
+pub fn token_loss(rows: &Tensor, labels: &Tensor) -> Result<Tensor> {
+    let classes = rows.dim(D::Minus1)?;
+    cross_entropy(&rows.reshape(((), classes))?, &labels.flatten_all()?)
+}
+
 /// Valid targets since the last call, over all ranks.
 pub(crate) fn take_targets() -> u64 {
     TARGETS.take()

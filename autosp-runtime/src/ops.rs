@@ -19,7 +19,7 @@ mod softmax;
 
 pub use layer::{layer, no_cache, norm_layer};
 pub use norm::{layer_norm, layer_norm_op, rms_norm, rms_norm_op};
-pub use positions::{pick, pick_narrow, slice};
+pub use positions::{fold, pick, pick_narrow, slice};
 pub use rope::{rope, rope_i, rope_thd};
 pub use softmax::{softmax, softmax_last_dim};
 

@@ -4,10 +4,11 @@ pub use candle_core::{self, D, Result};
 
 pub use crate::layout::Layout;
 pub use crate::library;
+pub use crate::loss::token_loss;
 pub use crate::mask::{Band, HostMask, Mask, key_mask, mask, mask_rule};
 pub use crate::memory::checkpoint;
 pub use crate::ops;
-pub use crate::ops::{pick, pick_narrow, sequence, slice};
+pub use crate::ops::{fold, pick, pick_narrow, sequence, slice};
 pub use crate::schedule::{Backward, Forward, HeadMap, Schedule, Site, Ulysses};
 pub use crate::scores::{Scores, Weights, scores, softmax};
 
@@ -69,6 +70,15 @@ pub fn unsharded(function: &str, why: &str) -> candle_core::Error {
     Error::new(codes::UNTAKEN, text)
         .with_help("call the model that it is a part of")
         .into()
+}
+
+/// A loss over all tokens is for shards.
+///
+/// # Errors
+/// AS0305 outside a sharded scope.
+pub fn in_scope(function: &str) -> Result<()> {
+    scope::require(function)?;
+    Ok(())
 }
 
 /// A branch that the attribute could not follow is taken; `why` says what stands in it.

@@ -28,7 +28,7 @@ mod model {
             let scores = (q.matmul(&k.t()?)? / ((h / self.heads) as f64).sqrt())?;
             let weights = candle_nn::ops::softmax_last_dim(&scores)?;
             let y = weights.matmul(&v)?.transpose(1, 2)?.reshape((b, s, h))?;
-            self.out.forward(&y.broadcast_sub(&y.mean_keepdim(1)?)?)
+            self.out.forward(&y.broadcast_sub(&y.max_keepdim(1)?)?)
         }
     }
 }

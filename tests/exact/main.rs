@@ -10,6 +10,8 @@ mod job;
 mod leaks;
 mod matrix;
 mod models;
+mod own_loop;
+mod packed;
 mod repeat;
 
 /// The example Llama with the attribute; `autosp_reference::llama` is the same file without.
@@ -45,4 +47,11 @@ pub mod masked {
 #[allow(dead_code, missing_docs, clippy::pedantic)]
 pub mod window {
     include!("../models/window.rs");
+}
+
+/// A decoder that keeps attention within a document, with the attribute.
+#[autosp::sequence_parallel]
+#[allow(dead_code, missing_docs, clippy::pedantic)]
+pub mod documents {
+    include!("../models/packed.rs");
 }

@@ -17,7 +17,7 @@ fn main() {
         let (name, file) = line.split_once(' ').expect("`name file`");
         let path = source.join(file.trim());
         let text = std::fs::read_to_string(&path).expect("a model file");
-        let annotated = format!("#[autosp::sequence_parallel]\n#[allow(warnings, clippy::all, clippy::pedantic)]\npub mod {name} {{\n{text}\n}}\n");
+        let annotated = format!("#[autosp::sequence_parallel(loss)]\n#[allow(warnings, clippy::all, clippy::pedantic)]\npub mod {name} {{\n{text}\n}}\n");
         let slow = format!(
             "#[allow(warnings, clippy::all, clippy::pedantic)]\npub mod {name} {{\n{}\n}}\n",
             slow(&text)

@@ -1,6 +1,7 @@
 //! The fourth room: findings become a plan, which is plain data.
 
 mod blocks;
+mod loss;
 mod mask;
 mod repeat;
 mod twins;
@@ -352,13 +353,56 @@ fn add(
             plan.blocks.push(block.plan.clone());
         }
     }
-    let twin = match twins::build(plan, trace, placed, &site_ids, &elided, &blocks) {
+    let twin = match twins::build(plan, trace, placed, &site_ids, &elided, &blocks, false) {
         Ok(twin) => twin,
         Err(refusal) => {
             plan.sites.truncate(first_site);
             return Err(vec![refusal]);
         }
     };
+    let loss = if trace.scope.loss && loss::foldable(trace, placed).map_err(|r| vec![r])? {
+        let twin = twins::build(plan, trace, placed, &site_ids, &elided, &blocks, true);
+        Some(twin.map_err(|r| vec![r])?)
+    } else {
+        None
+    };
+    let f = &trace.scope.functions[root];
+    let (plain, beside) = entries(trace, placed, root)?;
+    plan.roots.push(plan::Root {
+        function: trace.scope.full_name(root),
+        line: f.line(),
+        inputs: plain,
+        beside,
+        batch: batch(trace, placed),
+        offsets: trace.offsets.clone(),
+        twin,
+        loss,
+    });
+    for a in &trace.acts {
+        for (_, fact) in &a.facts {
+            if let crate::trace::Fact::Untaken(_, why) = fact {
+                let function = trace.scope.full_name(a.function);
+                let note = format!(
+                    "`{function}` has a branch that is not sharded and is an error if it is taken: {why}"
+                );
+                if !plan.notes.contains(&note) {
+                    plan.notes.push(note);
+                }
+            }
+        }
+    }
+    for helper in &trace.helpers {
+        if !plan.helpers.contains(helper) {
+            plan.helpers.push(helper.clone());
+        }
+    }
+    verify::check(plan, trace, placed).map_err(|r| vec![r])
+}
+
+/// Shards among a root's parameters: with their sequence dimension, and those of which more is compared at the entry.
+type Entries = (Vec<(String, usize)>, Vec<plan::Beside>);
+
+fn entries(trace: &Trace<'_, '_>, placed: &Placed, root: usize) -> Result<Entries, Vec<Refusal>> {
     let f = &trace.scope.functions[root];
     let inputs = f.sig.inputs.iter().filter_map(|input| match input {
         syn::FnArg::Typed(t) => Some((
@@ -399,34 +443,7 @@ fn add(
             _ => plain.push((name, dim)),
         }
     }
-    plan.roots.push(plan::Root {
-        function: trace.scope.full_name(root),
-        line: f.line(),
-        inputs: plain,
-        beside,
-        batch: batch(trace, placed),
-        offsets: trace.offsets.clone(),
-        twin,
-    });
-    for a in &trace.acts {
-        for (_, fact) in &a.facts {
-            if let crate::trace::Fact::Untaken(_, why) = fact {
-                let function = trace.scope.full_name(a.function);
-                let note = format!(
-                    "`{function}` has a branch that is not sharded and is an error if it is taken: {why}"
-                );
-                if !plan.notes.contains(&note) {
-                    plan.notes.push(note);
-                }
-            }
-        }
-    }
-    for helper in &trace.helpers {
-        if !plan.helpers.contains(helper) {
-            plan.helpers.push(helper.clone());
-        }
-    }
-    verify::check(plan, trace, placed).map_err(|r| vec![r])
+    Ok((plain, beside))
 }
 
 /// The parameter and dimension that is the batch, if a site needs to be told.

@@ -23,10 +23,12 @@ pub(super) fn build(
     site_ids: &[usize],
     elided: &[(ActId, u32, u32)],
     blocks: &[Found],
+    all_tokens: bool,
 ) -> Result<usize, Refusal> {
     let mut builder = Builder {
         trace,
         placed,
+        all_tokens,
         edits: vec![Vec::new(); trace.acts.len()],
     };
     builder.facts();
@@ -48,6 +50,8 @@ pub(super) fn build(
 struct Builder<'t, 's, 'a> {
     trace: &'t Trace<'s, 'a>,
     placed: &'t Placed,
+    /// Whether all tokens are wanted where the function takes one.
+    all_tokens: bool,
     edits: Vec<Vec<Edit>>,
 }
 
@@ -121,9 +125,13 @@ impl Builder<'_, '_, '_> {
         for (node, conversion) in &placed.conversions {
             let n = &trace.nodes[*node];
             match conversion {
-                Conversion::Pick { dim } => self.push(n.at.act, n.at.expr, Action::Pick(*dim)),
-                Conversion::PickOne { dim } => {
-                    self.push(n.at.act, n.at.expr, Action::PickOne(*dim));
+                Conversion::Pick { dim } => {
+                    let action = if self.all_tokens {
+                        Action::Fold(*dim)
+                    } else {
+                        Action::Pick(*dim)
+                    };
+                    self.push(n.at.act, n.at.expr, action);
                 }
                 Conversion::Sequence => {
                     let name = n.row().map_or("", Row::name);

@@ -72,7 +72,7 @@ fn property(trace: &Trace<'_, '_>, placed: &Placed, node: NodeId) -> Result<(), 
     let over_ranks = placed
         .conversions
         .iter()
-        .any(|(m, c)| *m == node && matches!(c, Conversion::Sequence | Conversion::PickOne { .. }));
+        .any(|(m, c)| *m == node && matches!(c, Conversion::Sequence));
     for (i, d) in n.touches.iter().filter(|_| !over_ranks) {
         let Some(input) = n.inputs.get(*i) else {
             continue;

@@ -22,6 +22,7 @@ pub(crate) fn items(items: &[syn::Item], plan: &Plan, facade: &TokenStream) -> T
         let twins = by_item.remove(&i).unwrap_or_default();
         original(item, i, plan, names).to_tokens(&mut out);
         emit_twins(item, &twins, names).to_tokens(&mut out);
+        losses(item, i, plan, names).to_tokens(&mut out);
     }
     library(&by_item, items.len(), names, facade).to_tokens(&mut out);
     schedule::sites(plan, facade).to_tokens(&mut out);
@@ -151,16 +152,31 @@ fn dispatch(
     names: &Paths,
 ) -> syn::Stmt {
     let rt = &names.full;
+    let call = twin_call(sig, twin);
+    let checks = checks(sig, root, plan, names);
+    syn::parse_quote!(if #rt::sharded() {
+        #checks
+        return #call;
+    })
+}
+
+/// A call of the twin with the function's own parameters.
+fn twin_call(sig: &syn::Signature, twin: &Twin) -> TokenStream {
     let name = format_ident!("{}", twin.name);
     let args = sig.inputs.iter().filter_map(|input| match input {
         syn::FnArg::Typed(t) => Some(argument(&t.pat)),
         syn::FnArg::Receiver(_) => None,
     });
-    let call = match (sig.receiver(), twin.place.1) {
+    match (sig.receiver(), twin.place.1) {
         (Some(_), _) => quote!(self.#name(#(#args),*)),
         (None, Some(_)) => quote!(Self::#name(#(#args),*)),
         (None, None) => quote!(#name(#(#args),*)),
-    };
+    }
+}
+
+/// What is asked of the parameters of a root before its twin runs.
+fn checks(sig: &syn::Signature, root: &Root, plan: &Plan, names: &Paths) -> TokenStream {
+    let rt = &names.full;
     let function = &root.function;
     let inputs = root.inputs.iter().map(|(name, dim)| {
         let ident = format_ident!("{name}");
@@ -171,11 +187,6 @@ fn dispatch(
     let offsets = root.offsets.iter().map(|name| {
         let ident = format_ident!("{name}");
         quote!(#rt::no_offset(#function, #name, #ident)?;)
-    });
-    let helpers = plan.helpers.iter().filter_map(|(path, name)| {
-        let path: syn::Path = syn::parse_str(path).ok()?;
-        let name = format_ident!("{name}");
-        Some(quote!(#rt::library::#name(#path)?;))
     });
     let beside = root.beside.iter().map(|b| {
         let (name, ident) = (&b.name, format_ident!("{}", b.name));
@@ -189,19 +200,75 @@ fn dispatch(
             quote!(#rt::enter_beside(#function, #name, &#ident, #dim, #rank)?;)
         }
     });
+    let helpers = plan.helpers.iter().filter_map(|(path, name)| {
+        let path: syn::Path = syn::parse_str(path).ok()?;
+        let name = format_ident!("{name}");
+        Some(quote!(#rt::library::#name(#path)?;))
+    });
     let batch = root.batch.iter().map(|(name, dim)| {
         let ident = format_ident!("{name}");
         let dim = proc_macro2::Literal::usize_unsuffixed(*dim);
         quote!(#rt::batch(&#ident, #dim)?;)
     });
-    syn::parse_quote!(if #rt::sharded() {
+    quote! {
         #rt::enter(#function, &[#(#inputs),*])?;
         #(#beside)*
         #(#batch)*
         #(#offsets)*
         #(#helpers)*
-        return #call;
-    })
+    }
+}
+
+/// For each function of the item that keeps one token: the loss over all of them.
+fn losses(item: &syn::Item, index: usize, plan: &Plan, names: &Paths) -> TokenStream {
+    let roots = plan
+        .roots
+        .iter()
+        .filter_map(|r| Some((r, &plan.twins[r.loss?])));
+    let here = roots.filter(|(_, twin)| twin.place.0 == index);
+    let made = here.filter_map(|(root, twin)| match (item, twin.place.1) {
+        (syn::Item::Fn(f), None) => Some(loss(&f.sig, root, twin, plan, names)),
+        (syn::Item::Impl(imp), Some(k)) => match imp.items.get(k) {
+            Some(syn::ImplItem::Fn(f)) => {
+                let function = loss(&f.sig, root, twin, plan, names);
+                let (generics, _, bounds) = imp.generics.split_for_impl();
+                let ty = &imp.self_ty;
+                Some(quote!(impl #generics #ty #bounds { #function }))
+            }
+            _ => None,
+        },
+        _ => None,
+    });
+    made.collect()
+}
+
+fn loss(sig: &syn::Signature, root: &Root, twin: &Twin, plan: &Plan, names: &Paths) -> TokenStream {
+    let rt = &names.full;
+    let mut own = sig.clone();
+    own.ident = format_ident!("{}_loss", sig.ident);
+    own.inputs
+        .push(syn::parse_quote!(autosp_labels: &#rt::candle_core::Tensor));
+    let (checks, call, function) = (
+        checks(sig, root, plan, names),
+        twin_call(sig, twin),
+        &root.function,
+    );
+    let doc = format!(
+        " The mean cross-entropy, over all ranks, of what [`{}`] gives for one token, for every token of the shard against its label.",
+        sig_name(twin)
+    );
+    quote! {
+        #[doc = #doc]
+        ///
+        /// # Errors
+        /// Outside a sharded scope, and as the function itself.
+        #[allow(unused, clippy::all, clippy::pedantic, clippy::restriction, clippy::nursery)]
+        pub #own {
+            #rt::in_scope(#function)?;
+            #checks
+            #rt::token_loss(&#call?, autosp_labels)
+        }
+    }
 }
 
 /// A parameter as an argument; `_` and patterns cannot be passed on by name.

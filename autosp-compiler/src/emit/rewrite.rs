@@ -156,29 +156,19 @@ impl Rewriter<'_> {
                 };
                 *e = parse_quote!(&#rt::slice(#operand, #dim)?);
             }
-            Action::Pick(dim) => {
-                if let Expr::MethodCall(m) = &*e
-                    && m.method == "narrow"
-                {
-                    let (receiver, index) = (&m.receiver, m.args.iter().nth(1));
-                    let dim = proc_macro2::Literal::usize_unsuffixed(*dim);
-                    *e = parse_quote!(#rt::pick_narrow(&#receiver, #dim, #index));
-                } else if let Expr::MethodCall(m) = &*e {
-                    let receiver = &m.receiver;
-                    let index = match m.args.first() {
-                        Some(Expr::Tuple(t)) => t.elems.get(*dim).cloned(),
-                        other => other.cloned(),
-                    };
-                    let dim = proc_macro2::Literal::usize_unsuffixed(*dim);
-                    *e = parse_quote!(#rt::pick(&#receiver, #dim, #index));
-                }
-            }
+            Action::Pick(dim) => pick(e, *dim, rt),
             Action::Keys(all_queries) => {
                 let mask = format_ident!("{}", if *all_queries { "key_mask" } else { "mask" });
                 let operand = by_reference(e);
                 *e = parse_quote!(&#rt::#mask(#operand)?);
             }
-            Action::PickOne(dim) => pick_one(e, *dim, rt),
+            Action::Fold(dim) => {
+                let Some((operand, _, keep)) = picked(e) else {
+                    return;
+                };
+                let dim = proc_macro2::Literal::usize_unsuffixed(*dim);
+                *e = parse_quote!(#rt::fold(#operand, #dim, #keep));
+            }
             Action::Inner(inner) => {
                 if let Some(saved) = self.saved.get(inner) {
                     let owned = strip(saved);
@@ -429,18 +419,45 @@ fn always(e: &mut Expr) {
     }
 }
 
-/// `x.narrow(dim, start, 1)` as the pick of one token.
-fn pick_one(e: &mut Expr, dim: usize, rt: &syn::Ident) {
-    let (operand, start) = match &*e {
-        Expr::MethodCall(m) => (by_reference(&m.receiver), m.args.get(1)),
-        Expr::Call(c) => match c.args.first() {
-            Some(x) => (by_reference(x), c.args.get(2)),
-            None => return,
-        },
-        _ => return,
+/// The operand, the arguments behind it, and whether it narrows: of `x.i(..)`, `x.narrow(..)` and their forms as functions.
+fn picked(e: &Expr) -> Option<(Expr, Vec<&Expr>, bool)> {
+    match e {
+        Expr::MethodCall(m) => Some((
+            by_reference(&m.receiver),
+            m.args.iter().collect(),
+            m.method == "narrow",
+        )),
+        Expr::Call(c) => {
+            let narrows = matches!(&*c.func, Expr::Path(p) if p.path.segments.last().is_some_and(|s| s.ident == "narrow"));
+            Some((
+                by_reference(c.args.first()?),
+                c.args.iter().skip(1).collect(),
+                narrows,
+            ))
+        }
+        _ => None,
+    }
+}
+
+/// `x.i((.., index, ..))` and `x.narrow(dim, index, 1)` as the pick of one token.
+fn pick(e: &mut Expr, dim: usize, rt: &syn::Ident) {
+    let Some((operand, args, narrows)) = picked(e) else {
+        return;
     };
-    let dim = proc_macro2::Literal::usize_unsuffixed(dim);
-    *e = parse_quote!(#rt::pick_narrow(#operand, #dim, #start));
+    let (name, index) = if narrows {
+        ("pick_narrow", args.get(1).copied())
+    } else {
+        let index = match args.first() {
+            Some(Expr::Tuple(t)) => t.elems.get(dim),
+            other => other.copied(),
+        };
+        ("pick", index)
+    };
+    let (name, dim) = (
+        format_ident!("{name}"),
+        proc_macro2::Literal::usize_unsuffixed(dim),
+    );
+    *e = parse_quote!(#rt::#name(#operand, #dim, #index));
 }
 
 /// The arm that is always taken; where its pattern binds nothing, its body alone.

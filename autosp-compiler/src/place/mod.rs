@@ -62,8 +62,6 @@ pub(crate) enum Conversion {
     Slice { input: usize, dim: i64 },
     /// Fetch one token from the rank that owns it.
     Pick { dim: usize },
-    /// The same where the dimension stays, with length one.
-    PickOne { dim: usize },
     /// Run along the whole sequence, over all ranks.
     Sequence,
     /// Operand `input` is a mask over keys, of which each rank holds its own; the same for all queries, whatever it looks like.

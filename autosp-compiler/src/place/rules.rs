@@ -278,9 +278,6 @@ impl Placer<'_, '_, '_> {
             (ShapeRule::Along, "cumsum") if trace.data_only(input) => {
                 (Conversion::Sequence, Place::Sharded)
             }
-            (ShapeRule::Narrow, _) if n.shape.known().is_some_and(|dims| dims[*d].is_one()) => {
-                (Conversion::PickOne { dim: *d }, Place::Replicated)
-            }
             _ => return None,
         };
         self.conversions.push((node, conversion));
@@ -351,7 +348,8 @@ impl Placer<'_, '_, '_> {
                     .note(format!(
                         "it is {shape}; a mask from the caller has one number a key, [b, 1, 1, s]"
                     ))
-                    .help("`mask.reshape((b, 1, 1, s))?` of a mask [b, s]"),
+                    .help("`mask.reshape((b, 1, 1, s))?` of a mask [b, s]")
+                    .in_branch(trace.nodes[node].branch),
                 );
             }
             self.conversions

@@ -12,10 +12,12 @@ use crate::error::Refusal;
 pub(crate) struct Args {
     /// The path of the facade, where it is not `::autosp`.
     pub(crate) facade: Option<syn::Path>,
+    /// Whether models that keep one token get a loss over all tokens.
+    pub(crate) loss: bool,
 }
 
 /// The arguments that exist.
-const KNOWN: &str = "`crate = path::to::autosp`";
+const KNOWN: &str = "`loss` and `crate = path::to::autosp`";
 
 impl Args {
     pub(crate) fn parse(tokens: TokenStream) -> Result<Self, Refusal> {
@@ -37,7 +39,10 @@ impl Args {
                 .first()
                 .map(|s| s.ident.to_string())
                 .unwrap_or_default();
-            if let (syn::Meta::NameValue(nv), "r#crate" | "crate_") = (&meta, name.as_str()) {
+            if let (syn::Meta::Path(_), "loss") = (&meta, name.as_str()) {
+                args.loss = true;
+            } else if let (syn::Meta::NameValue(nv), "r#crate" | "crate_") = (&meta, name.as_str())
+            {
                 let text = match &nv.value {
                     syn::Expr::Lit(syn::ExprLit {
                         lit: syn::Lit::Str(s),

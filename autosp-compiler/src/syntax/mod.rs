@@ -86,6 +86,8 @@ pub(crate) struct Scope<'a> {
     library: HashMap<String, usize>,
     pub(crate) names: Names,
     pub(crate) consts: HashMap<String, &'a syn::Expr>,
+    /// Whether functions that keep one token are given a loss over all tokens.
+    pub(crate) loss: bool,
     /// Types that are `Clone`.
     pub(crate) cloneable: HashSet<String>,
 }
@@ -101,6 +103,7 @@ impl<'a> Scope<'a> {
             free: HashMap::new(),
             library: HashMap::new(),
             names: Names::default(),
+            loss: false,
             consts: HashMap::new(),
             cloneable: HashSet::new(),
         };

@@ -54,6 +54,21 @@ pub fn pick(x: &Tensor, dim: usize, global_index: usize) -> Result<Tensor> {
     pick_narrow(x, dim, global_index)?.squeeze(dim)
 }
 
+/// All tokens as rows of the batch, where a program takes one: `[b, s, ..]` (or `[s, b, ..]`, where `dim` is 0) becomes
+/// `[b * s, ..]`, or `[b * s, 1, ..]` (`[1, b * s, ..]`) where `keep` says that the dimension stays with length 1.
+///
+/// # Errors
+/// When a candle operation fails.
+pub fn fold(x: &Tensor, dim: usize, keep: bool) -> Result<Tensor> {
+    let x = if dim == 0 {
+        x.transpose(0, 1)?
+    } else {
+        x.clone()
+    };
+    let rows = x.contiguous()?.flatten_to(1)?;
+    if keep { rows.unsqueeze(dim) } else { Ok(rows) }
+}
+
 /// As [`pick`], with `dim` of length 1: `x.narrow(dim, global_index, 1)`.
 ///
 /// # Errors

@@ -14,6 +14,9 @@ use crate::numbers::{tokens, variables};
 /// Makes a model and calls it: config, variables, tokens `[b, s]`.
 pub type Model = fn(&Value, VarBuilder, &Tensor) -> Result<Tensor>;
 
+/// The same with the labels `[b, s]`, to a scalar.
+pub type Loss = fn(&Value, VarBuilder, &Tensor, &Tensor) -> Result<Tensor>;
+
 /// What a model gives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
@@ -84,6 +87,62 @@ impl Zoo {
             self.compare(&format!("{name}, sp {sp}"), &found, &expected);
         }
         self.slopes(name, &start, plain, &tokens, &expected);
+    }
+
+    /// The loss over all tokens and its gradients.
+    ///
+    /// # Panics
+    /// With what differs.
+    pub fn check_loss(&self, name: &str, annotated: Loss, plain: Model) {
+        let start = self.start(plain);
+        let tokens = tokens(ROWS, self.seq_len, self.vocabulary, 3);
+        let expected = self
+            .every_beginning(&start, plain, &tokens)
+            .unwrap_or_else(|e| panic!("{name}, one device: {e}"));
+        for sp in [1, 2, 4] {
+            let labels = self.labels(&tokens).expect("labels");
+            let found = autosp::run_with(Settings::default().with_sp(sp), |sp| {
+                let vars = autosp_reference::variables(&start)?;
+                let batch = sp.shard_targets(&tokens, &labels)?;
+                let (loss, mut store) = sp.scope(|| -> autosp::Result<_> {
+                    let loss =
+                        annotated(&self.config, builder(&vars), &batch.tokens, &batch.labels)?;
+                    Ok((loss.detach(), loss.backward()?))
+                })?;
+                let gradients = reduced(sp, &vars, &mut store)?;
+                Ok(Found {
+                    out: loss.clone(),
+                    loss: scalar(&loss)?,
+                    gradients,
+                })
+            });
+            let found = found
+                .unwrap_or_else(|e| panic!("{name}, sp {sp}: {e}"))
+                .swap_remove(0);
+            self.compare(&format!("{name}, sp {sp}"), &found, &expected);
+        }
+    }
+
+    /// The plain model's last row after every beginning of the sequence.
+    fn every_beginning(&self, start: &Tensors, plain: Model, tokens: &Tensor) -> Result<Found> {
+        let vars = autosp_reference::variables(start)?;
+        let rows: Vec<Tensor> = (0..self.seq_len)
+            .map(|t| {
+                rows_of(&plain(
+                    &self.config,
+                    builder(&vars),
+                    &tokens.narrow(1, 0, t + 1)?,
+                )?)?
+                .unsqueeze(1)
+            })
+            .collect::<Result<_>>()?;
+        let loss = autosp_reference::cross_entropy(&Tensor::cat(&rows, 1)?, &self.labels(tokens)?)?;
+        let (_, gradients) = gradients(&vars, &loss)?;
+        Ok(Found {
+            out: loss.detach(),
+            loss: scalar(&loss)?,
+            gradients,
+        })
     }
 
     /// Random variables under the names that the plain model asks for.
@@ -172,22 +231,7 @@ impl Zoo {
                     loss.backward()?,
                 ))
             })?;
-            let list: Vec<_> = vars.values().cloned().collect();
-            for var in &list {
-                if store.get(var).is_none() {
-                    store.insert(var, var.zeros_like()?);
-                }
-            }
-            sp.reduce_gradients(&mut store, &list)?;
-            let gradient = |var: &candle::Var| {
-                store
-                    .get(var)
-                    .map_or_else(|| var.zeros_like(), |g| Ok(g.detach()))
-            };
-            let gradients = vars
-                .iter()
-                .map(|(name, var)| Ok((name.clone(), gradient(var)?)))
-                .collect::<Result<_>>()?;
+            let gradients = reduced(sp, &vars, &mut store)?;
             Ok(Found {
                 out,
                 loss,
@@ -348,4 +392,32 @@ fn rows_of(out: &Tensor) -> Result<Tensor> {
     } else {
         Ok(out.clone())
     }
+}
+
+/// The gradients of all variables, summed over the ranks.
+fn reduced(
+    sp: &autosp::Sp,
+    vars: &Variables,
+    store: &mut candle::backprop::GradStore,
+) -> autosp::Result<Tensors> {
+    let list: Vec<_> = vars.values().cloned().collect();
+    for var in &list {
+        if store.get(var).is_none() {
+            store.insert(var, var.zeros_like()?);
+        }
+    }
+    sp.reduce_gradients(store, &list)?;
+    let gradient = |var: &candle::Var| {
+        store
+            .get(var)
+            .map_or_else(|| var.zeros_like(), |g| Ok(g.detach()))
+    };
+    Ok(vars
+        .iter()
+        .map(|(name, var)| Ok((name.clone(), gradient(var)?)))
+        .collect::<Result<_>>()?)
+}
+
+fn scalar(loss: &Tensor) -> Result<f64> {
+    Ok(f64::from(loss.to_dtype(DType::F32)?.to_scalar::<f32>()?))
 }

@@ -6,7 +6,7 @@
 mod driver;
 mod numbers;
 
-pub use driver::{Kind, Model, Zoo};
+pub use driver::{Kind, Loss, Model, Zoo};
 pub use numbers::{config, decoder, tokens, with};
 
 /// candle-transformers' shared layers and helpers on candle's slow operations.
@@ -68,6 +68,39 @@ macro_rules! zoo {
                 $body
             }
             $crate::Zoo::check(&$zoo, stringify!($name), annotated, plain);
+        }
+    };
+}
+
+/// A test of the loss over all tokens of a model that gives a row for the last one alone. The first adapter calls the function
+/// that the argument `loss` adds; the second gives the plain model's last row, and is asked for every beginning of the sequence.
+#[macro_export]
+#[allow(
+    clippy::crate_in_macro_def,
+    reason = "the modules stand in the test's own crate"
+)]
+macro_rules! zoo_loss {
+    ($name:ident: $module:ident, $zoo:expr, |$m:ident, $config:ident, $vb:ident, $tokens:ident, $labels:ident| $loss:block, $last:block) => {
+        #[test]
+        fn $name() {
+            fn annotated(
+                $config: &serde_json::Value,
+                $vb: candle_nn::VarBuilder,
+                $tokens: &candle::Tensor,
+                $labels: &candle::Tensor,
+            ) -> candle::Result<candle::Tensor> {
+                use crate::models::$module as $m;
+                $loss
+            }
+            fn plain(
+                $config: &serde_json::Value,
+                $vb: candle_nn::VarBuilder,
+                $tokens: &candle::Tensor,
+            ) -> candle::Result<candle::Tensor> {
+                use crate::slow::models::$module as $m;
+                $last
+            }
+            $crate::Zoo::check_loss(&$zoo, stringify!($name), annotated, plain);
         }
     };
 }

@@ -1,6 +1,6 @@
 //! The Llama family: rotary positions, grouped queries, gated feed-forward layers.
 
-use autosp_zoo::{config, decoder, with, zoo, Kind, Zoo};
+use autosp_zoo::{config, decoder, with, zoo, zoo_loss, Kind, Zoo};
 use candle::DType;
 use serde_json::json;
 
@@ -61,4 +61,20 @@ zoo!(olmo: olmo, last(with(decoder(), json!({"clip_qkv": 0.5})), vec![json!({"cl
 zoo!(olmo2: olmo2, last(decoder(), vec![json!({"rope_theta": 100.0}), json!({"attention_bias": false})]), |m, json, vb, tokens| {
     let config: m::Config = config(json)?;
     m::Model::new(&config, vb)?.forward(tokens, 0)
+});
+
+zoo_loss!(llama_loss: llama, last(decoder(), vec![]), |m, json, vb, tokens, labels| {
+    let config = config::<m::LlamaConfig>(json)?.into_config(false);
+    let mut cache = m::Cache::new(false, DType::F32, &config, vb.device())?;
+    m::Llama::load(vb, &config)?.forward_loss(tokens, 0, &mut cache, labels)
+}, {
+    let config = config::<m::LlamaConfig>(json)?.into_config(false);
+    let mut cache = m::Cache::new(false, DType::F32, &config, vb.device())?;
+    m::Llama::load(vb, &config)?.forward(tokens, 0, &mut cache)
+});
+
+zoo_loss!(mistral_loss: mistral, last(with(decoder(), json!({"sliding_window": 5})), vec![]), |m, json, vb, tokens, labels| {
+    m::Model::new(&config(json)?, vb)?.forward_loss(tokens, 0, labels)
+}, {
+    m::Model::new(&config(json)?, vb)?.forward(tokens, 0)
 });
