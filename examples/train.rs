@@ -1,8 +1,9 @@
 //! Trains a small Llama on text, each sequence spread over several ranks: `cargo run --release --example train`.
 //!
 //! The model is `models/llama.rs`, plain candle code; the attribute below is all that makes it sequence-parallel. The program
-//! reads text and perhaps a model ([`input`]), trains ([`train`]), shows and logs each step ([`report`]), checks the first step
-//! against one rank, saves the model, loads it back, and lets the original functions write some text ([`sample`]).
+//! reads text and perhaps a model ([`input`]), trains ([`train`]) and writes checkpoints that it can go on from, shows and logs each
+//! step ([`report`]), checks the first step against one rank, saves the model, loads it back, and lets the original functions write
+//! some text ([`sample`]).
 
 #![allow(clippy::print_stdout, clippy::print_stderr, unreachable_pub)]
 
@@ -56,7 +57,8 @@ fn main() -> ExitCode {
 
 fn run(options: &Options) -> Result<()> {
     let text = input::text(options)?;
-    let report = Mutex::new(Report::new(options.steps, options.log.as_deref())?);
+    let report = Report::new(options.steps, options.log.as_deref(), options.resume)?;
+    let report = Mutex::new(report);
     report::check_writable(&options.save)?;
     let config = input::config(options, &text)?;
 
@@ -69,7 +71,7 @@ fn run(options: &Options) -> Result<()> {
         text.len(),
         text.documents(),
         dp * sp,
-        options.batch,
+        options.batch * options.accumulate,
         options.seq_len
     );
     let said: Vec<String> = settings
@@ -84,8 +86,8 @@ fn run(options: &Options) -> Result<()> {
             options,
             &config,
             &text,
-            options.steps,
-            Some(&options.save),
+            options.steps as u64,
+            true,
             |step| match report.lock() {
                 Ok(mut report) => report.step(step),
                 Err(_) => Ok(()),
@@ -96,9 +98,15 @@ fn run(options: &Options) -> Result<()> {
         report.finish();
     }
     let alone = autosp::run_with(settings.on_mesh(1, 1), |sp| {
-        train(sp, options, &config, &text, 1, None, |_| Ok(()))
+        train(sp, options, &config, &text, 1, false, |_| Ok(()))
     })?;
-    compare(&first[0], &alone[0], dp * sp)?;
+    match (first[0], alone[0]) {
+        (Some(ranks), Some(alone)) if ranks.step == alone.step => {
+            compare(&ranks, &alone, dp * sp)?;
+        }
+        (Some(ranks), _) => println!("went on with step {}", ranks.step),
+        (None, _) => println!("all {} steps had been taken", options.steps),
+    }
 
     // What was saved is what the original functions run on: no scope, no ranks.
     let loaded = autosp::load_trainable(&[&options.save], DType::F32, &Device::Cpu)?;
@@ -118,41 +126,70 @@ fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// One rank's part of the run: the same program on every rank. Returns the first step.
+/// One rank's part of the run: the same program on every rank. `keep` says whether it goes on from a checkpoint, writes some, and saves
+/// the model. Returns the first step that it took.
 fn train(
     sp: &Sp,
     options: &Options,
     config: &llama::Config,
     text: &TextData,
-    steps: usize,
-    save: Option<&Path>,
+    steps: u64,
+    keep: bool,
     mut show: impl FnMut(&StepReport) -> Result<()>,
-) -> Result<StepReport> {
+) -> Result<Option<StepReport>> {
     let parameters = match &options.model {
         Some(folder) => autosp::load_trainable(&[folder], DType::F32, sp.device())?,
         None => Parameters::init(options.seed, DType::F32, sp.device()),
     };
     let model = llama::Llama::load(parameters.builder(), config)?;
     let mut trainer = Trainer::new(sp, parameters, train_settings(options))?;
+    let folder = options.checkpoints();
+    // How many batches of the text have been read.
+    let mut position = 0;
+    if keep && options.resume {
+        let Some(resumed) = trainer.resume(&folder)? else {
+            let folder = folder.display();
+            return Err(failure(format!(
+                "expected a checkpoint in `{folder}` to resume from, found none"
+            )));
+        };
+        position = resumed.note.parse().map_err(|_| {
+            let note = resumed.note;
+            failure(format!(
+                "expected a checkpoint that notes a position in the text, found `{note}`"
+            ))
+        })?;
+    }
     let mut first = None;
-    for step in 0..steps {
-        let (tokens, labels) =
-            text.labelled_batch(options.seed, step as u64, options.batch, options.seq_len)?;
-        let batch = sp.shard_labelled(&tokens, &labels)?;
-        let done = trainer.step(|| -> candle_core::Result<Tensor> {
+    let mut saved = None;
+    while trainer.steps() < steps {
+        let batches = position..position + options.accumulate as u64;
+        position = batches.end;
+        let done = trainer.step_over(batches, |batch| -> Result<Tensor> {
+            let (tokens, labels) =
+                text.labelled_batch(options.seed, batch, options.batch, options.seq_len)?;
+            let batch = sp.shard_labelled(&tokens, &labels)?;
             let mut cache = llama::Cache::new(false, DType::F32, config, sp.device())?;
             let logits = model.forward(&batch.tokens, 0, &mut cache)?;
-            autosp::loss::cross_entropy(&logits, &batch.labels)
+            Ok(autosp::loss::cross_entropy(&logits, &batch.labels)?)
         })?;
         if sp.is_main() {
             show(&done)?;
         }
         first.get_or_insert(done);
+        let due = |every: usize| done.step.is_multiple_of(every as u64);
+        if keep && options.save_every.is_some_and(due) {
+            trainer.save_checkpoint(&folder, &position.to_string())?;
+            saved = Some(done.step);
+        }
     }
-    if let Some(path) = save {
-        trainer.save(path)?;
+    if keep {
+        if first.is_some() && saved != Some(trainer.steps()) {
+            trainer.save_checkpoint(&folder, &position.to_string())?;
+        }
+        trainer.save(&options.save)?;
     }
-    first.ok_or_else(|| failure("expected --steps of at least 1, found 0"))
+    Ok(first)
 }
 
 /// Prints how far the first step on all ranks is from the same step on one.
@@ -178,14 +215,17 @@ fn compare(ranks: &StepReport, alone: &StepReport, count: usize) -> Result<()> {
 /// Four ranks, unless a flag, a variable or `autosp.toml` says otherwise.
 fn settings(options: &Options) -> Result<Settings> {
     let mut settings = Settings::default().with_sp(4).loaded()?;
+    let number = |value: Option<usize>| value.map(|value| value.to_string());
     let flags = [
-        ("dp", options.dp),
-        ("sp", options.sp),
-        ("groups", options.groups),
+        ("dp", number(options.dp)),
+        ("sp", number(options.sp)),
+        ("groups", number(options.groups)),
+        ("zero", number(options.zero)),
+        ("policy", options.policy.clone()),
     ];
     for (name, value) in flags {
         if let Some(value) = value {
-            settings.set(name, &value.to_string(), Source::Flag(format!("--{name}")))?;
+            settings.set(name, &value, Source::Flag(format!("--{name}")))?;
         }
     }
     let (dp, batch) = (settings.dp(), options.batch);

@@ -360,6 +360,64 @@ fn every_mesh_trains_the_same_model() {
 }
 
 #[test]
+fn a_run_goes_on_from_its_checkpoint() {
+    let folder = folder("resume");
+    let base = [
+        "--data",
+        "text.txt",
+        "--seq-len",
+        "30",
+        "--sp",
+        "2",
+        "--save-every",
+        "2",
+    ];
+    let run = |more: &[&str]| {
+        let output = train(&folder, &[&base, more].concat());
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+        (output.status.success(), text + &errors)
+    };
+    let (good, text) = run(&["--save", "none.safetensors", "--steps", "2", "--resume"]);
+    assert!(
+        !good && text.contains("none.checkpoints") && text.contains("AS0604"),
+        "{text}"
+    );
+    let flags = ["--accumulate", "2", "--policy", "attention", "--zero", "1"];
+    let losses = |name: &str| {
+        let log = fs::read_to_string(folder.join(format!("{name}.jsonl"))).unwrap();
+        let step = |line: &str| {
+            let line: Value = serde_json::from_str(line).unwrap();
+            (
+                line["step"].as_u64().unwrap(),
+                line["loss"].as_f64().unwrap(),
+            )
+        };
+        log.lines().map(step).collect::<Vec<_>>()
+    };
+    let start = |name: &str, more: &[&str]| {
+        let (save, log) = (format!("{name}.safetensors"), format!("{name}.jsonl"));
+        let own = ["--save", save.as_str(), "--log", log.as_str()];
+        let (good, text) = run(&[&flags[..], &own[..], more].concat());
+        assert!(good, "{text}");
+        text
+    };
+    let text = start("whole", &["--steps", "5"]);
+    assert!(text.contains("against one: loss"), "{text}");
+    // As if it had been interrupted after the fourth step: what it wrote later is gone.
+    start("parts", &["--steps", "5"]);
+    let checkpoints = folder.join("parts.checkpoints");
+    fs::remove_dir_all(checkpoints.join("step-00000005")).unwrap();
+    let text = start("parts", &["--steps", "5", "--resume"]);
+    assert!(text.contains("went on with step 5"), "{text}");
+    let (whole, parts) = (losses("whole"), losses("parts"));
+    assert_eq!(whole, parts[..5]);
+    assert_eq!(whole[4], parts[5]);
+    let model = |name| fs::read(folder.join(format!("{name}.safetensors"))).unwrap();
+    assert!(model("whole") == model("parts"));
+}
+
+#[test]
 fn the_same_command_writes_the_same_model() {
     let folder = folder("twice");
     let (first, second) = (log(&folder, "first", &[]), log(&folder, "second", &[]));

@@ -60,3 +60,50 @@ pub fn build_additive_causal_mask(
         }
     }
 }
+
+/// Attention of `[b, s, h, d]` queries on `[b, s, g, d]` keys and values, to `[b, h, s, d]`.
+pub fn flash_attn(
+    q: &candle_core::Tensor,
+    k: &candle_core::Tensor,
+    v: &candle_core::Tensor,
+    softmax_scale: f32,
+    attn_mask: candle_nn::attention::AttnMask,
+    max_bias: Option<f32>,
+    softcap: Option<f32>,
+) -> candle_core::Result<candle_core::Tensor> {
+    if max_bias.is_some() {
+        candle_core::bail!("expected no ALiBi bias inside a sharded scope");
+    }
+    if attn_mask.kv_offset() != 0 {
+        candle_core::bail!("expected an offset of 0 inside a sharded scope");
+    }
+    let (b, s, kv_heads, d) = k.dims4()?;
+    let (heads, v_d) = (q.dim(2)?, v.dim(3)?);
+    let repeats = heads / kv_heads;
+    let q = q.transpose(1, 2)?;
+    let k = k
+        .transpose(1, 2)?
+        .unsqueeze(2)?
+        .expand((b, kv_heads, repeats, s, d))?
+        .reshape((b, heads, s, d))?;
+    let v = v
+        .transpose(1, 2)?
+        .unsqueeze(2)?
+        .expand((b, kv_heads, repeats, s, v_d))?
+        .reshape((b, heads, s, v_d))?;
+    let scores = (q.matmul(&k.t()?)? * softmax_scale as f64)?;
+    let scores = match softcap {
+        Some(cap) => ((scores / cap as f64)?.tanh()? * cap as f64)?,
+        None => scores,
+    };
+    let scores = if attn_mask.is_causal() {
+        let mask: Vec<f32> = (0..s)
+            .flat_map(|i| (0..s).map(move |j| if j <= i { 0.0 } else { f32::NEG_INFINITY }))
+            .collect();
+        let mask = candle_core::Tensor::from_slice(&mask, (s, s), q.device())?.to_dtype(q.dtype())?;
+        scores.broadcast_add(&mask)?
+    } else {
+        scores
+    };
+    candle_nn::ops::softmax_last_dim(&scores)?.matmul(&v)
+}

@@ -127,6 +127,9 @@ codes! {
     SEQUENCE_GRADIENT = "AS0333", "a running sum along the sequence that would need a gradient",
         "Running sums over sharded tokens are computed for masks and counts, which are constants. A tensor that depends on variables would lose its gradient there.";
 
+    REPLAY = "AS0351", "a block that is computed again takes another way",
+        "The forward of a block that is computed again in the backward has to run the same attention sites in the same order as the first time. A block that decides by something that changes between the two, such as a counter or a random number, cannot be in a checkpoint scope; use policy `all`.";
+
     RANK_FAILED = "AS0401", "a rank failed",
         "The code of one rank panicked. The other ranks were stopped, since they would have waited for it. The message names the rank that failed first.";
     MISMATCH = "AS0402", "ranks run different collectives",
@@ -195,6 +198,8 @@ codes! {
         "A row of tokens alone cannot say where a short document ends. `labelled_batch` fills such rows with padding that is ignored, `packed_batch` says which token belongs to which document, and `Packing::Cross` lets attention run across documents.";
     TOKEN_FILE = "AS0548", "a file of tokens cannot be used",
         "A token file is a sequence of little-endian numbers of 2 or 4 bytes and nothing else. Its length is a multiple of that, and no token is beyond the vocabulary.";
+    CHECKPOINT = "AS0561", "a checkpoint is of another model or optimizer",
+        "A run goes on with the variables and the optimizer that wrote the checkpoint; mesh, ZeRO stage, policy, learning rate and data may change. The message names what differs. To begin a new run with the same parameters, load `parameters.safetensors` of the checkpoint with `load_trainable`.";
 
     UNREADABLE_FILE = "AS0601", "a file named on the command line cannot be read",
         "The path does not exist, is a folder, is not UTF-8 text, or may not be read. The message says which. `plan` and `expand` take one Rust source file.";

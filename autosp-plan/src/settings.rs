@@ -45,8 +45,38 @@ pub enum Attention {
 pub enum Policy {
     /// Every activation.
     All,
-    /// The input of each block, which is computed again in the backward.
+    /// Of each block its input, and of each site in it queries, keys, values and the attention's result. The rest is computed again
+    /// in the backward.
+    Qkv,
+    /// Of each block its input, and of each site in it the attention's result. Queries, keys and values are computed and exchanged
+    /// again; attention is not.
+    Attention,
+    /// The input of each block, which is computed again in the backward, attention and exchanges included.
     Input,
+}
+
+impl Policy {
+    /// All policies, from the one that keeps most.
+    pub const ALL: [Self; 4] = [Self::All, Self::Qkv, Self::Attention, Self::Input];
+
+    /// As a settings file writes it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::All => "all",
+            Self::Qkv => "qkv",
+            Self::Attention => "attention",
+            Self::Input => "input",
+        }
+    }
+}
+
+/// What the ranks divide among them of what training keeps for each parameter (Rajbhandari et al., `ZeRO`, 2020).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Zero {
+    /// Nothing: every rank holds everything.
+    Stage0,
+    /// The optimizer's state and master weights.
+    Stage1,
 }
 
 /// The settings of a run. Each value remembers its [`Source`].
@@ -245,13 +275,17 @@ impl Settings {
     /// Sets what a forward keeps.
     #[must_use]
     pub fn with_policy(self, policy: Policy) -> Self {
-        self.program(
-            "policy",
-            Value::Choice(match policy {
-                Policy::All => "all",
-                Policy::Input => "input",
-            }),
-        )
+        self.program("policy", Value::Choice(policy.name()))
+    }
+
+    /// Sets what ranks divide of the optimizer.
+    #[must_use]
+    pub fn with_zero(self, zero: Zero) -> Self {
+        let stage = match zero {
+            Zero::Stage0 => "0",
+            Zero::Stage1 => "1",
+        };
+        self.program("zero", Value::Choice(stage))
     }
 
     /// Ranks that share one sequence.
@@ -288,10 +322,17 @@ impl Settings {
 
     /// What a forward keeps.
     pub fn policy(&self) -> Policy {
-        if self.choice("policy") == "input" {
-            Policy::Input
+        let word = self.choice("policy");
+        let named = Policy::ALL.into_iter().find(|policy| policy.name() == word);
+        named.unwrap_or(Policy::All)
+    }
+
+    /// What ranks divide of the optimizer.
+    pub fn zero(&self) -> Zero {
+        if self.choice("zero") == "1" {
+            Zero::Stage1
         } else {
-            Policy::All
+            Zero::Stage0
         }
     }
 

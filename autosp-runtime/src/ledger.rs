@@ -1,13 +1,16 @@
-//! The byte ledger: what each rank hands to its peers.
+//! The byte ledger: what each rank hands to its peers, and what it holds from the forward to the backward.
 
 use std::ops::{Add, Sub};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Counts the bytes of one rank, where a buffer is handed to a peer. What a rank hands to itself is not sent.
+/// Counts the bytes of one rank, where a buffer is handed to a peer. What a rank hands to itself is not sent. Counts also the bytes that
+/// checkpoint scopes hold, and how often attention runs.
 #[derive(Debug, Default)]
 pub struct Ledger {
     sent: AtomicU64,
     exchange: AtomicU64,
+    held: AtomicU64,
+    attentions: AtomicU64,
 }
 
 /// Bytes handed to peers.
@@ -35,6 +38,28 @@ impl Ledger {
             sent: self.sent.load(Ordering::Relaxed),
             exchange: self.exchange.load(Ordering::Relaxed),
         }
+    }
+
+    /// Bytes that the checkpoint scopes of this rank hold now: inputs of blocks, and what the policy keeps of the sites in them.
+    pub fn held(&self) -> u64 {
+        self.held.load(Ordering::Relaxed)
+    }
+
+    /// How often attention was computed on this rank, once for each head group; backwards are not counted.
+    pub fn attentions(&self) -> u64 {
+        self.attentions.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn hold(&self, bytes: u64) {
+        self.held.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    pub(crate) fn release(&self, bytes: u64) {
+        self.held.fetch_sub(bytes, Ordering::Relaxed);
+    }
+
+    pub(crate) fn attended(&self) {
+        self.attentions.fetch_add(1, Ordering::Relaxed);
     }
 
     /// What was sent since an earlier [`snapshot`](Self::snapshot), for one step.

@@ -35,4 +35,4 @@ pub use mesh::Mesh;
 pub use parameters::{Parameters, load_trainable};
 pub use run::{Sp, run, run_with};
 pub use scope::{Scope, Shard};
-pub use train::{Optimizer, Schedule, StepReport, TrainSettings, Trainer};
+pub use train::{Decay, Group, Optimizer, Schedule, StepReport, TrainSettings, Trainer};

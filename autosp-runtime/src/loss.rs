@@ -20,8 +20,11 @@ use crate::{Error, scope};
 pub const IGNORE: i64 = -100;
 
 thread_local! {
-    /// Valid targets, over all ranks, of the losses that this thread has taken since a trainer last asked.
-    static TARGETS: Cell<u64> = const { Cell::new(0) };
+    /// Valid targets, over all ranks, of the losses that this thread has taken since a trainer last asked; `None` if it took none.
+    static TARGETS: Cell<Option<u64>> = const { Cell::new(None) };
+
+    /// Whether a loss without a target is zero: one micro-batch of several may have none.
+    static EMPTY: Cell<bool> = const { Cell::new(false) };
 }
 
 /// Mean cross-entropy, in nats, of `logits` `[.., V]` against `labels` `[..]` (whole numbers of any type; [`IGNORE`], -100, has no
@@ -75,8 +78,22 @@ pub fn token_loss(rows: &Tensor, labels: &Tensor) -> Result<Tensor> {
     cross_entropy(&rows.reshape(((), classes))?, &labels.flatten_all()?)
 }
 
-/// Valid targets since the last call, over all ranks.
-pub(crate) fn take_targets() -> u64 {
+/// Runs `f`, in which a loss without any target is 0 with a gradient of 0.
+pub(crate) fn allow_empty<R>(f: impl FnOnce() -> R) -> R {
+    struct Restore(bool);
+
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            EMPTY.set(self.0);
+        }
+    }
+
+    let _restore = Restore(EMPTY.replace(true));
+    f()
+}
+
+/// Valid targets since the last call, over all ranks; `None` if there was no loss.
+pub(crate) fn take_targets() -> Option<u64> {
     TARGETS.take()
 }
 
@@ -124,12 +141,16 @@ fn over_ranks(total: f64, valid: usize) -> crate::Result<(f64, f64)> {
             (sum + rank[0], count + rank[1])
         });
     }
+    if count == 0.0 && EMPTY.get() {
+        TARGETS.set(Some(TARGETS.get().unwrap_or(0)));
+        return Ok((0.0, 1.0));
+    }
     if count == 0.0 {
         let text =
             format!("expected at least one target on some rank, found every label to be {IGNORE}");
         return Err(Error::new(codes::NO_TARGET, text));
     }
-    TARGETS.set(TARGETS.get() + count as u64);
+    TARGETS.set(Some(TARGETS.get().unwrap_or(0) + count as u64));
     Ok((sum, count))
 }
 

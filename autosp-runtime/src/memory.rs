@@ -1,29 +1,39 @@
 //! What a forward keeps for its backward.
 //!
-//! Under the policy `all` candle's graph keeps every activation. Under `input` a [`checkpoint`] keeps the input of a block alone and
-//! computes the block again in the backward.
+//! Under the policy `all` candle's graph keeps every activation. Under the others a [`checkpoint`] keeps the input of a block and
+//! computes the block again in the backward; of each attention site in the block it keeps what the policy says, so that under `qkv`
+//! and `attention` attention itself never runs twice. [`Ledger::held`](crate::Ledger::held) counts the bytes, and
+//! [`autosp_plan::cost`] has the formula.
 
-use std::cell::RefCell;
+pub(crate) mod tape;
+
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 
 use autosp_plan::settings::Policy;
 use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, TensorId, Var};
 
+use crate::Sp;
 use crate::ops::{owned, record1, tracked};
 use crate::scope::{self, Scope};
+use crate::site;
 
 thread_local! {
     /// Gradients of variables that recomputed blocks have found on this thread, which is this rank.
     static SINK: RefCell<HashMap<TensorId, Tensor>> = RefCell::new(HashMap::new());
+
+    /// Whether there will be no backward.
+    static FORWARD_ONLY: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Runs `f(x)` and, under the policy `input`, keeps `x` in place of what happens inside.
+/// Runs `f(x)` and, under other policies than `all`, keeps `x` and what the policy says of the attention sites inside, in place of all
+/// that happens there.
 ///
-/// In the backward, `f` runs again on the same `x`, in the scope of the forward, collectives included, and gives the same bits. The
-/// gradients of the variables that `f` captures do not pass through candle's gradient store: a trainer collects them, and
-/// [`Sp::reduce_gradients`](crate::Sp::reduce_gradients) does for own loops. Outside a sharded scope, and under the policy `all`,
-/// this is `f(x)`.
+/// In the backward, `f` runs again on the same `x`, in the scope of the forward, collectives included, and gives the same bits; a site
+/// whose result was kept runs its `replay` in place of its forward. The gradients of the variables that `f` captures do not pass
+/// through candle's gradient store: a trainer collects them, and [`Sp::reduce_gradients`](crate::Sp::reduce_gradients) does for own
+/// loops. Outside a sharded scope, under the policy `all`, and inside another checkpoint, this is `f(x)`.
 ///
 /// # Errors
 /// Those of `f`.
@@ -32,25 +42,63 @@ where
     F: Fn(&Tensor) -> Result<Tensor> + Send + Sync + 'static,
 {
     match scope::current() {
-        Some(scope) if scope.sp().settings().policy() == Policy::Input => recomputed(x, scope, f),
+        Some(_) if FORWARD_ONLY.get() => Ok(f(&x.detach())?.detach()),
+        Some(scope) if !tape::is_running() => match scope.sp().settings().policy() {
+            Policy::All => f(x),
+            policy => recomputed(x, scope, policy, f),
+        },
         _ => f(x),
     }
 }
 
-fn recomputed<F>(x: &Tensor, scope: Scope, f: F) -> Result<Tensor>
+/// Runs `f` for its values alone: checkpoints keep nothing, so that no more than one block's activations are held.
+pub(crate) fn forward_only<R>(f: impl FnOnce() -> R) -> R {
+    struct Restore(bool);
+
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            FORWARD_ONLY.set(self.0);
+        }
+    }
+
+    let _restore = Restore(FORWARD_ONLY.replace(true));
+    f()
+}
+
+/// Bytes that a scope holds, in the ledger of its rank while it does.
+struct Held(Sp, u64);
+
+impl Held {
+    fn new(sp: &Sp, bytes: u64) -> Self {
+        sp.ledger().hold(bytes);
+        Self(sp.clone(), bytes)
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.0.ledger().release(self.1);
+    }
+}
+
+fn recomputed<F>(x: &Tensor, scope: Scope, policy: Policy, f: F) -> Result<Tensor>
 where
     F: Fn(&Tensor) -> Result<Tensor> + Send + Sync + 'static,
 {
     // The graph of the block dies with this statement, except where nothing in it is tracked.
-    let y = f(&x.detach())?.detach();
+    let (y, memos) = tape::first(policy, || f(&x.detach()));
+    let y = y?.detach();
     // A block whose input is not tracked still has variables: a variable in the input's place makes candle call the backward.
     let x = if tracked(x) {
         x.clone()
     } else {
         Var::from_tensor(&x.detach())?.into_inner()
     };
+    let bytes = site::bytes(&x) + memos.iter().map(|memo| memo.bytes()).sum::<u64>();
+    let held = Held::new(scope.sp(), bytes);
     record1("checkpoint", &x, owned(&y)?, move |[x], _, grad| {
-        scope.run(|| backward(&f, x, grad))
+        let _held = &held;
+        scope.run(|| backward(&f, x, &memos, grad))
     })
 }
 
@@ -58,10 +106,11 @@ where
 fn backward(
     f: &dyn Fn(&Tensor) -> Result<Tensor>,
     x: &Tensor,
+    memos: &tape::Memos,
     grad: &Tensor,
 ) -> Result<[Option<Tensor>; 1]> {
     let x = Var::from_tensor(x)?;
-    let y = f(x.as_tensor())?;
+    let y = tape::again(memos, || f(x.as_tensor()))?;
     if !tracked(&y) {
         return Ok([None]);
     }

@@ -1,6 +1,7 @@
 //! What the code that the attribute emits names, as `autosp::rt`. Not for writing by hand.
 
 pub use candle_core::{self, D, Result};
+pub use candle_nn;
 
 pub use crate::layout::Layout;
 pub use crate::library;

@@ -31,6 +31,13 @@ pub trait Schedule<Strategy> {
     /// Those of the verbs.
     fn forward(io: &mut impl Forward) -> Result<()>;
 
+    /// The forward once more, for a backward that has the attention's result and not what it was computed from: exchanges, and no
+    /// [`attend`](Forward::attend).
+    ///
+    /// # Errors
+    /// Those of the verbs.
+    fn replay(io: &mut impl Forward) -> Result<()>;
+
     /// From the output's gradient to those of q, k, v.
     ///
     /// # Errors
@@ -38,7 +45,9 @@ pub trait Schedule<Strategy> {
     fn backward(io: &mut impl Backward) -> Result<()>;
 }
 
-/// The verbs of a forward. All ranks of a group run them in the same order.
+/// The verbs of a forward and of its replay. All ranks of a group run them in the same order.
+///
+/// In a replay, verbs on tensors that the policy kept send nothing; the result is there from the beginning and may be sent at once.
 pub trait Forward {
     /// Number of head groups.
     fn groups(&self) -> usize;
@@ -58,7 +67,7 @@ pub trait Forward {
     /// Computes the attention of group `g` over the whole sequence.
     ///
     /// # Errors
-    /// `AS0328` before its tensors have landed, or a second time.
+    /// `AS0328` before its tensors have landed, a second time, or in a replay.
     fn attend(&mut self, g: usize) -> Result<()>;
 
     /// Starts the way back of group `g`'s output. Never blocks.

@@ -3,10 +3,12 @@
 mod backward;
 mod forward;
 mod heads;
+mod memo;
 mod pieces;
 mod recorded;
 
 pub use heads::{HeadPlan, exchange_bytes};
+pub(crate) use memo::{Memo, bytes};
 
 use std::any::TypeId;
 use std::collections::HashSet;
@@ -30,6 +32,7 @@ pub(crate) struct SiteRef {
     pub(crate) heads: HeadMap,
     check: fn(&[Vec<usize>]) -> Result<()>,
     forward: fn(&mut forward::RankForward<'_>) -> candle_core::Result<()>,
+    replay: fn(&mut forward::RankForward<'_>) -> candle_core::Result<()>,
     backward: fn(&mut backward::RankBackward<'_>) -> candle_core::Result<()>,
 }
 
@@ -41,6 +44,7 @@ impl SiteRef {
             heads: S::HEADS,
             check: check::<S>,
             forward: |io| S::forward(io),
+            replay: |io| S::replay(io),
             backward: |io| S::backward(io),
         }
     }
@@ -67,6 +71,7 @@ fn check<S: Site>(needs: &[Vec<usize>]) -> Result<()> {
         return Ok(());
     }
     Recorder::forward::<S>(needs)?;
+    Recorder::replay::<S>(needs)?;
     Recorder::backward::<S>(needs)?;
     CHECKED
         .lock()

@@ -29,7 +29,7 @@ pub use report::{Case, Difference, Report, Run};
 
 use crate::loss::IGNORE;
 use crate::random::Stream;
-use crate::train::reduce::{detached, presence, reduce};
+use crate::train::reduce::{detached, presence, sums};
 use crate::{Error, Parameters, Result, Sp, loss, memory, run_with};
 
 /// What to compare. All combinations of `sp`, `dp`, `groups` and `policies` are run.
@@ -259,7 +259,8 @@ fn gradients(sp: &Sp, parameters: &Parameters, loss: &Tensor) -> Result<Outcome>
     let named = parameters.named();
     let own = detached(&grads, &named);
     presence(sp, &own, &[])?.require(&named)?;
-    let sums = reduce(sp, own, &named, usize::MAX)?;
+    let vars: Vec<_> = named.iter().map(|(_, var)| var.clone()).collect();
+    let sums = sums(sp, own, &vars, usize::MAX)?;
     let mut gradients = Vec::with_capacity(sums.len());
     for ((name, var), sum) in named.into_iter().zip(sums) {
         let values = sum.flatten_all()?.to_dtype(DType::F64)?.to_vec1::<f64>()?;

@@ -1,19 +1,27 @@
 //! Training steps: loss, backward, reduction over all ranks, clipping, optimizer.
 
+mod flat;
+mod groups;
 mod optimizer;
 pub(crate) mod reduce;
+mod report;
 mod settings;
+mod state;
+mod step;
 
 use std::path::Path;
-use std::time::Instant;
 
 use autosp_plan::codes;
-use candle_core::{DType, Tensor, Var};
+use autosp_plan::settings::Zero;
+use candle_core::Var;
 
-pub use settings::{Optimizer, Schedule, TrainSettings};
+pub use groups::Group;
+pub use report::{Evaluation, StepReport};
+pub use settings::{Decay, Optimizer, Schedule, TrainSettings};
+pub use state::Resumed;
 
 use crate::comm::{Tag, barrier, broadcast};
-use crate::{Bytes, Error, Parameters, Result, Sp, loss, memory};
+use crate::{Bytes, Error, Parameters, Result, Sp};
 
 /// Trains the variables of a [`Parameters`] on every rank alike.
 ///
@@ -39,47 +47,17 @@ pub struct Trainer {
     sp: Sp,
     parameters: Parameters,
     named: Vec<(String, Var)>,
+    /// The variables of `named`.
+    vars: Vec<Var>,
     settings: TrainSettings,
+    manners: Vec<groups::Manner>,
+    buckets: Vec<flat::Bucket>,
+    /// The parts of variables that this rank updates, bucket by bucket: the slots of the updater.
+    pieces: Vec<Vec<flat::Piece>>,
     updater: optimizer::Updater,
     steps: u64,
     /// The ledger when the previous step or evaluation ended.
     mark: Bytes,
-}
-
-/// What a step did. The same on every rank, but for the times.
-#[derive(Debug, Clone, Copy, PartialEq)]
-#[non_exhaustive]
-pub struct StepReport {
-    /// The step, from 1.
-    pub step: u64,
-    /// The loss before the step.
-    pub loss: f64,
-    /// The 2-norm of all gradients together, before clipping.
-    pub grad_norm: f64,
-    /// The learning rate that the step used.
-    pub learning_rate: f64,
-    /// Targets that the loss averaged, over all ranks; 0 if the loss was not [`loss::cross_entropy`].
-    pub valid_tokens: u64,
-    /// `valid_tokens` by the time of the step.
-    pub tokens_per_s: f64,
-    /// Seconds from the begin of the step to its end on this rank.
-    pub seconds: f64,
-    /// Bytes that all ranks together handed to peers since the previous step or evaluation ended, sharding of the batch included.
-    pub bytes_sent: u64,
-    /// The part of the attention sites.
-    pub exchange_bytes: u64,
-    /// Whether the loss or the gradient was not finite and nothing was changed (see [`TrainSettings::skip_non_finite`]).
-    pub skipped: bool,
-}
-
-/// What an evaluation found. The same on every rank.
-#[derive(Debug, Clone, Copy, PartialEq)]
-#[non_exhaustive]
-pub struct Evaluation {
-    /// The loss.
-    pub loss: f64,
-    /// Targets that the loss averaged, over all ranks; 0 if the loss was not [`loss::cross_entropy`].
-    pub valid_tokens: u64,
 }
 
 impl Trainer {
@@ -119,104 +97,61 @@ impl Trainer {
                 }
             }
         }
-        let updater =
-            optimizer::Updater::new(settings.optimizer, named.iter().map(|(_, var)| var.dtype()));
+        let vars: Vec<Var> = named.iter().map(|(_, var)| var.clone()).collect();
+        let buckets = flat::buckets(&vars, settings.bucket_bytes);
+        let share = |bucket: &flat::Bucket| match sp.settings().zero() {
+            Zero::Stage0 => 0..bucket.elements(),
+            Zero::Stage1 => bucket.share(sp.world_size(), sp.rank()),
+        };
+        let pieces: Vec<Vec<flat::Piece>> = buckets
+            .iter()
+            .map(|bucket| bucket.pieces(&share(bucket)))
+            .collect();
+        let types = pieces.iter().flatten().map(|piece| vars[piece.var].dtype());
+        let updater = optimizer::Updater::new(settings.optimizer, types);
+        let manners = groups::manners(&settings, &[], &named)?;
         let mark = sp.ledger().snapshot();
         Ok(Self {
             sp: sp.clone(),
             parameters,
             named,
+            vars,
             settings,
+            manners,
+            buckets,
+            pieces,
             updater,
             steps: 0,
             mark,
         })
     }
 
-    /// Takes one step: runs `loss` in a sharded scope, walks back, sums the gradients over all ranks, clips them, and updates the
-    /// variables. All ranks take the same steps.
+    /// Steps variables whose names match in their own way; the first group that matches counts, and an earlier call is overridden.
+    ///
+    /// ```
+    /// # use autosp_runtime::{Parameters, Settings, run_with};
+    /// # use autosp_runtime::train::{Group, TrainSettings, Trainer};
+    /// # use candle_core::DType;
+    /// # run_with(Settings::default(), |sp| {
+    /// # let parameters = Parameters::init(7, DType::F32, sp.device());
+    /// # candle_nn::linear(4, 3, parameters.builder().pp("head"))?;
+    /// let slow = Group { rate: 0.1, ..Group::new("head.*") };
+    /// let trainer = Trainer::new(sp, parameters, TrainSettings::default())?.with_groups(&[slow])?;
+    /// # Ok(())
+    /// # })?;
+    /// # Ok::<(), autosp_runtime::Error>(())
+    /// ```
     ///
     /// # Errors
-    /// Those of `loss`; AS0512 if a variable has no gradient on any rank; AS0513 if the loss or the gradient is not finite, unless
-    /// such steps are skipped; AS0509 if the loss is no scalar. After an error the variables are what they were.
-    pub fn step<E>(&mut self, loss: impl FnOnce() -> Result<Tensor, E>) -> Result<StepReport>
-    where
-        Error: From<E>,
-    {
-        let started = Instant::now();
-        self.expect_same_variables()?;
-        memory::forget();
-        loss::take_targets();
-        let sp = self.sp.clone();
-        let (value, finite, grads) = sp.scope(|| -> Result<_> {
-            let loss = loss()?;
-            let value = scalar(&loss)?;
-            let own = {
-                let mut grads = loss.backward()?;
-                drop(loss);
-                memory::collect(&mut grads)?;
-                reduce::detached(&grads, &self.named)
-            };
-            let presence = reduce::presence(&sp, &own, &[value.is_finite()])?;
-            presence.require(&self.named)?;
-            let sums = reduce::reduce(&sp, own, &self.named, self.settings.bucket_bytes)?;
-            Ok((value, presence.unanimous[0], sums))
-        })?;
-        let grad_norm = reduce::global_norm(&grads)?;
-        let skipped = !(finite && grad_norm.is_finite());
-        if skipped && !self.settings.skip_non_finite {
-            let text = format!(
-                "step {}: expected a finite loss and gradient, found loss {value} and gradient norm {grad_norm}",
-                self.steps + 1
-            );
-            return Err(Error::new(codes::NOT_FINITE, text)
-                .with_help("TrainSettings { skip_non_finite: true, .. }"));
-        }
-        let learning_rate = self.settings.schedule.rate(self.steps);
-        if !skipped {
-            // The formula of PyTorch's clip_grad_norm_.
-            let scale = self
-                .settings
-                .clip
-                .map_or(1.0, |most| (most / (grad_norm + 1e-6)).min(1.0));
-            self.updater.step(
-                learning_rate,
-                scale,
-                self.named.iter().map(|(_, var)| var).zip(&grads),
-            )?;
-        }
-        self.steps += 1;
-        let bytes = self.bytes()?;
-        let (seconds, valid_tokens) = (started.elapsed().as_secs_f64(), loss::take_targets());
-        Ok(StepReport {
-            step: self.steps,
-            loss: value,
-            grad_norm,
-            learning_rate,
-            valid_tokens,
-            tokens_per_s: valid_tokens as f64 / seconds,
-            seconds,
-            bytes_sent: bytes.sent,
-            exchange_bytes: bytes.exchange,
-            skipped,
-        })
+    /// AS0516 for a value that cannot be, or a group that matches no trainable variable.
+    pub fn with_groups(mut self, groups: &[Group]) -> Result<Self> {
+        self.manners = groups::manners(&self.settings, groups, &self.named)?;
+        Ok(self)
     }
 
-    /// Runs `loss` in a sharded scope, without a step.
-    ///
-    /// # Errors
-    /// Those of `loss`; AS0509 if the loss is no scalar.
-    pub fn evaluate<E>(&mut self, loss: impl FnOnce() -> Result<Tensor, E>) -> Result<Evaluation>
-    where
-        Error: From<E>,
-    {
-        loss::take_targets();
-        let value = self.sp.scope(|| -> Result<f64> { scalar(&loss()?) })?;
-        self.mark = self.sp.ledger().snapshot();
-        Ok(Evaluation {
-            loss: value,
-            valid_tokens: loss::take_targets(),
-        })
+    /// Bytes of optimizer state and master weights that this rank holds. Under `zero = 1` that is its share.
+    pub fn optimizer_bytes(&self) -> u64 {
+        self.updater.bytes()
     }
 
     /// Writes all parameters as a safetensors file, on rank 0; returns on every rank once it is there.
@@ -259,34 +194,6 @@ impl Trainer {
             }
         }
     }
-
-    /// The bytes of all ranks since the mark, those of asking for them included.
-    fn bytes(&mut self) -> Result<Bytes> {
-        let since = self.sp.ledger().since(self.mark);
-        let mut bytes = self.sp.sum_bytes(since)?;
-        let now = self.sp.ledger().snapshot();
-        let asking = self.sp.ledger().since(self.mark) - since;
-        // Each rank sends as much as this one to ask.
-        bytes.sent += asking.sent * self.sp.world_size() as u64;
-        self.mark = now;
-        Ok(bytes)
-    }
-}
-
-fn scalar(loss: &Tensor) -> Result<f64> {
-    if loss.elem_count() != 1 {
-        let text = format!(
-            "expected the loss to be a scalar, found shape {:?}",
-            loss.dims()
-        );
-        return Err(Error::new(codes::BATCH_SHAPE, text));
-    }
-    Ok(loss
-        .detach()
-        .flatten_all()?
-        .get(0)?
-        .to_dtype(DType::F64)?
-        .to_scalar::<f64>()?)
 }
 
 #[cfg(test)]

@@ -66,9 +66,24 @@ pub struct Options {
     /// One JSON object a step goes here
     #[arg(long, value_name = "FILE")]
     pub log: Option<PathBuf>,
+    /// What a forward keeps for its backward: all, qkv, attention or input [default: all]
+    #[arg(long, value_name = "POLICY")]
+    pub policy: Option<String>,
+    /// ZeRO stage, 0 or 1: with 1 the ranks share the optimizer's state out [default: 0]
+    #[arg(long, value_name = "STAGE")]
+    pub zero: Option<usize>,
+    /// Micro-batches of a step, of --batch sequences each
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub accumulate: usize,
     /// The trained model goes here, as safetensors
     #[arg(long, value_name = "FILE", default_value = "out/llama.safetensors")]
     pub save: PathBuf,
+    /// Steps between checkpoints, which go into a folder beside --save [default: none but the last]
+    #[arg(long, value_name = "N")]
+    pub save_every: Option<usize>,
+    /// Goes on from the latest checkpoint beside --save
+    #[arg(long)]
+    pub resume: bool,
 }
 
 /// What a sequence is made of.
@@ -81,6 +96,11 @@ pub enum Documents {
 }
 
 impl Options {
+    /// Where checkpoints go: `out/llama.checkpoints` for `out/llama.safetensors`.
+    pub fn checkpoints(&self) -> PathBuf {
+        self.save.with_extension("checkpoints")
+    }
+
     /// Reads the command line. `Ok(Err(text))` is a text that was asked for, such as the help.
     ///
     /// # Errors
@@ -120,6 +140,8 @@ impl Options {
             ("--batch", self.batch),
             ("--steps", self.steps),
             ("--groups", self.groups.unwrap_or(1)),
+            ("--accumulate", self.accumulate),
+            ("--save-every", self.save_every.unwrap_or(1)),
         ] {
             if value == 0 {
                 return Err(failure(format!("expected {flag} of at least 1, found 0")));

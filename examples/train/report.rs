@@ -20,17 +20,19 @@ pub struct Report {
 }
 
 impl Report {
-    /// Opens the log before anything is computed.
+    /// Opens the log before anything is computed; a run that goes on adds to it.
     ///
     /// # Errors
     /// When the log cannot be written.
-    pub fn new(steps: usize, log: Option<&Path>) -> Result<Self> {
-        let create = |path: &Path| {
-            open(
-                path,
-                OpenOptions::new().write(true).create(true).truncate(true),
-            )
-        };
+    pub fn new(steps: usize, log: Option<&Path>, goes_on: bool) -> Result<Self> {
+        let mut how = OpenOptions::new();
+        if goes_on {
+            how.append(true);
+        } else {
+            how.write(true).truncate(true);
+        }
+        how.create(true);
+        let create = |path: &Path| open(path, &how);
         let log = log
             .map(|path| Ok::<_, Error>((BufWriter::new(create(path)?), path.to_owned())))
             .transpose()?;
@@ -74,7 +76,7 @@ impl Report {
         );
         if std::io::stderr().is_terminal() {
             self.bar.set_message(text);
-            self.bar.inc(1);
+            self.bar.set_position(step.step);
         } else if step.step == 1
             || step.step == self.steps
             || step.step.is_multiple_of(self.steps.div_ceil(10))

@@ -27,7 +27,7 @@ fn unannotated(vb: VarBuilder, tokens: &Tensor) -> Result<Tensor> {
 fn cases() -> Cases {
     Cases {
         groups: vec![1, 2],
-        policies: vec![Policy::All, Policy::Input],
+        policies: Policy::ALL.to_vec(),
         vocabulary: 40,
         ..Cases::default()
     }

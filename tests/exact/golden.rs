@@ -1,6 +1,6 @@
 //! What Hugging Face transformers computed, on one rank and on four: S = 90 does not divide by 4.
 
-use autosp::{Optimizer, Schedule, Settings, TrainSettings, Trainer, loss::cross_entropy};
+use autosp::{Decay, Optimizer, Schedule, Settings, TrainSettings, Trainer, loss::cross_entropy};
 use autosp_reference::{Golden, Norms, Tensors, global_norm, labels, llama_config};
 use candle_core::DType;
 
@@ -99,6 +99,7 @@ fn five_steps_of_adamw() {
             weight_decay: 0.1,
         },
         schedule: Schedule::constant(1e-3),
+        decay: Decay::All,
         clip: Some(1.0),
         ..TrainSettings::default()
     };

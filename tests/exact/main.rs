@@ -8,11 +8,15 @@ mod finite_differences;
 mod golden;
 mod job;
 mod leaks;
+mod loops;
 mod matrix;
 mod models;
 mod own_loop;
 mod packed;
 mod repeat;
+mod resume;
+mod trained;
+mod training;
 
 /// The example Llama with the attribute; `autosp_reference::llama` is the same file without.
 #[autosp::sequence_parallel]

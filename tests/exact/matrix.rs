@@ -1,6 +1,7 @@
 //! Every mesh, number of head groups, key-value heads, length and label pattern against the plain model.
 
 use autosp::Settings;
+use autosp_plan::settings::Policy;
 
 use crate::job::{Job, assert_contract, tiny};
 
@@ -124,16 +125,13 @@ fn shorter_than_the_ranks() {
 fn every_policy_and_attention_has_the_same_numbers() {
     let job = Job::random(tiny(2), 2, 61, 3, |_| true);
     let expected = job.expected();
-    for policy in ["all", "input"] {
+    for policy in Policy::ALL {
         for attention in ["tiled", "reference"] {
-            let settings = Settings::default()
-                .with_sp(4)
-                .with("policy", policy)
-                .unwrap();
+            let settings = Settings::default().with_sp(4).with_policy(policy);
             let settings = settings.with("attention", attention).unwrap();
             for found in job.on_ranks(settings) {
                 assert_contract(
-                    &format!("policy {policy}, attention {attention}"),
+                    &format!("policy {policy:?}, attention {attention}"),
                     &found,
                     &expected,
                 );

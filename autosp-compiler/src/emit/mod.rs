@@ -51,7 +51,7 @@ fn library(
         #[allow(unused, clippy::all, clippy::pedantic, clippy::restriction, clippy::nursery)]
         pub(crate) mod #module {
             use super::autosp_sites;
-            use #facade::rt::candle_core;
+            use #facade::rt::{candle_core, candle_nn};
             #twins
         }
     }
@@ -290,8 +290,8 @@ fn emit_twins(item: &syn::Item, twins: &[(usize, &Twin)], names: &Paths) -> Toke
         syn::Item::Fn(f) => twins
             .iter()
             .map(|(_, twin)| {
-                let function = twin_fn(&f.sig, &f.block, twin, names);
-                quote!(#function)
+                let (function, cfgs) = (twin_fn(&f.sig, &f.block, twin, names), cfgs(&f.attrs));
+                quote!(#(#cfgs)* #function)
             })
             .collect(),
         syn::Item::Impl(imp) => {
@@ -299,7 +299,11 @@ fn emit_twins(item: &syn::Item, twins: &[(usize, &Twin)], names: &Paths) -> Toke
                 twins
                     .iter()
                     .filter_map(|(_, twin)| match imp.items.get(twin.place.1?) {
-                        Some(syn::ImplItem::Fn(f)) => Some(twin_fn(&f.sig, &f.block, twin, names)),
+                        Some(syn::ImplItem::Fn(f)) => {
+                            let (function, cfgs) =
+                                (twin_fn(&f.sig, &f.block, twin, names), cfgs(&f.attrs));
+                            Some(quote!(#(#cfgs)* #function))
+                        }
                         _ => None,
                     });
             let (generics, _, bounds) = imp.generics.split_for_impl();
@@ -308,6 +312,11 @@ fn emit_twins(item: &syn::Item, twins: &[(usize, &Twin)], names: &Paths) -> Toke
         }
         _ => TokenStream::new(),
     }
+}
+
+/// The conditions under which an item exists.
+fn cfgs(attrs: &[syn::Attribute]) -> impl Iterator<Item = &syn::Attribute> {
+    attrs.iter().filter(|a| a.path().is_ident("cfg"))
 }
 
 fn twin_fn(sig: &syn::Signature, block: &syn::Block, twin: &Twin, names: &Paths) -> TokenStream {

@@ -64,6 +64,18 @@ fn one(id: usize, site: &Site) -> TokenStream {
                 io.wait_out()
             }
 
+            /// Where the result was kept and the block is computed again: what was not kept is exchanged once more, nothing is attended.
+            fn replay(io: &mut impl rt::Forward) -> rt::Result<()> {
+                for g in 0..io.groups() {
+                    io.send_qkv(g)?;
+                    io.send_out(g)?;
+                }
+                for g in 0..io.groups() {
+                    io.wait_qkv(g)?;
+                }
+                io.wait_out()
+            }
+
             /// The transpose: the gradient of the result comes in, those of queries, keys and values go out.
             fn backward(io: &mut impl rt::Backward) -> rt::Result<()> {
                 io.send_grad_out(0)?;

@@ -1,7 +1,17 @@
 //! Functions of libraries that are followed through a definition of our own.
 
-/// Where the functions of `ops/library.rs` live.
-pub(crate) const HOME: &str = "candle_transformers::utils";
+/// Helpers that crates keep copies of, which are compared with their definition when the program runs.
+pub(crate) const SHARED: &str = "candle_transformers::utils";
+
+/// The absolute path of a function of `ops/library.rs`.
+pub(crate) fn path(name: &str) -> String {
+    let home = if name == "flash_attn" {
+        "candle_nn::attention"
+    } else {
+        SHARED
+    };
+    format!("{home}::{name}")
+}
 
 /// The module that holds their twins in the emitted code.
 pub(crate) const MODULE: &str = "autosp_library";
@@ -17,7 +27,7 @@ mod tests {
     #[test]
     fn the_definitions_are_functions() {
         let items = super::items();
-        assert_eq!(items.len(), 3);
+        assert_eq!(items.len(), 4);
         assert!(items.iter().all(|item| matches!(item, syn::Item::Fn(_))));
     }
 }

@@ -130,7 +130,7 @@ impl<'a> Scope<'a> {
                 let name = f.sig.ident.to_string();
                 scope
                     .library
-                    .insert(format!("{}::{name}", library::HOME), scope.functions.len());
+                    .insert(library::path(&name), scope.functions.len());
                 scope.function(None, &f.sig, &f.block, false, (items.len() + i, None));
             }
         }

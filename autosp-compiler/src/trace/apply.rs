@@ -224,6 +224,13 @@ impl<'a> Trace<'_, 'a> {
             Some((value, e)) => vec![(value.clone(), *e)],
             None => return Self::lost(what),
         };
+        if let (Shape::Partial(known), false) = (
+            self.nodes[input.node].shape.clone(),
+            matches!(self.nodes[input.node].op, Op::Param(_)),
+        ) {
+            let shape = self.index_partial(known, &places, at);
+            return Value::Tensor(self.node(Op::Row(row), inputs.to_vec(), shape, at, what));
+        }
         let Some(dims) = self.with_rank_at_least(input.node, places.len()) else {
             let reason = Self::reason(
                 format!("cannot follow the index in `{what}`"),
@@ -238,11 +245,12 @@ impl<'a> Trace<'_, 'a> {
             match places.get(d) {
                 None => out.push(dim.clone()),
                 Some((Value::Tuple(v), _)) if v.is_empty() => out.push(dim.clone()),
-                Some((Value::Range(start, end, _), e)) => {
-                    if let Some(e) = e {
-                        let at = self.at(at.act, e);
-                        self.use_size(at, &end.clone(), Role::Valid);
-                    }
+                Some((Value::Range(start, end, end_expr), _)) => {
+                    let at = At {
+                        expr: *end_expr,
+                        ..at
+                    };
+                    self.use_size(at, &end.clone(), Role::Valid);
                     let len = end.poly.sub(&start.poly);
                     if self.atoms.equal(&len, &dim.size(&self.atoms)) {
                         out.push(dim.clone());
@@ -290,6 +298,48 @@ impl<'a> Trace<'_, 'a> {
         let node = self.node(op, inputs.to_vec(), Shape::Known(out), at, what);
         self.nodes[node].touches = touches;
         Value::Tensor(node)
+    }
+
+    /// What is known of a table of unknown rank after an index: the lengths of ranges.
+    fn index_partial(
+        &mut self,
+        known: Vec<(usize, Dim)>,
+        places: &[(Value, Option<&'a syn::Expr>)],
+        at: At,
+    ) -> Shape {
+        let mut out = Vec::new();
+        let mut gone = 0;
+        for (d, (place, e)) in places.iter().enumerate() {
+            let before = known
+                .iter()
+                .find(|(k, _)| *k == d)
+                .map(|(_, dim)| dim.clone());
+            match place {
+                Value::Tuple(v) if v.is_empty() => out.extend(before.map(|dim| (d - gone, dim))),
+                Value::Range(start, end, end_expr) => {
+                    let end_at = At {
+                        expr: *end_expr,
+                        ..at
+                    };
+                    let len = end.with(start, end.poly.sub(&start.poly));
+                    self.use_size(end_at, &end.clone(), Role::Valid);
+                    self.starts_at_zero(&start.clone(), &len);
+                    let poly = self.dimension(&len);
+                    out.push((d - gone, Dim::of(poly)));
+                }
+                Value::Size(s) => {
+                    if let Some(e) = e {
+                        let at = self.at(at.act, e);
+                        self.use_size(at, &s.clone(), Role::Valid);
+                    }
+                    gone += 1;
+                }
+                _ => {}
+            }
+        }
+        let rest = known.into_iter().filter(|(d, _)| *d >= places.len());
+        out.extend(rest.map(|(d, dim)| (d - gone, dim)));
+        Shape::Partial(out)
     }
 
     fn with_rank_at_least(&mut self, node: NodeId, rank: usize) -> Option<Vec<Dim>> {

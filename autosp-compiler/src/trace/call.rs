@@ -259,7 +259,9 @@ impl<'a> Trace<'_, 'a> {
             return self.apply(row, &args, at, &text(c), None);
         }
         if let Some(function) = self.scope.library(&full) {
-            self.note_helper(function, &segments);
+            if full.starts_with(crate::syntax::library::SHARED) {
+                self.note_helper(function, &segments);
+            }
             return self.enter(function, at, None, args);
         }
         // `Module::forward(&layer, x)`

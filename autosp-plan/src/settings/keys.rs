@@ -79,10 +79,17 @@ pub static KEYS: &[Key] = &[
     },
     Key {
         name: "policy",
-        kind: Kind::Choice(&["all", "input"]),
+        kind: Kind::Choice(&["all", "qkv", "attention", "input"]),
         default: Value::Choice("all"),
-        doc: "what a forward keeps for its backward: `all` activations, or the `input` of each block, which is then computed again",
+        doc: "what a forward keeps for its backward: `all` activations; or the input of each block and, of each attention in it, queries, keys, values and result (`qkv`), the result alone (`attention`), or nothing (`input`), the rest of the block being computed again",
         read: ReadAt::Forward,
+    },
+    Key {
+        name: "zero",
+        kind: Kind::Choice(&["0", "1"]),
+        default: Value::Choice("0"),
+        doc: "ZeRO stage of the trainer: 0, every rank holds the whole optimizer state; 1, each of the dp x sp ranks holds and updates its share",
+        read: ReadAt::Start,
     },
 ];
 
@@ -191,6 +198,10 @@ impl Key {
         match (self.kind, found) {
             (Kind::Count | Kind::Seconds, Found::Number(text))
             | (Kind::Choice(_), Found::Text(text)) => self.parse(text),
+            // Some words are numbers.
+            (Kind::Choice(words), Found::Number(text)) if words.contains(&text.as_str()) => {
+                self.parse(text)
+            }
             (_, Found::Text(text)) => Err(format!("the string {text:?}")),
             (_, Found::Number(text)) => Err(format!("the number {text}")),
             (_, Found::Other(kind)) => Err((*kind).to_owned()),

@@ -31,6 +31,7 @@ fn every_row_is_sound_and_every_accessor_names_one() {
         (settings.attention(), settings.policy()),
         (Attention::Tiled, Policy::All)
     );
+    assert_eq!(settings.zero(), Zero::Stage0);
 }
 
 #[test]
@@ -41,7 +42,9 @@ fn typed_setters_reach_their_row() {
         .with_groups(3)
         .with_deadline(Duration::from_millis(1500))
         .with_attention(Attention::Reference)
-        .with_policy(Policy::Input);
+        .with_policy(Policy::Input)
+        .with_zero(Zero::Stage1);
+    assert_eq!(settings.zero(), Zero::Stage1);
     assert_eq!((settings.sp(), settings.dp(), settings.groups()), (4, 2, 3));
     assert_eq!(settings.deadline(), Duration::from_millis(1500));
     assert_eq!(
@@ -101,7 +104,7 @@ fn an_unknown_name_lists_the_known_ones() {
         .unwrap_err();
     assert_eq!(
         error.to_string(),
-        "unknown setting `gruops` (autosp.toml:2:2), expected one of `sp`, `dp`, `groups`, `deadline`, `attention`, `policy`\n  \
+        "unknown setting `gruops` (autosp.toml:2:2), expected one of `sp`, `dp`, `groups`, `deadline`, `attention`, `policy`, `zero`\n  \
          help: did you mean `groups`? [AS0308]"
     );
     let far = Settings::default().with("colour", "red").unwrap_err();

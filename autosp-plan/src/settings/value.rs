@@ -29,6 +29,7 @@ impl fmt::Display for Value {
         match self {
             Self::Count(n) => write!(f, "{n}"),
             Self::Seconds(s) => write!(f, "{s}"),
+            Self::Choice(word) if word.bytes().all(|b| b.is_ascii_digit()) => f.write_str(word),
             Self::Choice(word) => write!(f, "{word:?}"),
         }
     }

@@ -129,6 +129,16 @@ impl Sp {
         Scope::new(self.clone(), step).run(f)
     }
 
+    /// Scopes that were opened so far.
+    pub(crate) fn scopes(&self) -> u64 {
+        self.0.steps.load(Ordering::Relaxed)
+    }
+
+    /// Goes on counting scopes where another run ended.
+    pub(crate) fn set_scopes(&self, scopes: u64) {
+        self.0.steps.store(scopes, Ordering::Relaxed);
+    }
+
     /// Remembers that the tensor `tokens` is this rank's `shard` of a sequence. All ranks of the sp group register the same sequence at
     /// the same time.
     ///

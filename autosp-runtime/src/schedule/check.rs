@@ -8,6 +8,8 @@ use crate::error::{Error, Result};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Direction {
     Forward,
+    /// The forward without its attention.
+    Replay,
     Backward,
 }
 
@@ -30,11 +32,11 @@ impl Verb {
     /// Its name in a schedule.
     pub(crate) fn name(self, direction: Direction) -> &'static str {
         match (direction, self) {
-            (Direction::Forward, Self::Send) => "send_qkv",
-            (Direction::Forward, Self::Wait) => "wait_qkv",
-            (Direction::Forward, Self::Attend) => "attend",
-            (Direction::Forward, Self::Return) => "send_out",
-            (Direction::Forward, Self::Finish) => "wait_out",
+            (Direction::Forward | Direction::Replay, Self::Send) => "send_qkv",
+            (Direction::Forward | Direction::Replay, Self::Wait) => "wait_qkv",
+            (Direction::Forward | Direction::Replay, Self::Attend) => "attend",
+            (Direction::Forward | Direction::Replay, Self::Return) => "send_out",
+            (Direction::Forward | Direction::Replay, Self::Finish) => "wait_out",
             (Direction::Backward, Self::Send) => "send_grad_out",
             (Direction::Backward, Self::Wait) => "wait_grad_out",
             (Direction::Backward, Self::Attend) => "attend_backward",
@@ -71,6 +73,8 @@ pub(crate) struct Check {
     site: &'static str,
     direction: Direction,
     groups: Vec<Stage>,
+    /// The groups whose results a replay has sent.
+    returned: Vec<bool>,
     /// The kv heads that each group attends, counted on this rank.
     needs: Vec<Vec<usize>>,
     /// The group that brought each kv head, forward.
@@ -86,6 +90,7 @@ impl Check {
             site,
             direction,
             groups: vec![Stage::Idle; needs.len()],
+            returned: vec![false; needs.len()],
             needs: needs.to_vec(),
             bearer: vec![None; kv_heads],
             finished: false,
@@ -116,6 +121,19 @@ impl Check {
             let last = self.groups.len().saturating_sub(1);
             return Err(self.refused(&format!("{call}, but the last group is {last}")));
         };
+        if self.direction == Direction::Replay {
+            match verb {
+                Verb::Attend => {
+                    let why = "in a replay, which has the result of the forward";
+                    return Err(self.refused(&format!("{call} {why}")));
+                }
+                Verb::Return if std::mem::replace(&mut self.returned[g], true) => {
+                    return Err(self.refused(&format!("{call} for a second time")));
+                }
+                Verb::Return => return Ok(()),
+                _ => {}
+            }
+        }
         if stage >= Stage::ORDER[place].1 {
             return Err(self.refused(&format!("{call} for a second time")));
         }
@@ -155,11 +173,11 @@ impl Check {
         if self.finished {
             return Err(self.refused(&format!("{finish} for a second time")));
         }
-        if let Some(g) = self
-            .groups
-            .iter()
-            .position(|group| *group < Stage::Returned)
-        {
+        let open = |g: &usize| match self.direction {
+            Direction::Replay => !self.returned[*g],
+            _ => self.groups[*g] < Stage::Returned,
+        };
+        if let Some(g) = (0..self.groups.len()).find(open) {
             return Err(self.refused(&format!("{finish} before {}", self.call(Verb::Return, g))));
         }
         self.finished = true;
@@ -171,8 +189,13 @@ impl Check {
     /// # Errors
     /// `AS0328`, naming the first verb that never came.
     pub(crate) fn end(&self) -> Result<()> {
+        // In a replay a group is done when it has landed; that it was returned stands with the end of the exchange.
+        let verbs = match self.direction {
+            Direction::Replay => &Stage::ORDER[..2],
+            _ => &Stage::ORDER[..],
+        };
         for (g, stage) in self.groups.iter().enumerate() {
-            if let Some((verb, _)) = Stage::ORDER.iter().find(|(_, reached)| stage < reached) {
+            if let Some((verb, _)) = verbs.iter().find(|(_, reached)| stage < reached) {
                 return Err(self.refused(&format!("{} is missing", self.call(*verb, g))));
             }
         }

@@ -49,6 +49,17 @@ impl Recorder {
         Ok(recorder)
     }
 
+    /// Records the replay of `S`; see [`forward`](Self::forward).
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    pub fn replay<S: Schedule<Ulysses>>(needs: &[Vec<usize>]) -> SiteResult<Self> {
+        let mut recorder = Self::new(S::NAME, Direction::Replay, needs);
+        S::replay(&mut recorder)?;
+        recorder.check.end()?;
+        Ok(recorder)
+    }
+
     /// Records the backward of `S`; see [`forward`](Self::forward).
     ///
     /// # Errors
@@ -139,6 +150,7 @@ impl fmt::Display for Recorder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (way, there, back) = match self.direction {
             Direction::Forward => ("forward", "qkv", "out"),
+            Direction::Replay => ("replay", "qkv", "out"),
             Direction::Backward => ("backward", "grad out", "grad qkv"),
         };
         writeln!(f, "{}, {way}", self.site)?;
@@ -158,6 +170,9 @@ impl fmt::Display for Recorder {
                 ),
             ];
             for (group, what, line) in lines {
+                if what == "attend" && self.direction == Direction::Replay {
+                    continue;
+                }
                 writeln!(f, "  {group:<9}{what:<9}{line}")?;
             }
         }

@@ -20,6 +20,14 @@ macro_rules! schedule {
                 }
                 $end
             }
+            fn replay(io: &mut impl Forward) -> Result<()> {
+                for g in 0..io.groups() {
+                    io.send_qkv(g)?;
+                    io.send_out(g)?;
+                    io.wait_qkv(g)?;
+                }
+                io.wait_out()
+            }
             fn backward(io: &mut impl Backward) -> Result<()> {
                 for g in 0..io.groups() {
                     io.send_grad_out(g)?;
@@ -171,6 +179,9 @@ fn a_backward_is_checked_too() {
         fn forward(_: &mut impl Forward) -> Result<()> {
             Ok(())
         }
+        fn replay(_: &mut impl Forward) -> Result<()> {
+            Ok(())
+        }
         fn backward(io: &mut impl Backward) -> Result<()> {
             io.send_grad_out(0)?;
             io.attend_backward(0)
@@ -188,6 +199,77 @@ fn a_backward_is_checked_too() {
         .to_string();
     assert!(text.contains("send_qkv(0) is missing"), "{text}");
 }
+
+/// A schedule whose replay is wrong in one way.
+macro_rules! replay_refused {
+    ($test:ident, $text:literal, |$io:ident| $replay:block) => {
+        #[test]
+        fn $test() {
+            struct Wrong;
+            impl Schedule<Ulysses> for Wrong {
+                const NAME: &'static str = "m::f";
+                fn forward(_: &mut impl Forward) -> Result<()> {
+                    Ok(())
+                }
+                fn replay($io: &mut impl Forward) -> Result<()> {
+                    $replay
+                }
+                fn backward(_: &mut impl Backward) -> Result<()> {
+                    Ok(())
+                }
+            }
+            let text = Recorder::replay::<Wrong>(&[vec![0]])
+                .unwrap_err()
+                .to_string();
+            assert!(text.contains("AS0328") && text.contains($text), "{text}");
+        }
+    };
+}
+
+replay_refused!(
+    a_replay_that_attends,
+    "attend(0) in a replay, which has the result",
+    |io| {
+        io.send_qkv(0)?;
+        io.wait_qkv(0)?;
+        io.attend(0)
+    }
+);
+
+replay_refused!(
+    a_replay_that_does_not_wait,
+    "wait_qkv(0) is missing",
+    |io| {
+        io.send_qkv(0)?;
+        io.send_out(0)?;
+        io.wait_out()
+    }
+);
+
+replay_refused!(
+    a_replay_without_its_result,
+    "wait_out before send_out(0)",
+    |io| {
+        io.send_qkv(0)?;
+        io.wait_qkv(0)?;
+        io.wait_out()
+    }
+);
+
+replay_refused!(
+    a_replay_that_sends_twice,
+    "send_out(0) for a second time",
+    |io| {
+        io.send_out(0)?;
+        io.send_out(0)
+    }
+);
+
+replay_refused!(a_replay_that_does_not_end, "wait_out is missing", |io| {
+    io.send_qkv(0)?;
+    io.send_out(0)?;
+    io.wait_qkv(0)
+});
 
 #[test]
 fn a_correct_schedule_is_drawn() {
@@ -223,6 +305,19 @@ m::f, forward
     assert_eq!(
         recorder.verbs()[..4],
         ["send_qkv(0)", "send_qkv(1)", "wait_qkv(0)", "attend(0)"]
+    );
+    let drawn = "\
+m::f, replay
+  group 0  qkv      s.w
+           out       s.......w
+  group 1  qkv         s.w
+           out          s....w
+  group 2  qkv            s.w
+           out             s.w
+";
+    assert_eq!(
+        Recorder::replay::<Right>(&needs()).unwrap().to_string(),
+        drawn
     );
     assert!(
         Recorder::backward::<Right>(&needs())

@@ -36,6 +36,14 @@ impl Schedule<Ulysses> for Here {
         }
         io.wait_out()
     }
+    fn replay(io: &mut impl Forward) -> Result<()> {
+        for g in 0..io.groups() {
+            io.send_qkv(g)?;
+            io.wait_qkv(g)?;
+            io.send_out(g)?;
+        }
+        io.wait_out()
+    }
     fn backward(io: &mut impl Backward) -> Result<()> {
         for g in 0..io.groups() {
             io.send_grad_out(g)?;

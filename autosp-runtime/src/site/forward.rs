@@ -2,23 +2,35 @@
 
 use candle_core::Tensor;
 
+use super::memo::{Memo, Remembered};
 use super::pieces::{joined, packed, runs, unpacked};
 use super::{Kept, Place};
-use crate::attention;
-use crate::comm::Pending;
+use crate::attention::{self, Output};
+use crate::comm::{Pending, Tag};
 use crate::error::Result;
 use crate::schedule::timeline::timed;
 use crate::schedule::{Check, Direction, Forward, Verb};
 
-/// One run of a site's forward: q, k, v are this rank's sequence shards [b, heads, len, d], detached.
+/// One run of a site's forward, or of its replay: q, k, v are this rank's sequence shards [b, heads, len, d], detached.
 pub(crate) struct RankForward<'a> {
     place: &'a Place,
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    direction: Direction,
     check: Check,
     groups: Vec<Group>,
     out: Option<Tensor>,
+}
+
+/// What a run leaves.
+pub(super) struct Ran {
+    /// The output [b, H, len, dv].
+    pub(super) out: Tensor,
+    /// What the backward needs of each group.
+    pub(super) kept: Vec<Kept>,
+    /// The keys and values that came with each group.
+    pub(super) kv: Vec<Option<(Tensor, Tensor)>>,
 }
 
 /// What is known of a group.
@@ -29,35 +41,87 @@ struct Group {
     brings: Vec<usize>,
     kv: Option<(Tensor, Tensor)>,
     q: Option<Tensor>,
+    /// In a replay, what the forward has kept.
+    memo: Option<Remembered>,
     kept: Option<Kept>,
     going: Option<Pending>,
 }
 
+impl Group {
+    /// The result of the group's attention, once there is one.
+    fn output(&self) -> Option<&Output> {
+        let computed = self.kept.as_ref().map(|kept| &kept.output);
+        computed.or(self.memo.as_ref().map(|memo| &memo.output))
+    }
+}
+
 impl<'a> RankForward<'a> {
     pub(super) fn new(place: &'a Place, q: Tensor, k: Tensor, v: Tensor) -> Self {
-        let check = Check::new(place.site.name, Direction::Forward, &place.plan.needs());
+        Self::begin(place, Direction::Forward, [q, k, v])
+    }
+
+    /// A replay with what a forward has kept.
+    ///
+    /// # Errors
+    /// AS0351 if it was the forward of another site.
+    pub(super) fn replay(place: &'a Place, qkv: [Tensor; 3], memo: &Memo) -> Result<Self> {
+        let mut run = Self::begin(place, Direction::Replay, qkv);
+        memo.expect(place.site.name, run.groups.len())?;
+        for (group, memo) in run.groups.iter_mut().zip(&memo.groups) {
+            group.memo = Some(memo.clone());
+        }
+        Ok(run)
+    }
+
+    fn begin(place: &'a Place, direction: Direction, [q, k, v]: [Tensor; 3]) -> Self {
+        let check = Check::new(place.site.name, direction, &place.plan.needs());
         let groups = (0..check.groups()).map(|_| Group::default()).collect();
         Self {
             place,
             q,
             k,
             v,
+            direction,
             check,
             groups,
             out: None,
         }
     }
 
-    /// The output [b, H, len, dv] and what the groups keep.
-    pub(super) fn finish(self) -> Result<(Tensor, Vec<Kept>)> {
+    pub(super) fn finish(mut self) -> Result<Ran> {
         self.check.end()?;
-        let kept = self
+        let absent = || missing(self.place.site.name);
+        for g in 0..self.groups.len() {
+            // A forward has put this together when it attended; a replay has not attended.
+            if self.groups[g].kept.is_none() {
+                let (k, v) = self.kv_of(g)?;
+                let group = &mut self.groups[g];
+                let q = group.q.take().ok_or_else(absent)?;
+                let output = group.output().cloned().ok_or_else(absent)?;
+                group.kept = Some(Kept { q, k, v, output });
+            }
+        }
+        let out = self.out.take().ok_or_else(absent)?;
+        let (kept, kv): (Vec<_>, Vec<_>) = self
             .groups
             .into_iter()
-            .filter_map(|group| group.kept)
-            .collect();
-        let out = self.out.ok_or_else(|| missing(self.place.site.name))?;
-        Ok((out, kept))
+            .map(|group| (group.kept, group.kv))
+            .unzip();
+        let kept = kept.into_iter().flatten().collect();
+        Ok(Ran { out, kept, kv })
+    }
+
+    /// The queries, keys and values of group `g` that the forward has kept.
+    fn remembered(&self, g: usize) -> Option<(Tensor, Option<(Tensor, Tensor)>)> {
+        self.groups[g].memo.as_ref()?.qkv.clone()
+    }
+
+    fn tag(&self, first: &'static str, again: &'static str, g: usize) -> Tag {
+        let direction = match self.direction {
+            Direction::Replay => again,
+            Direction::Forward | Direction::Backward => first,
+        };
+        self.place.tag(direction, g)
     }
 
     fn send(&mut self, g: usize) -> Result<()> {
@@ -65,7 +129,7 @@ impl<'a> RankForward<'a> {
         let Place { plan, .. } = self.place;
         let brings = self.check.brings(g);
         self.groups[g].brings.clone_from(&brings);
-        if plan.ranks() == 1 {
+        if plan.ranks() == 1 || self.remembered(g).is_some() {
             return Ok(());
         }
         let [q, k, v] = [&self.q, &self.k, &self.v].map(|x| x.transpose(0, 1));
@@ -78,7 +142,8 @@ impl<'a> RankForward<'a> {
             part.extend(runs(&v, 0, &kv)?);
             parts.push(Some(packed(&part)?));
         }
-        self.groups[g].coming = Some(self.place.engine().start(self.place.tag("qkv", g), parts)?);
+        let tag = self.tag("qkv", "qkv_again", g);
+        self.groups[g].coming = Some(self.place.engine().start(tag, parts)?);
         Ok(())
     }
 
@@ -90,7 +155,12 @@ impl<'a> RankForward<'a> {
             widths: (d, dv),
             ..
         } = self.place;
+        let remembered = self.remembered(g);
         let group = &mut self.groups[g];
+        if let Some((q, kv)) = remembered {
+            (group.q, group.kv) = (Some(q), kv);
+            return Ok(());
+        }
         let Some(coming) = group.coming.take() else {
             // One rank: its shard is the whole sequence, viewed as it is.
             group.q = Some(self.q.clone());
@@ -148,6 +218,7 @@ impl<'a> RankForward<'a> {
             .take()
             .ok_or_else(|| missing(self.place.site.name))?;
         let (k, v) = self.kv_of(g)?;
+        self.place.scope.sp().ledger().attended();
         let output = attention::forward(self.place.kernel, &self.place.group_spec(g), &q, &k, &v)?;
         self.groups[g].kept = Some(Kept { q, k, v, output });
         Ok(())
@@ -156,34 +227,32 @@ impl<'a> RankForward<'a> {
     fn give_back(&mut self, g: usize) -> Result<()> {
         self.check.step(Verb::Return, g)?;
         let Place { plan, shard, .. } = self.place;
-        let group = &mut self.groups[g];
         if plan.ranks() == 1 {
             return Ok(());
         }
-        let kept = group
-            .kept
-            .as_ref()
+        let tag = self.tag("out", "out_again", g);
+        let group = &mut self.groups[g];
+        let output = group
+            .output()
             .ok_or_else(|| missing(self.place.site.name))?;
         let parts = (0..plan.ranks())
-            .map(|peer| {
-                Ok(Some(kept.output.o.narrow(
-                    2,
-                    peer * shard.len,
-                    shard.len,
-                )?))
-            })
+            .map(|peer| Ok(Some(output.o.narrow(2, peer * shard.len, shard.len)?)))
             .collect::<Result<Vec<_>>>()?;
-        group.going = Some(self.place.engine().start(self.place.tag("out", g), parts)?);
+        group.going = Some(self.place.engine().start(tag, parts)?);
         Ok(())
     }
 
     fn gather(&mut self) -> Result<()> {
         self.check.step(Verb::Finish, 0)?;
         if self.place.plan.ranks() == 1 {
-            self.out = self.groups[0]
-                .kept
-                .as_ref()
-                .map(|kept| kept.output.o.clone());
+            let output = self.groups[0]
+                .output()
+                .ok_or_else(|| missing(self.place.site.name))?;
+            self.out = Some(match self.direction {
+                // The memo stays whole: another backward may come.
+                Direction::Replay => output.o.force_contiguous()?,
+                Direction::Forward | Direction::Backward => output.o.clone(),
+            });
             return Ok(());
         }
         let mut parts = Vec::new();
@@ -205,9 +274,8 @@ impl<'a> RankForward<'a> {
         run: impl FnOnce(&mut Self) -> Result<()>,
     ) -> candle_core::Result<()> {
         let (rank, site) = (self.place.scope.sp().rank(), self.place.site.name);
-        Ok(timed(rank, site, verb.name(Direction::Forward), g, || {
-            run(self)
-        })?)
+        let name = verb.name(self.direction);
+        Ok(timed(rank, site, name, g, || run(self))?)
     }
 }
 

@@ -157,10 +157,11 @@ impl HeadPlan {
     }
 }
 
-/// Bytes that one rank hands to its peers in one forward of a site, and again in one backward:
+/// Bytes that one rank hands to its peers in one forward of a site, and again in one backward that has everything it needs:
 /// (H (d + dv) + max(G, P) (d + dv)) · bytes of an element · b · (`padded` / P) · (P - 1) / P.
 ///
-/// Forward, Q and the output are the first term, K and V the second; backward their gradients, the other way round.
+/// Forward, Q and the output are the first term, K and V the second; backward their gradients, the other way round. What a policy makes
+/// the backward send besides is in [`autosp_plan::cost::Site::backward_bytes`].
 pub fn exchange_bytes(
     batch: usize,
     (heads, kv_heads): (usize, usize),

@@ -3,13 +3,15 @@
 use std::sync::{Mutex, PoisonError};
 
 use autosp_plan::codes;
+use autosp_plan::settings::Policy;
 use candle_core::{CpuStorage, CustomOp3, InplaceOp1, Shape, Tensor};
 
 use super::backward::RankBackward;
-use super::forward::RankForward;
-use super::{HeadPlan, Kept, Place, SiteRef};
+use super::forward::{Ran, RankForward};
+use super::{HeadPlan, Kept, Memo, Place, SiteRef};
 use crate::attention::Spec;
 use crate::error::{Error, Result};
+use crate::memory::tape::{self, Turn};
 use crate::scope::{Scope, Shard};
 
 /// Runs a site on this rank's shards q [b, H, len, d], k [b, G, len, d] and v [b, G, len, dv], and returns the output
@@ -64,9 +66,26 @@ pub(crate) fn run(
         scope,
     };
 
-    let mut io = RankForward::new(&place, q.detach(), k.detach(), v.detach());
-    (site.forward)(&mut io)?;
-    let (out, mut kept) = io.finish()?;
+    let turn = tape::turn()?;
+    let inputs = [q.detach(), k.detach(), v.detach()];
+    let Ran { out, mut kept, kv } = if let Turn::Replay(memo) = &turn {
+        let mut io = RankForward::replay(&place, inputs, memo)?;
+        (site.replay)(&mut io)?;
+        io.finish()?
+    } else {
+        let [q, k, v] = inputs;
+        let mut io = RankForward::new(&place, q, k, v);
+        (site.forward)(&mut io)?;
+        io.finish()?
+    };
+    if let Turn::Keep(policy) = turn {
+        if matches!(policy, Policy::Qkv | Policy::Attention) {
+            let groups = kept.into_iter().zip(kv);
+            let groups = groups.map(|(kept, kv)| (kept.q, kv, kept.output));
+            tape::keep(Memo::new(site.name, policy, groups)?);
+        }
+        return Ok(out);
+    }
     if ![q, k, v].iter().any(|x| x.track_op()) {
         return Ok(out);
     }

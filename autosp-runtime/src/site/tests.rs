@@ -1,5 +1,7 @@
 //! Sites on thread ranks against candle's slow operations on one device.
 
+mod policies;
+
 use candle_core::{D, DType, Device, Result, Tensor, Var};
 
 use super::exchange_bytes;
@@ -33,6 +35,16 @@ macro_rules! emitted {
                     io.wait_qkv(g)?;
                     io.attend(g)?;
                     io.send_out(g)?;
+                }
+                io.wait_out()
+            }
+            fn replay(io: &mut impl Forward) -> Result<()> {
+                for g in 0..io.groups() {
+                    io.send_qkv(g)?;
+                    io.send_out(g)?;
+                }
+                for g in 0..io.groups() {
+                    io.wait_qkv(g)?;
                 }
                 io.wait_out()
             }
@@ -87,6 +99,14 @@ impl Schedule<Ulysses> for Sequential {
             io.send_qkv(g)?;
             io.wait_qkv(g)?;
             io.attend(g)?;
+            io.send_out(g)?;
+        }
+        io.wait_out()
+    }
+    fn replay(io: &mut impl Forward) -> Result<()> {
+        for g in (0..io.groups()).rev() {
+            io.send_qkv(g)?;
+            io.wait_qkv(g)?;
             io.send_out(g)?;
         }
         io.wait_out()

@@ -24,10 +24,7 @@ pub struct Case {
 
 impl fmt::Display for Case {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let policy = match self.policy {
-            Policy::All => "all",
-            Policy::Input => "input",
-        };
+        let policy = self.policy.name();
         write!(
             f,
             "sp {}, dp {}, groups {}, policy {policy}",

@@ -48,7 +48,7 @@ fn a_model_without_exchanges_is_equivalent_everywhere() {
     let cases = Cases {
         sp: vec![1, 2, 4],
         dp: vec![1, 2],
-        policies: vec![Policy::All, Policy::Input],
+        policies: Policy::ALL.to_vec(),
         targets: |row, position| row == 0 && position > 6 || position == 1,
         ..cases()
     };

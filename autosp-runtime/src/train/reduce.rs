@@ -2,10 +2,11 @@
 
 use autosp_plan::codes;
 use candle_core::backprop::GradStore;
-use candle_core::{DType, Tensor, Var, WithDType};
+use candle_core::{Tensor, Var, WithDType};
 use rayon::prelude::*;
 
-use crate::comm::{Tag, all_gather, all_reduce_sum};
+use super::flat::{Bucket, buckets, wide};
+use crate::comm::{Tag, all_gather, all_reduce_sum, reduce_scatter};
 use crate::ops::{Real, Rows, Visit, visit};
 use crate::{Error, Result, Sp, memory, scope};
 
@@ -50,8 +51,7 @@ impl Sp {
             .collect();
         let own = detached(grads, &named);
         presence(self, &own, &[])?.require(&named)?;
-        let sums = reduce(self, own, &named, BUCKET)?;
-        for (var, sum) in vars.iter().zip(sums) {
+        for (var, sum) in vars.iter().zip(sums(self, own, vars, BUCKET)?) {
             grads.insert(var, sum.to_dtype(var.dtype())?);
         }
         Ok(())
@@ -131,69 +131,74 @@ fn tag(direction: &'static str) -> Tag {
     Tag::new("gradients", direction).at(scope::current().map_or(0, |scope| scope.step()))
 }
 
-/// The type in which gradients of a variable are summed: not less than `f32`.
-fn wide(var: &Var) -> DType {
-    if var.dtype() == DType::F64 {
-        DType::F64
+/// Sums a bucket's gradients over all ranks: of the flat bucket the whole, or this rank's share of it.
+///
+/// Sums are taken in `f32` (`f64` for `f64` variables), in the order of the ranks; every rank that has an element has the same bits. A
+/// gradient that is missing here is zero.
+pub(crate) fn reduce(
+    sp: &Sp,
+    bucket: &Bucket,
+    grads: impl Iterator<Item = Option<Tensor>>,
+    vars: &[Var],
+    sharded: bool,
+) -> Result<Tensor> {
+    let dtype = wide(bucket.dtype);
+    let mut flat = Vec::with_capacity(bucket.vars.len());
+    for (var, grad) in vars[bucket.vars.clone()].iter().zip(grads) {
+        flat.push(match grad {
+            Some(grad) => grad.to_dtype(dtype)?.flatten_all()?,
+            None => Tensor::zeros(var.elem_count(), dtype, var.device())?,
+        });
+    }
+    let joined = if let [one] = flat.as_slice() {
+        one.clone()
     } else {
-        DType::F32
+        Tensor::cat(&flat, 0)?
+    };
+    drop(flat);
+    if sharded && sp.world_size() > 1 {
+        reduce_scatter(sp.world_group(), tag("sum"), &joined, 0)
+    } else {
+        all_reduce_sum(sp.world_group(), tag("sum"), &joined)
     }
 }
 
-/// Sums the gradients over all ranks, in flat buckets of consecutive variables.
-///
-/// Every rank gets the same bits. Sums are taken in `f32` (`f64` for `f64` variables), in the order of the ranks.
-pub(crate) fn reduce(
+/// The sum of each variable's gradients over all ranks, in buckets of `bytes` bytes; see [`reduce`].
+pub(crate) fn sums(
     sp: &Sp,
     grads: Vec<Option<Tensor>>,
-    named: &[(String, Var)],
-    bucket_bytes: usize,
+    vars: &[Var],
+    bytes: usize,
 ) -> Result<Vec<Tensor>> {
-    let mut sums = Vec::with_capacity(named.len());
-    let mut rest = named;
     let mut grads = grads.into_iter();
-    while let Some((_, first)) = rest.first() {
-        let dtype = wide(first);
-        let mut bytes = 0;
-        let fits = |(_, var): &&(String, Var)| {
-            bytes += var.elem_count() * dtype.size_in_bytes();
-            wide(var) == dtype && bytes <= bucket_bytes
-        };
-        let count = rest.iter().take_while(fits).count().max(1);
-        let (bucket, later) = rest.split_at(count);
-        rest = later;
-        let mut flat = Vec::with_capacity(count);
-        for ((_, var), grad) in bucket.iter().zip(grads.by_ref()) {
-            flat.push(match grad {
-                Some(grad) => grad.to_dtype(dtype)?.flatten_all()?,
-                None => Tensor::zeros(var.elem_count(), dtype, var.device())?,
-            });
-        }
-        let joined = if let [one] = flat.as_slice() {
-            one.clone()
-        } else {
-            Tensor::cat(&flat, 0)?
-        };
-        drop(flat);
-        let sum = all_reduce_sum(sp.world_group(), tag("sum"), &joined)?;
-        let mut start = 0;
-        for (_, var) in bucket {
-            sums.push(
-                sum.narrow(0, start, var.elem_count())?
-                    .reshape(var.shape())?,
-            );
-            start += var.elem_count();
-        }
+    let mut sums = Vec::with_capacity(vars.len());
+    for bucket in buckets(vars, bytes) {
+        let sum = reduce(sp, &bucket, grads.by_ref(), vars, false)?;
+        sums.extend(bucket.split(&sum, vars)?);
     }
     Ok(sums)
 }
 
-/// The 2-norm of all gradients together, in `f64`, the same bits whatever the number of threads.
-pub(crate) fn global_norm(grads: &[Tensor]) -> Result<f64> {
+/// The whole flat bucket from the shares of all ranks.
+pub(crate) fn gather(sp: &Sp, share: &Tensor) -> Result<Tensor> {
+    if sp.world_size() == 1 {
+        return Ok(share.clone());
+    }
+    all_gather(sp.world_group(), Tag::new("parameters", "gather"), share, 0)
+}
+
+/// The 2-norm of all gradients together, in `f64`, the same bits on all ranks and for any number of threads. `sharded` says that each
+/// rank has its share of them.
+pub(crate) fn global_norm(sp: &Sp, grads: &[Tensor], sharded: bool) -> Result<f64> {
     let mut sum = 0.0;
     for grad in grads {
         let grad = grad.to_device(&candle_core::Device::Cpu)?.flatten_all()?;
         sum += visit(&SquareSum, [&grad])?;
+    }
+    if sharded && sp.world_size() > 1 {
+        let own = Tensor::new(&[sum], &candle_core::Device::Cpu)?;
+        let all = all_gather(sp.world_group(), tag("norm"), &own, 0)?;
+        sum = all.to_vec1::<f64>()?.iter().sum();
     }
     Ok(sum.sqrt())
 }

@@ -25,6 +25,8 @@ pub struct TrainSettings {
     pub optimizer: Optimizer,
     /// The learning rate of each step; constant 1e-3 by default.
     pub schedule: Schedule,
+    /// Which variables decay; matrices alone by default.
+    pub decay: Decay,
     /// Gradients with a larger global 2-norm are scaled down to it; 1 by default, `None` leaves them.
     pub clip: Option<f64>,
     /// Whether a step whose loss or gradient is not finite is passed over (parameters and optimizer stay, the report says so)
@@ -39,11 +41,22 @@ impl Default for TrainSettings {
         Self {
             optimizer: Optimizer::adamw(),
             schedule: Schedule::constant(1e-3),
+            decay: Decay::Matrices,
             clip: Some(1.0),
             skip_non_finite: false,
             bucket_bytes: 32 << 20,
         }
     }
+}
+
+/// Which variables the optimizer's weight decay applies to. A [`Group`](super::Group) with a decay of its own overrides it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(clippy::exhaustive_enums, reason = "users write it")]
+pub enum Decay {
+    /// Variables of two dims or more: not biases, nor the weights of norms.
+    Matrices,
+    /// All, as candle's and `PyTorch`'s optimizers do it when they are given all variables.
+    All,
 }
 
 /// The rule of a step. Each computes in `f32` (`f64` for `f64` variables) and keeps its own copy of half-precision variables in `f32`.
@@ -202,7 +215,12 @@ impl TrainSettings {
     }
 }
 
-fn require(name: &str, expected: &str, found: f64, accepted: impl Fn(f64) -> bool) -> Result<()> {
+pub(super) fn require(
+    name: &str,
+    expected: &str,
+    found: f64,
+    accepted: impl Fn(f64) -> bool,
+) -> Result<()> {
     if found.is_finite() && accepted(found) {
         return Ok(());
     }

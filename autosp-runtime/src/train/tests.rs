@@ -1,11 +1,13 @@
+mod sharded;
+
 use autosp_plan::Settings;
 use autosp_plan::settings::Policy;
-use candle_core::{Device, Module};
+use candle_core::{DType, Device, Module, Tensor};
 use proptest::prelude::*;
 
 use super::*;
 use crate::random::Stream;
-use crate::{memory::checkpoint, run_with};
+use crate::{loss, memory::checkpoint, run_with};
 
 const ROWS: usize = 12;
 

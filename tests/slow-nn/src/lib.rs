@@ -7,6 +7,7 @@
 
 pub use candle_nn::*;
 
+pub mod attention;
 pub mod kv_cache;
 pub mod layer_norm;
 pub mod ops;

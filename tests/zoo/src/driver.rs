@@ -37,10 +37,14 @@ pub struct Zoo {
     pub kind: Kind,
     /// Variables that get no gradient on one device either, because the model's own code detaches them.
     pub detached: Vec<&'static str>,
+    /// Whether candle runs the file as it stands, with its caches and fused operations.
+    pub original: bool,
     /// Tokens of a sequence.
     pub seq_len: usize,
     /// Tokens are below this; at most the width of the result.
     pub vocabulary: usize,
+    /// Rows of the batch.
+    pub rows: usize,
 }
 
 impl Default for Zoo {
@@ -50,9 +54,11 @@ impl Default for Zoo {
             off: Vec::new(),
             kind: Kind::Tokens,
             detached: Vec::new(),
+            original: true,
             // Neither two nor four ranks divide it, and it is more than three windows of 5.
             seq_len: 19,
             vocabulary: 24,
+            rows: 2,
         }
     }
 }
@@ -64,9 +70,6 @@ struct Found {
     gradients: Tensors,
 }
 
-/// Rows of a batch.
-const ROWS: usize = 2;
-
 impl Zoo {
     /// Everything that is asked of a model.
     ///
@@ -74,12 +77,15 @@ impl Zoo {
     /// With what differs.
     pub fn check(&self, name: &str, annotated: Model, plain: Model) {
         let start = self.start(plain);
-        let tokens = tokens(ROWS, self.seq_len, self.vocabulary, 3);
+        let tokens = tokens(self.rows, self.seq_len, self.vocabulary, 3);
         let expected = self
             .on_one(&start, plain, &tokens)
             .unwrap_or_else(|e| panic!("{name}, one device: {e}"));
         self.no_part_is_idle(name, plain, &tokens, &expected);
         self.all_get_gradients(name, &expected);
+        if self.original {
+            self.the_original_runs(name, &start, annotated, &tokens, &expected);
+        }
         for sp in [1, 2, 4] {
             let found = self
                 .on_ranks(&start, annotated, &tokens, sp)
@@ -95,7 +101,7 @@ impl Zoo {
     /// With what differs.
     pub fn check_loss(&self, name: &str, annotated: Loss, plain: Model) {
         let start = self.start(plain);
-        let tokens = tokens(ROWS, self.seq_len, self.vocabulary, 3);
+        let tokens = tokens(self.rows, self.seq_len, self.vocabulary, 3);
         let expected = self
             .every_beginning(&start, plain, &tokens)
             .unwrap_or_else(|e| panic!("{name}, one device: {e}"));
@@ -173,7 +179,7 @@ impl Zoo {
             .iter()
             .flat_map(|row| (0..s).map(|i| label(row, i)))
             .collect();
-        Tensor::from_vec(all, (ROWS, s), &Device::Cpu)
+        Tensor::from_vec(all, (self.rows, s), &Device::Cpu)
     }
 
     fn on_one(&self, start: &Tensors, plain: Model, tokens: &Tensor) -> Result<Found> {
@@ -218,7 +224,7 @@ impl Zoo {
                     // Every rank has the row; one of them owns it.
                     Kind::Last => {
                         let label = labels.narrow(1, self.seq_len - 1, 1)?.squeeze(1)?;
-                        let none = Tensor::full(IGNORE, ROWS, &Device::Cpu)?;
+                        let none = Tensor::full(IGNORE, self.rows, &Device::Cpu)?;
                         cross_entropy(
                             &rows_of(&out)?,
                             if sp.sp_rank() == 0 { &label } else { &none },
@@ -273,6 +279,29 @@ impl Zoo {
             let allowed = 1e-5 * size + 1e-7 * global;
             assert!(difference <= allowed, "{what}: the gradient of {name} differs by {difference:e} of {size:e}, allowed {allowed:e}");
         }
+    }
+
+    /// Outside a scope the annotated model is the file as it stands, on candle's fused operations.
+    fn the_original_runs(
+        &self,
+        name: &str,
+        start: &Tensors,
+        annotated: Model,
+        tokens: &Tensor,
+        expected: &Found,
+    ) {
+        let vars = autosp_reference::variables(start).expect("copies");
+        let out = annotated(&self.config, builder(&vars), tokens)
+            .unwrap_or_else(|e| panic!("{name}, original: {e}"));
+        let largest =
+            |t: &Tensor| global_norm(&Tensors::from([(String::new(), t.clone())])).expect("a norm");
+        let apart =
+            largest(&(&out - &expected.out).unwrap_or_else(|e| panic!("{name}, original: {e}")));
+        let size = largest(&expected.out);
+        assert!(
+            apart <= 1e-5 * size,
+            "{name}: the original differs from the slow operations by {apart:e} of {size:e}"
+        );
     }
 
     /// Every variable gets a gradient on one device, but for those that the model's own code detaches.

@@ -3,7 +3,7 @@
 use autosp_zoo::{config, decoder, with, zoo, Kind, Zoo};
 use serde_json::json;
 
-autosp_zoo::models!["gemma", "gemma3"];
+autosp_zoo::models!["gemma", "gemma2", "gemma3"];
 
 fn gemma_2b() -> Zoo {
     Zoo {
@@ -30,6 +30,8 @@ zoo!(gemma: gemma, Zoo { config: with(gemma_2b().config, json!({"hidden_act": nu
 
 fn gemma3_1b() -> Zoo {
     Zoo {
+        // Its cache for windows takes contiguous values alone, which the file does not give it.
+        original: false,
         off: vec![
             json!({"sliding_window": 64}),
             json!({"attn_logit_softcapping": null}),
@@ -42,6 +44,22 @@ fn gemma3_1b() -> Zoo {
 }
 
 zoo!(gemma3: gemma3, gemma3_1b(), |m, json, vb, tokens| {
+    let config: m::Config = config(json)?;
+    m::Model::new(false, &config, vb)?.forward(tokens, 0)
+});
+
+fn gemma2_2b() -> Zoo {
+    Zoo {
+        off: vec![
+            json!({"sliding_window": null}),
+            json!({"attn_logit_softcapping": null}),
+            json!({"final_logit_softcapping": null}),
+        ],
+        ..gemma_2b()
+    }
+}
+
+zoo!(gemma2: gemma2, gemma2_2b(), |m, json, vb, tokens| {
     let config: m::Config = config(json)?;
     m::Model::new(false, &config, vb)?.forward(tokens, 0)
 });

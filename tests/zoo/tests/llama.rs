@@ -4,7 +4,7 @@ use autosp_zoo::{config, decoder, with, zoo, zoo_loss, Kind, Zoo};
 use candle::DType;
 use serde_json::json;
 
-autosp_zoo::models!["llama", "mistral", "granite", "yi", "helium", "olmo", "olmo2"];
+autosp_zoo::models!["llama", "mistral", "granite", "yi", "helium", "olmo", "olmo2", "llama2_c"];
 
 fn last(config: serde_json::Value, off: Vec<serde_json::Value>) -> Zoo {
     Zoo {
@@ -77,4 +77,36 @@ zoo_loss!(mistral_loss: mistral, last(with(decoder(), json!({"sliding_window": 5
     m::Model::new(&config(json)?, vb)?.forward_loss(tokens, 0, labels)
 }, {
     m::Model::new(&config(json)?, vb)?.forward(tokens, 0)
+});
+
+// candle-transformers keeps this in the file that reads llama2.c's own format.
+impl models::llama2_c::Config {
+    pub fn head_size(&self) -> usize {
+        self.dim / self.n_heads
+    }
+}
+
+impl slow::models::llama2_c::Config {
+    pub fn head_size(&self) -> usize {
+        self.dim / self.n_heads
+    }
+}
+
+zoo!(llama2_c: llama2_c, Zoo { off: vec![json!({"n_kv_heads": 4})], ..Zoo::default() }, |m, json, vb, tokens| {
+    let n_kv_heads = json["n_kv_heads"].as_u64().unwrap_or(2) as usize;
+    let config = m::Config {
+        dim: 32,
+        hidden_dim: 40,
+        n_layers: 2,
+        n_heads: 8,
+        n_kv_heads,
+        vocab_size: 24,
+        seq_len: 64,
+        norm_eps: 1e-5,
+    };
+    let table = |i: i32, f: fn(f32) -> f32| (0..64).map(|t| f(t as f32 / 10f32.powi(i))).collect::<Vec<_>>();
+    let rows = |f: fn(f32) -> f32| candle::Tensor::new(vec![table(0, f), table(1, f)], vb.device())?.t()?.contiguous();
+    let tables = std::collections::HashMap::from([("freq_cis_real".to_string(), rows(f32::cos)?), ("freq_cis_imag".to_string(), rows(f32::sin)?)]);
+    let mut cache = m::Cache::new(false, &config, candle_nn::VarBuilder::from_tensors(tables, DType::F32, vb.device()))?;
+    m::Llama::load(vb, config)?.forward(tokens, 0, &mut cache)
 });

@@ -1,3 +1,5 @@
+use candle_core::Var;
+
 use super::*;
 
 /// Two variables, of shapes [2, 2] and [3].
@@ -26,9 +28,30 @@ fn gradient(t: usize, i: usize) -> f64 {
     }
 }
 
+/// One step on whole variables.
+fn update(
+    updater: &mut Updater,
+    rate: f64,
+    scale: f64,
+    decay: f64,
+    vars: &[Var],
+    grads: &[Tensor],
+) {
+    let manner = Manner {
+        rate: 1.0,
+        weight_decay: decay,
+    };
+    let step = updater.begin(rate, scale);
+    for (slot, (var, grad)) in vars.iter().zip(grads).enumerate() {
+        let value = updater.update(slot, step, manner, var, grad).unwrap();
+        var.set(&value.reshape(var.shape()).unwrap()).unwrap();
+    }
+}
+
 fn run(rule: Optimizer, dtype: DType, steps: usize) -> Vec<f64> {
     let vars = vars(dtype);
     let mut updater = Updater::new(rule, vars.iter().map(|var| var.dtype()));
+    let (Optimizer::AdamW { weight_decay, .. } | Optimizer::Sgd { weight_decay, .. }) = rule;
     for t in 0..steps {
         let grad = |first: usize, var: &Var| {
             let data: Vec<f64> = (first..first + var.elem_count())
@@ -40,7 +63,7 @@ fn run(rule: Optimizer, dtype: DType, steps: usize) -> Vec<f64> {
                 .unwrap()
         };
         let grads = [grad(0, &vars[0]), grad(4, &vars[1])];
-        updater.step(0.02, 0.5, vars.iter().zip(&grads)).unwrap();
+        update(&mut updater, 0.02, 0.5, weight_decay, &vars, &grads);
     }
     vars.iter()
         .flat_map(|var| read::<f64>(var).unwrap())
@@ -130,9 +153,8 @@ fn half_precision_variables_have_a_master_copy() {
     let grad = Tensor::ones(1, DType::F32, &Device::Cpu).unwrap();
     let mut updater = Updater::new(Optimizer::sgd(), [DType::BF16].into_iter());
     for _ in 0..100 {
-        updater
-            .step(1e-4, 1.0, [(&var, &grad)].into_iter())
-            .unwrap();
+        let (vars, grads) = (std::slice::from_ref(&var), std::slice::from_ref(&grad));
+        update(&mut updater, 1e-4, 1.0, 0.0, vars, grads);
     }
     let value = read::<f64>(&var).unwrap()[0];
     assert!((value - 0.99).abs() < 0.005, "{value}");

@@ -1,0 +1,100 @@
+//! What a checkpoint scope keeps of one run of a site.
+
+use autosp_plan::codes;
+use autosp_plan::settings::Policy;
+use candle_core::{CpuStorage, Storage, Tensor};
+
+use crate::attention::Output;
+use crate::error::{Error, Result};
+
+/// The part of a forward that its replay begins with, group by group.
+#[derive(Debug)]
+pub(crate) struct Memo {
+    site: &'static str,
+    pub(super) groups: Vec<Remembered>,
+}
+
+/// One group, in head layout.
+#[derive(Debug, Clone)]
+pub(super) struct Remembered {
+    /// Q [b, heads, S, d], and keys and values [b, kv heads, S, ..] of the kv heads that came with this group.
+    pub(super) qkv: Option<(Tensor, Option<(Tensor, Tensor)>)>,
+    pub(super) output: Output,
+}
+
+impl Memo {
+    /// Keeps what `policy` says of each group's Q, (K, V) and result.
+    pub(super) fn new(
+        site: &'static str,
+        policy: Policy,
+        groups: impl IntoIterator<Item = (Tensor, Option<(Tensor, Tensor)>, Output)>,
+    ) -> Result<Self> {
+        let keep = |(q, kv, output): (Tensor, Option<(Tensor, Tensor)>, Output)| {
+            let qkv = match policy {
+                Policy::Qkv => {
+                    let kv = kv.map(|(k, v)| Ok::<_, Error>((alone(&k)?, alone(&v)?)));
+                    Some((alone(&q)?, kv.transpose()?))
+                }
+                Policy::All | Policy::Attention | Policy::Input => None,
+            };
+            Ok(Remembered { qkv, output })
+        };
+        Ok(Self {
+            site,
+            groups: groups.into_iter().map(keep).collect::<Result<_>>()?,
+        })
+    }
+
+    /// Bytes of all tensors.
+    pub(crate) fn bytes(&self) -> u64 {
+        let of = |group: &Remembered| {
+            let Output { o, lse, rest } = &group.output;
+            let mut tensors = vec![o, lse, rest];
+            if let Some((q, kv)) = &group.qkv {
+                tensors.push(q);
+                tensors.extend(kv.iter().flat_map(|(k, v)| [k, v]));
+            }
+            tensors.into_iter().map(bytes).sum::<u64>()
+        };
+        self.groups.iter().map(of).sum()
+    }
+
+    /// Makes sure that a block which is computed again comes to the same site with as many groups.
+    ///
+    /// # Errors
+    /// AS0351 naming both sites.
+    pub(super) fn expect(&self, site: &'static str, groups: usize) -> Result<()> {
+        if self.site == site && self.groups.len() == groups {
+            return Ok(());
+        }
+        let text = format!(
+            "expected `{}` in {} head groups, as in the forward, found `{site}` in {groups}",
+            self.site,
+            self.groups.len()
+        );
+        Err(Error::new(codes::REPLAY, text))
+    }
+}
+
+/// Bytes of a tensor's elements.
+pub(crate) fn bytes(x: &Tensor) -> u64 {
+    (x.elem_count() * x.dtype().size_in_bytes()) as u64
+}
+
+/// The tensor, or a copy where it is a view of more: keeping it would keep all of that.
+fn alone(x: &Tensor) -> Result<Tensor> {
+    let stored = {
+        let (storage, _) = x.storage_and_layout();
+        match &*storage {
+            Storage::Cpu(CpuStorage::F32(data)) => Some(data.len()),
+            Storage::Cpu(CpuStorage::F64(data)) => Some(data.len()),
+            Storage::Cpu(CpuStorage::BF16(data)) => Some(data.len()),
+            Storage::Cpu(CpuStorage::F16(data)) => Some(data.len()),
+            _ => None,
+        }
+    };
+    if stored == Some(x.elem_count()) {
+        return Ok(x.clone());
+    }
+    Ok(x.force_contiguous()?)
+}
