@@ -158,6 +158,8 @@ fn tensor_op(name: &str, seed: u64) -> Option<Case> {
         "cat" => binary(seed, |x, y| Tensor::cat(&[x, y], 1)),
         "stack" => binary(seed, |x, y| Tensor::stack(&[x, y], 1)),
         "i" => unary(seed, |x| x.i((.., 2, ..))),
+        "get_on_dim" => unary(seed, |x| x.get_on_dim(1, 2)),
+        "get" => unary(seed, |x| x.transpose(0, 1)?.get(2)),
         "matmul" => binary(seed, Tensor::matmul),
         "broadcast_matmul" => binary(seed, Tensor::broadcast_matmul),
         "sum_keepdim" => unary(seed, |x| x.sum_keepdim(1)),
@@ -286,7 +288,9 @@ fn claims(row: &Row, case: &mut Case) {
         }
         ShapeRule::Cat => (each(&[(0, 0), (2, 2)], 2), vec![1]),
         ShapeRule::Stack => (each(&[(0, 0), (1, 2), (2, 3)], 2), vec![]),
-        ShapeRule::Index | ShapeRule::Reduce => (each(&[(0, 0), (2, 1)], 1), vec![1]),
+        ShapeRule::Index | ShapeRule::Reduce | ShapeRule::GetOnDim => {
+            (each(&[(0, 0), (2, 1)], 1), vec![1])
+        }
         ShapeRule::ReduceAll => (vec![], vec![0, 1, 2]),
         ShapeRule::Rope => (
             vec![

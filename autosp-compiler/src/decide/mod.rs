@@ -58,7 +58,9 @@ pub(crate) fn decide(
                 .note("an attention is a product of queries and keys, a softmax over the keys, and a product with the values")
                 .help("annotate the module that holds the attention, or remove the attribute")
         };
-        refusals.push(fallback.into_iter().next().unwrap_or_else(nothing));
+        let instead = || recurrence(scope, table);
+        let refusal = fallback.into_iter().next().or_else(instead);
+        refusals.push(refusal.unwrap_or_else(nothing));
     }
     if refusals.is_empty() {
         for function in inner {
@@ -67,6 +69,63 @@ pub(crate) fn decide(
     }
     dedupe(&mut refusals);
     (plan, refusals)
+}
+
+/// What a module without attention computes along its tokens: the first operation that is not followed or that a shard would
+/// refuse, in the functions that a user calls.
+fn recurrence(scope: &Scope<'_>, table: &'static Table) -> Option<Refusal> {
+    let mut called = std::collections::HashSet::new();
+    let mut found: Option<Refusal> = None;
+    for (id, f) in scope.functions.iter().enumerate().rev() {
+        let takes = |input: &syn::FnArg| matches!(input, syn::FnArg::Typed(t) if scope.ty(&t.ty, f.owner.as_deref()).holds_tensor());
+        let gives = matches!(&f.sig.output, syn::ReturnType::Type(_, ty) if scope.ty(ty, f.owner.as_deref()).holds_tensor());
+        if !f.public
+            || scope.is_library(id)
+            || called.contains(&id)
+            || !gives
+            || !f.sig.inputs.iter().any(takes)
+        {
+            continue;
+        }
+        let trace = Trace::run(scope, table, id, Vec::new());
+        called.extend(trace.acts.iter().skip(1).map(|a| a.function));
+        let first = trace.nodes.iter().find_map(|n| match &n.op {
+            crate::trace::graph::Op::Unknown(r) => {
+                Some((n.at.span, r.message.clone(), r.help.clone()))
+            }
+            crate::trace::graph::Op::Row(row)
+                if matches!(
+                    row.place,
+                    crate::ops::PlaceRule::Mix | crate::ops::PlaceRule::Host
+                ) =>
+            {
+                let message = format!(
+                    "`{}` computes along the tokens or reads them to the host",
+                    n.text
+                );
+                Some((
+                    n.at.span,
+                    message,
+                    "only attention is shared out along the sequence".to_string(),
+                ))
+            }
+            _ => None,
+        });
+        let lost = trace.acts[0]
+            .result
+            .lost()
+            .and_then(|r| Some((r.span?, r.message.clone(), r.help.clone())));
+        let Some((span, message, help)) = first.or(lost) else {
+            continue;
+        };
+        let refusal = Refusal::new(codes::NO_ATTENTION, span, format!("no attention found in this module, and {message}"))
+            .note("an attention is a product of queries and keys, a softmax over the keys, and a product with the values; a scan, a recurrence or a convolution along the tokens is not shared out")
+            .help(help);
+        if found.as_ref().is_none_or(|f| refusal.line() < f.line()) {
+            found = Some(refusal);
+        }
+    }
+    found
 }
 
 /// Public functions that a root calls on the way to an attention, callees first.
@@ -141,7 +200,10 @@ fn without_branches<'s, 'a>(
         };
         let known = untaken.len();
         // A call into another library may be anything; what is known to be wrong is wrong in every configuration.
-        let open = |p: &Refusal| p.branch.filter(|_| p.code == codes::UNKNOWN_CALL);
+        let open = |p: &Refusal| {
+            p.branch
+                .filter(|_| p.code == codes::UNKNOWN_CALL || p.elsewhere)
+        };
         for problem in &problems {
             if let Some(branch) = open(problem)
                 && untaken.iter().all(|(b, _)| *b != branch)
@@ -193,7 +255,7 @@ fn roots<'s, 'a>(scope: &'s Scope<'a>, table: &'static Table) -> Vec<(usize, Tra
             syn::ReturnType::Type(_, ty) => scope.ty(ty, f.owner.as_deref()).holds_tensor(),
             syn::ReturnType::Default => false,
         };
-        if !takes_tensor || !gives_tensor || called.contains(&id) {
+        if !takes_tensor || !gives_tensor || called.contains(&id) || scope.is_library(id) {
             continue;
         }
         let trace = Trace::run(scope, table, id, Vec::new());

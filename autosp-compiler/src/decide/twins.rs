@@ -239,6 +239,10 @@ impl Builder<'_, '_, '_> {
             syn::Expr::Paren(p) => self.wrap(act, &p.expr, out),
             syn::Expr::Cast(c) => self.wrap(act, &c.expr, out),
             syn::Expr::Reference(r) => self.wrap(act, &r.expr, out),
+            syn::Expr::Range(r) => {
+                let mut ends = r.start.iter().chain(&r.end);
+                ends.all(|e| self.wrap(act, e, out))
+            }
             syn::Expr::Lit(_) => true,
             _ => false,
         }

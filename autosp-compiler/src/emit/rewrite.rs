@@ -447,7 +447,9 @@ fn pick(e: &mut Expr, dim: usize, rt: &syn::Ident) {
     let (name, index) = if narrows {
         ("pick_narrow", args.get(1).copied())
     } else {
+        let by_dim = matches!(&*e, Expr::MethodCall(m) if m.method == "get_on_dim");
         let index = match args.first() {
+            _ if by_dim => args.get(1).copied(),
             Some(Expr::Tuple(t)) => t.elems.get(dim),
             other => other.copied(),
         };

@@ -75,6 +75,8 @@ rules! {
         RopeThd = "rope_thd",
         /// Indexing by numbers and ranges, one per dimension.
         Index = "index",
+        /// One index along the dimension of the first argument.
+        GetOnDim = "get_on_dim",
         /// A scalar tensor.
         Scalar = "scalar",
         /// The sizes of the first argument, all elements alike.

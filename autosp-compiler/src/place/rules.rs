@@ -7,6 +7,7 @@ use super::{Conversion, Place, Placer};
 use crate::error::Refusal;
 use crate::ops::{PlaceRule, Row, ShapeRule};
 use crate::trace::Role;
+use crate::trace::branch::Branch;
 use crate::trace::graph::{NodeId, Op};
 use crate::trace::shape::{Dim, Shape, show};
 
@@ -53,7 +54,7 @@ impl Placer<'_, '_, '_> {
                     ShapeRule::Same | ShapeRule::Linear | ShapeRule::AlongLast
                 ))
         {
-            return self.refuse(
+            let refused = self.refuse(
                 node,
                 codes::NOT_FOLLOWED,
                 format!(
@@ -63,6 +64,11 @@ impl Placer<'_, '_, '_> {
                 None,
                 "end the function in both branches",
             );
+            let either = inputs.iter().position(|p| *p == Place::Either);
+            if let Some(branch) = either.and_then(|i| self.whole_branch(n.inputs[i].node)) {
+                self.elsewhere(node, branch);
+            }
+            return refused;
         }
         if inputs.contains(&Place::Either) {
             return Place::Either;
@@ -140,6 +146,42 @@ impl Placer<'_, '_, '_> {
             return None;
         }
         Some(self.behind_each_other(node, copies))
+    }
+
+    /// The branch of a configuration that gives a whole tensor where the other one gives a shard.
+    fn whole_branch(&self, mut node: NodeId) -> Option<Branch> {
+        loop {
+            let n = &self.trace.nodes[node];
+            let [first, .., last] = n.inputs.as_slice() else {
+                node = n.inputs.first()?.node;
+                continue;
+            };
+            if !matches!(n.op, Op::Phi { carried: false }) || n.inputs.len() != 2 {
+                return None;
+            }
+            let function = self.trace.acts[n.at.act].function;
+            if !self.trace.settled.contains(&(function, n.at.expr)) {
+                return None;
+            }
+            let arm = match (self.place[first.node], self.place[last.node]) {
+                (Place::Sharded, Place::Replicated | Place::Given) => 1,
+                (Place::Replicated | Place::Given, Place::Sharded) => 0,
+                _ => return None,
+            };
+            return Some(Branch {
+                function,
+                expr: n.at.expr,
+                arm,
+            });
+        }
+    }
+
+    /// What is refused at a tensor can be left out with a branch.
+    fn elsewhere(&mut self, node: NodeId, branch: Branch) {
+        if let Some(problem) = self.problems.get_mut(&node) {
+            problem.branch = Some(branch);
+            problem.elsewhere = true;
+        }
     }
 
     /// Whether a dimension holds the sequence several times.
@@ -498,7 +540,12 @@ impl Placer<'_, '_, '_> {
                 "compute it for each token, or over another dimension",
             ),
         };
-        self.refuse(node, codes::MIXES_TOKENS, message, note, help)
+        let refused = self.refuse(node, codes::MIXES_TOKENS, message, note, help);
+        // A cache that the caller may give.
+        if let (ShapeRule::Cat, Some(branch)) = (row.shape, self.trace.nodes[node].branch) {
+            self.elsewhere(node, branch);
+        }
+        refused
     }
 
     /// The tables of a rotary embedding are cut where they meet the shard.

@@ -159,6 +159,9 @@ impl<'a> Trace<'_, 'a> {
             _ => {}
         }
         let open = self.may_leave(act) && self.settled(act, &i.cond, &cond);
+        if open {
+            self.settled.insert((self.acts[act].function, at.expr));
+        }
         let mut then = self.alternative(act, at, 0, open, |t| t.block(act, &i.then_branch));
         self.acts[act].scopes.pop();
         let after_then = std::mem::replace(&mut self.acts[act].scopes, before);

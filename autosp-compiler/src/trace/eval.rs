@@ -450,6 +450,16 @@ impl<'a> Trace<'_, 'a> {
                 .as_constant()
                 .and_then(|k| elems.get(k as usize).cloned())
                 .unwrap_or(*any),
+            (Value::ShapeOf(node), Value::Range(start, end, _)) => {
+                let ends = (start.poly.as_constant(), end.poly.as_constant());
+                let (Some(start), Some(end)) = ends else {
+                    return Self::lost("a part of a tensor's sizes");
+                };
+                let elems: Vec<Value> = (start..end).map(|k| self.dim_of(node, k, at)).collect();
+                let any = Box::new(elems.first().cloned().unwrap_or(Value::Opaque));
+                let elems = Some(elems);
+                Value::List { elems, any }
+            }
             // The whole of it
             (base, Value::Tuple(all)) if all.is_empty() => base,
             (Value::List { elems: None, any }, _) => self.any_element(*any),
@@ -481,6 +491,13 @@ impl<'a> Trace<'_, 'a> {
             self.assign(act, &ident.to_string(), value);
             return Value::Unit;
         }
+        if let syn::Expr::Index(i) = &*a.left
+            && let syn::Expr::Path(p) = &*i.expr
+            && let Some(ident) = p.path.get_ident()
+        {
+            self.assign_element(act, &ident.to_string(), &i.index, value);
+            return Value::Unit;
+        }
         if let Some(field) = number::place_field(&a.left) {
             let mut tensors = Vec::new();
             value.tensors(&mut tensors);
@@ -491,6 +508,30 @@ impl<'a> Trace<'_, 'a> {
             }
         }
         Value::Unit
+    }
+
+    /// `list[2] = value`: a list whose elements are known one by one keeps the others, any other is lost.
+    fn assign_element(&mut self, act: ActId, name: &str, index: &'a syn::Expr, value: Value) {
+        let index = self.eval(act, index);
+        let index = index.size().and_then(|s| s.poly.as_constant());
+        let known = self.lookup(act, name).map(|b| b.value);
+        let changed = match (known, index.and_then(|i| usize::try_from(i).ok())) {
+            (
+                Some(Value::List {
+                    elems: Some(mut elems),
+                    any,
+                }),
+                Some(index),
+            ) if index < elems.len() => {
+                elems[index] = value;
+                Value::List {
+                    elems: Some(elems),
+                    any,
+                }
+            }
+            _ => Self::lost(&format!("an element of `{name}`")),
+        };
+        self.assign(act, name, changed);
     }
 
     fn range(&mut self, act: ActId, r: &'a syn::ExprRange) -> Value {

@@ -138,6 +138,8 @@ pub(crate) struct Trace<'s, 'a> {
     branches: Vec<branch::Branch>,
     /// Branches that are known to be untaken, and why.
     pub(crate) untaken: Vec<(branch::Branch, String)>,
+    /// The `if`s whose question the configuration settles: function and expression.
+    pub(crate) settled: HashSet<(usize, u32)>,
     /// Closures that evaluation is in: a branch there cannot leave its function.
     closures: usize,
 }
@@ -170,6 +172,7 @@ impl<'s, 'a> Trace<'s, 'a> {
             fresh: 0,
             branches: Vec::new(),
             untaken,
+            settled: HashSet::new(),
             closures: 0,
         };
         let function = &scope.functions[root];

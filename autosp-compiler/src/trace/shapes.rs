@@ -364,6 +364,18 @@ impl<'a> Trace<'_, 'a> {
                 Shape::Known(Vec::new()),
                 (0..rank).map(|d| (0, d)).collect(),
             )),
+            ShapeRule::GetOnDim => {
+                let along = d(1).ok_or_else(|| lost(what))?;
+                if let Some((Value::Size(index), Some(e))) = arg(2) {
+                    let (index, at) = (index.clone(), self.at(at.act, e));
+                    self.use_size(at, &index, Role::Valid);
+                }
+                if dims[along].anchored(&self.atoms) {
+                    self.nodes[node].op = super::graph::Op::Pick { dim: along };
+                }
+                dims.remove(along);
+                Ok((Shape::Known(dims), vec![(0, along)]))
+            }
             ShapeRule::Transpose => {
                 let (Some(i), Some(j)) = (d(1), d(2)) else {
                     return Err(lost(what));
@@ -462,7 +474,8 @@ impl<'a> Trace<'_, 'a> {
             self.use_given(g, node);
         }
         let targets: Vec<Target> = given.into_iter().map(|g| g.target).collect();
-        match shape::reshape(&self.atoms, dims, &targets) {
+        let rest = self.fresh_feature("rest");
+        match shape::reshape(&self.atoms, dims, &targets, &rest) {
             Ok(dims) => Ok((Shape::Known(dims), Vec::new())),
             Err(why) => {
                 let from = shape::show(&self.atoms, dims);

@@ -1,6 +1,6 @@
 //! Attention in both directions, with a mask from the caller.
 
-use autosp_zoo::{config, decoder, zoo, Zoo};
+use autosp_zoo::{config, decoder, with, zoo, Zoo};
 use serde_json::{json, Value};
 
 autosp_zoo::models!["bert", "distilbert", "nomic_bert", "z_image_text"];
@@ -54,7 +54,22 @@ zoo!(nomic_bert: nomic_bert, tokens_of(nomic_config(), vec![json!({"padding": fa
     m::NomicBertModel::load(vb, &config)?.forward(tokens, Some(&types), (json["padding"] == true).then_some(&mask))
 });
 
-zoo!(z_image_text: z_image_text, tokens_of(decoder(), vec![json!({"num_key_value_heads": 4}), json!({"rope_theta": 100.0})]), |m, json, vb, tokens| {
+/// The last layer but one gives the result.
+fn z_image() -> Zoo {
+    let config = with(decoder(), json!({"num_hidden_layers": 3}));
+    Zoo {
+        detached: vec!["layers.2.", "model.norm."],
+        ..tokens_of(
+            config,
+            vec![
+                json!({"num_key_value_heads": 4}),
+                json!({"rope_theta": 100.0}),
+            ],
+        )
+    }
+}
+
+zoo!(z_image_text: z_image_text, z_image(), |m, json, vb, tokens| {
     let config: m::TextEncoderConfig = config(json)?;
     m::ZImageTextEncoder::new(&config, vb)?.forward(tokens)
 });

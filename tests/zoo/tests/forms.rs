@@ -3,7 +3,15 @@
 use autosp_zoo::{config, decoder, with, zoo, Kind, Zoo};
 use serde_json::{json, Value};
 
-autosp_zoo::models!["chatglm", "codegeex4", "glm4", "falcon", "mpt", "stable_lm", "phi"];
+autosp_zoo::models![
+    "chatglm",
+    "codegeex4",
+    "glm4",
+    "falcon",
+    "mpt",
+    "stable_lm",
+    "phi"
+];
 
 fn last(config: Value, off: Vec<Value>) -> Zoo {
     Zoo {
@@ -72,7 +80,10 @@ fn falcon_zoo() -> Zoo {
     });
     Zoo {
         rows: 1,
-        ..last(config, vec![json!({"parallel_attn": true}), json!({"alibi": true})])
+        ..last(
+            config,
+            vec![json!({"parallel_attn": true}), json!({"alibi": true})],
+        )
     }
 }
 
@@ -83,7 +94,14 @@ zoo!(falcon: falcon, falcon_zoo(), |m, json, vb, tokens| {
 
 fn mpt_zoo(prefix: bool) -> Zoo {
     let config = json!({"kv_n_heads": 2, "bias_max": 8, "prefix": prefix});
-    last(config, vec![json!({"kv_n_heads": 4}), json!({"bias_max": 2}), json!({"prefix": !prefix})])
+    last(
+        config,
+        vec![
+            json!({"kv_n_heads": 4}),
+            json!({"bias_max": 2}),
+            json!({"prefix": !prefix}),
+        ],
+    )
 }
 
 zoo!(mpt: mpt, mpt_zoo(false), |m, json, vb, tokens| {
@@ -104,7 +122,13 @@ zoo!(mpt: mpt, mpt_zoo(false), |m, json, vb, tokens| {
 });
 
 fn partial(config: Value) -> Value {
-    with(decoder(), with(json!({"num_attention_heads": 4, "partial_rotary_factor": 0.5, "layer_norm_eps": 1e-5}), config))
+    with(
+        decoder(),
+        with(
+            json!({"num_attention_heads": 4, "partial_rotary_factor": 0.5, "layer_norm_eps": 1e-5}),
+            config,
+        ),
+    )
 }
 
 zoo!(stable_lm: stable_lm, last(partial(json!({"use_cache": true, "use_qkv_bias": true})), vec![json!({"partial_rotary_factor": 0.25}), json!({"use_qkv_bias": false})]), |m, json, vb, tokens| {
