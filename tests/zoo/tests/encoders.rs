@@ -3,7 +3,7 @@
 use autosp_zoo::{config, decoder, with, zoo, Zoo};
 use serde_json::{json, Value};
 
-autosp_zoo::models!["bert", "distilbert", "nomic_bert", "z_image_text"];
+autosp_zoo::models!["bert", "distilbert", "nomic_bert", "z_image_text", "xlm_roberta", "jina_bert"];
 
 fn tokens_of(config: Value, off: Vec<Value>) -> Zoo {
     Zoo {
@@ -72,4 +72,25 @@ fn z_image() -> Zoo {
 zoo!(z_image_text: z_image_text, z_image(), |m, json, vb, tokens| {
     let config: m::TextEncoderConfig = config(json)?;
     m::ZImageTextEncoder::new(&config, vb)?.forward(tokens)
+});
+
+fn roberta_config() -> Value {
+    json!({
+        "vocab_size": 24, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40,
+        "hidden_act": "gelu", "attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0, "max_position_embeddings": 64,
+        "type_vocab_size": 2, "layer_norm_eps": 1e-5, "pad_token_id": 1, "position_embedding_type": "absolute", "padding": 3,
+    })
+}
+
+zoo!(xlm_roberta: xlm_roberta, tokens_of(roberta_config(), vec![json!({"padding": 0}), json!({"hidden_act": "relu"})]), |m, json, vb, tokens| {
+    let config: m::Config = config(json)?;
+    let padding = json["padding"].as_u64().unwrap_or_default() as u32;
+    let (types, mask) = (tokens.zeros_like()?, tokens.ge(padding)?);
+    m::XLMRobertaModel::new(&config, vb)?.forward(tokens, &mask, &types, None, None, None)
+});
+
+zoo!(jina_bert: jina_bert, tokens_of(with(bert_config(), json!({"position_embedding_type": "alibi"})), vec![json!({"num_attention_heads": 8}), json!({"hidden_act": "relu"})]), |m, json, vb, tokens| {
+    use candle::Module;
+    let config: m::Config = config(json)?;
+    m::BertModel::new(vb, &config)?.forward(tokens)
 });
