@@ -11,6 +11,7 @@
 //! it. A rule says when an operation on shards gives the shard of the operation; where an operand is replicated and has the
 //! sequence in its shape, the runtime cuts this rank's rows out of it; a sum over the sequence is taken over all ranks.
 
+mod branches;
 mod layout;
 mod rules;
 pub(crate) mod sites;

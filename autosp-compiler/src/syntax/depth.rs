@@ -2,16 +2,18 @@
 
 use proc_macro2::{Delimiter, Span, TokenStream, TokenTree};
 
-/// Brackets inside brackets; models stay below 20.
-const BRACKETS: usize = 100;
+/// Brackets inside brackets; candle's own sources stay below 20.
+const BRACKETS: usize = 64;
 /// Tokens without a separator between them, added up from the outermost bracket to the innermost: a bound of how deep chains
-/// such as `a.b().c()` or `!!!x` and brackets can nest together. Models stay below 1,000.
-const TOKENS: usize = 4_000;
+/// such as `a.b().c()` or `!!!x` and brackets can nest together. Candle's own sources stay below 500.
+const TOKENS: usize = 1_200;
 
 /// Where a source nests too deeply.
 pub(crate) fn too_deep(tokens: TokenStream) -> Option<Span> {
     // (what is left of a bracket, tokens before it on the way down, tokens since the last separator)
     let mut open = vec![(tokens.into_iter().peekable(), 0, 0)];
+    // `<` that no `>` has closed, since the last separator.
+    let mut angles = 0_usize;
     while let Some((rest, before, run)) = open.last_mut() {
         let Some(token) = rest.next() else {
             open.pop();
@@ -22,7 +24,17 @@ pub(crate) fn too_deep(tokens: TokenStream) -> Option<Span> {
             return Some(token.span());
         }
         match token {
-            TokenTree::Punct(p) if matches!(p.as_char(), ';' | ',') => *run = 0,
+            TokenTree::Punct(p) if matches!(p.as_char(), ';' | ',') => {
+                *run = 0;
+                angles = 0;
+            }
+            TokenTree::Punct(p) if p.as_char() == '<' => {
+                angles += 1;
+                if angles > BRACKETS {
+                    return Some(p.span());
+                }
+            }
+            TokenTree::Punct(p) if p.as_char() == '>' => angles = angles.saturating_sub(1),
             TokenTree::Group(group) => {
                 let inside = *before + *run;
                 // A block ends a statement, unless something goes on after it.
@@ -76,5 +88,7 @@ mod tests {
             "fn f() {{ {} }}",
             "x = y.t()?; ".repeat(5_000)
         )));
+        let types = |n: usize| format!("type T = {}u8{};", "Vec<".repeat(n), ">".repeat(n));
+        assert!(!deep(&types(30)) && deep(&types(300)));
     }
 }

@@ -3,9 +3,9 @@
 use super::graph::{ActId, At};
 use super::size::Poly;
 use super::value::{Closure, Cmp, Cond, Presence, Size, Value};
-use super::{DEPTH, Fact, Role, STEPS, Trace};
+use super::{DEPTH, NESTING, Role, STEPS, Trace};
+use crate::syntax::text;
 use crate::syntax::types::Ty;
-use crate::syntax::{number, text};
 
 /// Macros that give no tensor and write to no variable.
 pub(super) const SPEAKING: &[&str] = &[
@@ -44,7 +44,12 @@ impl<'a> Trace<'_, 'a> {
             return Self::lost("a program of this size");
         }
         let at = self.at(act, e);
+        if self.nesting > NESTING {
+            return Self::lost("an expression nested so deeply");
+        }
+        self.nesting += 1;
         let mut value = self.eval_inner(act, e, at);
+        self.nesting -= 1;
         if let Value::Unknown(reason) = &value
             && reason.span.is_none()
         {
@@ -481,57 +486,6 @@ impl<'a> Trace<'_, 'a> {
             }
             other => other,
         }
-    }
-
-    fn assignment(&mut self, act: ActId, a: &'a syn::ExprAssign, at: At) -> Value {
-        let value = self.eval(act, &a.right);
-        if let syn::Expr::Path(p) = &*a.left
-            && let Some(ident) = p.path.get_ident()
-        {
-            self.assign(act, &ident.to_string(), value);
-            return Value::Unit;
-        }
-        if let syn::Expr::Index(i) = &*a.left
-            && let syn::Expr::Path(p) = &*i.expr
-            && let Some(ident) = p.path.get_ident()
-        {
-            self.assign_element(act, &ident.to_string(), &i.index, value);
-            return Value::Unit;
-        }
-        if let Some(field) = number::place_field(&a.left) {
-            let mut tensors = Vec::new();
-            value.tensors(&mut tensors);
-            if self.written.contains(&field)
-                && (!tensors.is_empty() || matches!(value, Value::Option(..)))
-            {
-                self.acts[act].facts.push((at.expr, Fact::Write));
-            }
-        }
-        Value::Unit
-    }
-
-    /// `list[2] = value`: a list whose elements are known one by one keeps the others, any other is lost.
-    fn assign_element(&mut self, act: ActId, name: &str, index: &'a syn::Expr, value: Value) {
-        let index = self.eval(act, index);
-        let index = index.size().and_then(|s| s.poly.as_constant());
-        let known = self.lookup(act, name).map(|b| b.value);
-        let changed = match (known, index.and_then(|i| usize::try_from(i).ok())) {
-            (
-                Some(Value::List {
-                    elems: Some(mut elems),
-                    any,
-                }),
-                Some(index),
-            ) if index < elems.len() => {
-                elems[index] = value;
-                Value::List {
-                    elems: Some(elems),
-                    any,
-                }
-            }
-            _ => Self::lost(&format!("an element of `{name}`")),
-        };
-        self.assign(act, name, changed);
     }
 
     fn range(&mut self, act: ActId, r: &'a syn::ExprRange) -> Value {

@@ -5,6 +5,7 @@
 
 mod adapter;
 mod apply;
+mod assign;
 pub(crate) mod branch;
 mod builtin;
 mod call;
@@ -38,6 +39,8 @@ use value::{Binding, Presence, Size, Value};
 
 /// Calls nested deeper than this are not followed (models stay below ten).
 const DEPTH: usize = 32;
+/// Expressions inside expressions, through all calls; deeper ones would run out of stack (models stay below 100).
+const NESTING: usize = 250;
 /// Expressions evaluated in one trace; more means a program that this interpreter was not made for.
 const STEPS: usize = 200_000;
 
@@ -132,6 +135,7 @@ pub(crate) struct Trace<'s, 'a> {
     /// What stands in a `vec!`, parsed once.
     macros: HashMap<*const syn::Macro, &'static syn::Expr>,
     depth: usize,
+    nesting: usize,
     steps: usize,
     fresh: u32,
     /// The branches that evaluation is in and that may be left untaken.
@@ -168,6 +172,7 @@ impl<'s, 'a> Trace<'s, 'a> {
             fields: HashMap::new(),
             macros: HashMap::new(),
             depth: 0,
+            nesting: 0,
             steps: 0,
             fresh: 0,
             branches: Vec::new(),

@@ -3,7 +3,14 @@
 use autosp_zoo::{config, decoder, with, zoo, Zoo};
 use serde_json::{json, Value};
 
-autosp_zoo::models!["bert", "distilbert", "nomic_bert", "z_image_text", "xlm_roberta", "jina_bert"];
+autosp_zoo::models![
+    "bert",
+    "distilbert",
+    "nomic_bert",
+    "z_image_text",
+    "xlm_roberta",
+    "jina_bert"
+];
 
 fn tokens_of(config: Value, off: Vec<Value>) -> Zoo {
     Zoo {

@@ -146,7 +146,13 @@ fn mixformer_zoo() -> Zoo {
         "vocab_size": 24, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_inner": null, "n_head": 4, "rotary_dim": 4,
         "activation_function": "gelu", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": false, "pad_vocab_size_multiple": 1,
     });
-    last(config, vec![json!({"rotary_dim": 8}), json!({"activation_function": "relu"})])
+    last(
+        config,
+        vec![
+            json!({"rotary_dim": 8}),
+            json!({"activation_function": "relu"}),
+        ],
+    )
 }
 
 zoo!(mixformer: mixformer, mixformer_zoo(), |m, json, vb, tokens| {
