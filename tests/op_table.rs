@@ -591,3 +591,19 @@ fn reads_to_the_host_see_this_rank_only() -> Result<()> {
     assert_eq!(x.reshape((1, 2, 3))?.to_vec3::<f32>()?.len(), 1);
     Ok(())
 }
+
+#[test]
+fn windows_and_scans_need_tokens_of_other_ranks() -> Result<()> {
+    let x = random(7, &[1, 2, N]);
+    let kernel = random(8, &[2, 2, 3]);
+    let whole = x.conv1d(&kernel, 1, 1, 1, 1)?;
+    let shard = x.narrow(2, 0, N / 2)?.conv1d(&kernel, 1, 1, 1, 1)?;
+    assert_ne!(bits(&whole.narrow(2, 0, N / 2)?)?, bits(&shard)?);
+    let names = |rule: PlaceRule| {
+        let rows = candle().rows().iter().filter(move |r| r.place == rule);
+        rows.map(|r| r.path.as_str()).collect::<Vec<_>>()
+    };
+    assert!(names(PlaceRule::Window).contains(&"candle_nn::Conv1d::forward"));
+    assert!(names(PlaceRule::Scan).contains(&"candle_nn::rnn::LSTM::seq"));
+    Ok(())
+}

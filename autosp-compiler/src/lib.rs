@@ -24,9 +24,11 @@ use std::path::Path;
 use autosp_plan::codes;
 use autosp_plan::plan::Plan;
 use proc_macro2::{Span, TokenStream};
-use quote::quote;
+use quote::{ToTokens, quote};
 
 pub use error::Refusal;
+use syntax::args::Args;
+use syntax::asserts::Assert;
 
 /// What the compiler makes of a source.
 #[derive(Debug, Clone)]
@@ -90,15 +92,7 @@ fn too_deep(span: Span) -> syn::Error {
 /// # Errors
 /// If the file is not Rust.
 pub fn analyse(source: &str) -> Result<Analysis, ParseError> {
-    let file = parse(source)?;
-    let (name, items, loss) = module_of(&file);
-    Ok(analyse_items(
-        &name,
-        items,
-        Span::call_site(),
-        ops::candle(),
-        loss,
-    ))
+    analyse_with(source, ops::candle())
 }
 
 /// The file that the annotated module of a source includes, as it is written there; relative to the source's own file.
@@ -106,9 +100,8 @@ pub fn analyse(source: &str) -> Result<Analysis, ParseError> {
 /// # Errors
 /// If the source is not Rust.
 pub fn included(source: &str) -> Result<Option<String>, ParseError> {
-    let file = parse(source)?;
-    let (_, items, _) = module_of(&file);
-    Ok(match items {
+    let module = module_of(parse(source)?);
+    Ok(match module.items.as_slice() {
         [only] => syntax::include::included_path(only).map(|path| path.value()),
         _ => None,
     })
@@ -119,9 +112,8 @@ pub fn included(source: &str) -> Result<Option<String>, ParseError> {
 /// # Errors
 /// If the file is not Rust.
 pub fn analyse_with(source: &str, table: &'static ops::Table) -> Result<Analysis, ParseError> {
-    let file = parse(source)?;
-    let (name, items, loss) = module_of(&file);
-    Ok(analyse_items(&name, items, Span::call_site(), table, loss))
+    let module = module_of(parse(source)?);
+    Ok(analyse_items(&module, Span::call_site(), table))
 }
 
 /// The code that the attribute emits for a file: its items with their twins.
@@ -129,18 +121,38 @@ pub fn analyse_with(source: &str, table: &'static ops::Table) -> Result<Analysis
 /// # Errors
 /// If the file is not Rust.
 pub fn expand(source: &str) -> Result<Result<syn::File, Vec<Refusal>>, ParseError> {
-    let file = parse(source)?;
-    let (name, items, loss) = module_of(&file);
-    let analysis = analyse_items(&name, items, Span::call_site(), ops::candle(), loss);
+    let module = module_of(parse(source)?);
+    let analysis = analyse_items(&module, Span::call_site(), ops::candle());
     if !analysis.refusals.is_empty() {
         return Ok(Err(analysis.refusals));
     }
-    let tokens = emit::items(items, &analysis.plan, &quote!(::autosp));
+    let tokens = emit::items(&module.items, &analysis.plan, &quote!(::autosp));
     Ok(Ok(syn::parse2(tokens)?))
 }
 
-/// The annotated inline module of a file, or the file's own items; and whether the attribute asks for a loss.
-fn module_of(file: &syn::File) -> (String, &[syn::Item], bool) {
+/// What is analysed: items without what is said of them, and what is said.
+struct Module {
+    name: String,
+    items: Vec<syn::Item>,
+    asserts: Vec<Assert>,
+    loss: bool,
+}
+
+impl Module {
+    fn new(name: String, mut items: Vec<syn::Item>, args: &Args) -> Self {
+        let mut asserts = args.asserts.clone();
+        asserts.extend(syntax::asserts::take(&mut items));
+        Self {
+            name,
+            items,
+            asserts,
+            loss: args.loss,
+        }
+    }
+}
+
+/// The annotated inline module of a file, or the file's own items.
+fn module_of(file: syn::File) -> Module {
     for item in &file.items {
         if let syn::Item::Mod(m) = item {
             let attribute = m.attrs.iter().find(|a| {
@@ -151,55 +163,93 @@ fn module_of(file: &syn::File) -> (String, &[syn::Item], bool) {
             });
             if let (Some(attribute), Some((_, items))) = (attribute, &m.content) {
                 let args = match &attribute.meta {
-                    syn::Meta::List(list) => syntax::args::Args::parse(list.tokens.clone()),
-                    _ => Ok(syntax::args::Args::default()),
+                    syn::Meta::List(list) => Args::parse(list.tokens.clone()),
+                    _ => Ok(Args::default()),
                 };
-                return (m.ident.to_string(), items, args.is_ok_and(|a| a.loss));
+                let mut args = args.unwrap_or_default();
+                // The command line runs where the file is named from.
+                let plan = args
+                    .plan
+                    .as_ref()
+                    .map(|lit| syntax::plan_file::read(lit, Some(Path::new("autosp.toml"))));
+                if let Some(Ok(plan)) = plan {
+                    args.asserts.extend(plan.asserts);
+                }
+                return Module::new(m.ident.to_string(), items.clone(), &args);
             }
         }
     }
-    (String::new(), &file.items, false)
+    Module::new(String::new(), file.items, &Args::default())
 }
 
-fn analyse_items(
-    name: &str,
-    items: &[syn::Item],
-    span: Span,
-    table: &'static ops::Table,
-    loss: bool,
-) -> Analysis {
-    let mut scope = syntax::Scope::new(name, items);
-    scope.loss = loss;
+fn analyse_items(module: &Module, span: Span, table: &'static ops::Table) -> Analysis {
+    let mut scope = syntax::Scope::new(&module.name, &module.items);
+    scope.loss = module.loss;
+    scope.asserts.clone_from(&module.asserts);
     let (plan, mut refusals) = decide::decide(&scope, table, span);
     refusals.sort_by_key(|r| (r.line(), r.column()));
     Analysis { plan, refusals }
 }
 
-/// The attribute: `#[sequence_parallel]` on an inline module.
+/// The attribute: `#[sequence_parallel]` on an inline module, or on an `impl` or a function that holds everything it needs.
 ///
-/// `source` is the file that holds the attribute, for finding files that the module includes. On errors the item stays in
-/// the output, so that editors keep working.
+/// `source` is the file that holds the attribute, for finding files that it names. On errors the item stays in the output, so
+/// that editors keep working.
 pub fn sequence_parallel(
     args: TokenStream,
     item: &TokenStream,
     source: Option<&Path>,
 ) -> TokenStream {
-    let args = match syntax::args::Args::parse(args) {
-        Ok(args) => args,
-        Err(refusal) => return refused(&[refusal], None, item),
-    };
     if let Some(span) = syntax::depth::too_deep(item.clone()) {
         let error = too_deep(span).to_compile_error();
         return quote!(#error #item);
     }
-    let module = match syn::parse2::<syn::Item>(item.clone()) {
-        Ok(syn::Item::Mod(module)) => module,
-        Ok(other) => return refused(&[not_a_module(&other)], None, item),
+    let mut parsed = match syn::parse2::<syn::Item>(item.clone()) {
+        Ok(parsed) => parsed,
         Err(e) => {
             let error = e.to_compile_error();
             return quote!(#error #item);
         }
     };
+    // The compiler does not know what is said of functions and fields, on errors either.
+    let said = match &mut parsed {
+        syn::Item::Mod(syn::ItemMod {
+            content: Some((_, items)),
+            ..
+        }) => syntax::asserts::take(items),
+        other => syntax::asserts::take(std::slice::from_mut(other)),
+    };
+    let plain = &parsed.to_token_stream();
+    let mut args = match Args::parse(args) {
+        Ok(args) => args,
+        Err(refusal) => return refused(&[refusal], None, plain),
+    };
+    args.asserts.extend(said);
+    let mut tracking = TokenStream::new();
+    if let Some(lit) = &args.plan {
+        match syntax::plan_file::read(lit, source) {
+            Ok(plan) => {
+                args.asserts.extend(plan.asserts);
+                tracking = plan.tracking;
+            }
+            Err(refusal) => return refused(&[refusal], None, plain),
+        }
+    }
+    match parsed {
+        syn::Item::Mod(module) => inline(&args, &module, plain, source, &tracking),
+        syn::Item::Fn(_) | syn::Item::Impl(_) => single(&args, parsed, plain, &tracking),
+        other => refused(&[not_a_module(&other)], None, plain),
+    }
+}
+
+/// An inline module.
+fn inline(
+    args: &Args,
+    module: &syn::ItemMod,
+    item: &TokenStream,
+    source: Option<&Path>,
+    tracking: &TokenStream,
+) -> TokenStream {
     let Some((_, items)) = &module.content else {
         let name = &module.ident;
         let refusal = Refusal::new(
@@ -214,7 +264,7 @@ pub fn sequence_parallel(
         && let Some(lit) = syntax::include::included_path(only)
     {
         return match syntax::include::read(&lit, source) {
-            Ok(included) => include_module(&args, &module, &lit, &included, item),
+            Ok(included) => include_module(args, module, &lit, &included, item, tracking),
             Err(refusal) => refused(&[refusal], None, item),
         };
     }
@@ -224,18 +274,81 @@ pub fn sequence_parallel(
             .help("move the other items into the included file, or into a module of their own");
         return refused(&[refusal], None, item);
     }
-    let analysis = analyse_items(
-        &module.ident.to_string(),
-        items,
-        module.ident.span(),
-        ops::candle(),
-        args.loss,
-    );
+    let analysed = Module::new(module.ident.to_string(), items.clone(), args);
+    let analysis = analyse_items(&analysed, module.ident.span(), ops::candle());
     if !analysis.refusals.is_empty() {
         return refused(&analysis.refusals, None, item);
     }
     let body = emit::items(items, &analysis.plan, &args.facade());
-    with_body(&module, &body)
+    with_body(module, &quote!(#tracking #body))
+}
+
+/// An `impl` or a function that holds everything that the decisions need.
+fn single(
+    args: &Args,
+    item: syn::Item,
+    plain: &TokenStream,
+    tracking: &TokenStream,
+) -> TokenStream {
+    let (what, span) = match &item {
+        syn::Item::Impl(i) => (
+            syntax::text(&i.self_ty),
+            syn::spanned::Spanned::span(&i.self_ty),
+        ),
+        syn::Item::Fn(f) => (f.sig.ident.to_string(), f.sig.ident.span()),
+        _ => (String::new(), Span::call_site()),
+    };
+    let analysed = Module::new(String::new(), vec![item], args);
+    let mut analysis = analyse_items(&analysed, span, ops::candle());
+    for refusal in &mut analysis.refusals {
+        refusal.notes.push(format!(
+            "the attribute on `{what}` sees this item alone: no struct, function or `use` outside of it"
+        ));
+        if refusal.code == codes::UNKNOWN_CALL || refusal.code == codes::NO_ATTENTION {
+            refusal.code = codes::ITEM;
+            refusal.help = Some(
+                "put the model into `mod model { .. }` and the attribute on the module".to_string(),
+            );
+        }
+    }
+    if !analysis.refusals.is_empty() {
+        return refused(&analysis.refusals, None, plain);
+    }
+    let body = emit::items(&analysed.items, &analysis.plan, &args.facade());
+    // Several items of one module have sites of their own.
+    let own: String = what
+        .chars()
+        .map(|c| {
+            if c.is_alphanumeric() {
+                c.to_ascii_lowercase()
+            } else {
+                '_'
+            }
+        })
+        .collect();
+    let names = ["autosp_sites", syntax::library::MODULE];
+    let body = renamed(body, &|ident| {
+        names.contains(&ident).then(|| format!("{ident}_{own}"))
+    });
+    quote!(#tracking #body)
+}
+
+/// The tokens with other names for some identifiers.
+fn renamed(tokens: TokenStream, name: &dyn Fn(&str) -> Option<String>) -> TokenStream {
+    use proc_macro2::{Group, Ident, TokenTree};
+    let one = |token: TokenTree| match token {
+        TokenTree::Ident(ident) => match name(&ident.to_string()) {
+            Some(other) => Ident::new(&other, ident.span()).into(),
+            None => ident.into(),
+        },
+        TokenTree::Group(group) => {
+            let mut inner = Group::new(group.delimiter(), renamed(group.stream(), name));
+            inner.set_span(group.span());
+            inner.into()
+        }
+        other => other,
+    };
+    tokens.into_iter().map(one).collect()
 }
 
 /// The module's attributes, visibility and name round other items.
@@ -257,8 +370,6 @@ fn refused(refusals: &[Refusal], file: Option<&str>, item: &TokenStream) -> Toke
 
 fn not_a_module(item: &syn::Item) -> Refusal {
     let (what, span) = match item {
-        syn::Item::Fn(f) => ("a function", f.sig.ident.span()),
-        syn::Item::Impl(i) => ("an `impl`", syn::spanned::Spanned::span(&i.self_ty)),
         syn::Item::Struct(s) => ("a struct", s.ident.span()),
         other => ("this item", syn::spanned::Spanned::span(other)),
     };
@@ -270,11 +381,12 @@ fn not_a_module(item: &syn::Item) -> Refusal {
 /// A module whose items stand in another file. Everything is computed with positions of that file; the tokens that come
 /// out carry the attribute's.
 fn include_module(
-    args: &syntax::args::Args,
+    args: &Args,
     module: &syn::ItemMod,
     lit: &syn::LitStr,
     included: &syntax::include::Included,
     item: &TokenStream,
+    plan: &TokenStream,
 ) -> TokenStream {
     let name = module.ident.to_string();
     let facade = args.facade().to_string();
@@ -288,13 +400,8 @@ fn include_module(
                 codes::PARSE.id,
             )]
         })?;
-        let analysis = analyse_items(
-            &name,
-            &file.items,
-            Span::call_site(),
-            ops::candle(),
-            args.loss,
-        );
+        let analysed = Module::new(name.clone(), file.items, args);
+        let analysis = analyse_items(&analysed, Span::call_site(), ops::candle());
         if !analysis.refusals.is_empty() {
             return Err(analysis
                 .refusals
@@ -303,11 +410,12 @@ fn include_module(
                 .collect());
         }
         let facade: TokenStream = facade.parse().map_err(|_| Vec::new())?;
-        Ok(emit::items(&file.items, &analysis.plan, &facade).to_string())
+        Ok(emit::items(&analysed.items, &analysis.plan, &facade).to_string())
     });
     // Cargo builds again when the included file changes.
     let tracking = quote!(
         const _: &[u8] = include_bytes!(#lit);
+        #plan
     );
     match outcome {
         Ok(text) => match text.parse::<TokenStream>() {

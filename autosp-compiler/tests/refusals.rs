@@ -158,7 +158,7 @@ fn no_attention() {
     assert!(
         refusals
             .iter()
-            .any(|r| r.code.id == "AS0203" || r.code.id == "AS0201"),
+            .any(|r| ["AS0201", "AS0203", "AS0220"].contains(&r.code.id)),
         "{}",
         refusals[0].text(None)
     );

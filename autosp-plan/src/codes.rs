@@ -37,6 +37,8 @@ codes! {
         "`include!(\"model.rs\")` inside the annotated module is read by the attribute. The path is relative to the file that holds the attribute.";
     PARSE = "AS0105", "the source is not Rust",
         "The file that the annotated module includes does not parse. The message has the line and column.";
+    ASSERTION = "AS0106", "something is said that cannot be so",
+        "`tokenwise`, `replicated` and `sharded` say what the analysis cannot see of a function or field, as an attribute on it, a list in the attribute of the module, or a list in `[build]` of the settings file. What is said of nothing, wrongly, twice or without need is reported, since it would otherwise hide a mistake.";
 
     NO_ATTENTION = "AS0201", "no attention found",
         "An attention is a product of queries and keys, a softmax over the keys and a product with the values, over the same sequence. A module without one has nothing that could be trained in parallel, and running it unsharded in silence would be worse than an error.";
@@ -72,6 +74,14 @@ codes! {
         "With the argument `loss` a function that keeps one token is followed for every token: all tokens become rows of the batch, and what comes after the pick runs as it stands. Here it counts or mixes rows.";
     LEARNED_BIAS = "AS0217", "a learned bias on the scores",
         "A site gives gradients to queries, keys and values. A bias on the scores that comes out of a layer would need a fourth one, from all tokens against all, and is refused rather than trained without it.";
+    CONVOLUTION = "AS0218", "a convolution along the sequence",
+        "A convolution or a pooling window at the end of a shard needs tokens that the next rank holds, which is not done. Sharded models compute every token by itself outside of attention.";
+    SCAN = "AS0219", "a recurrence along the sequence",
+        "A loop over the tokens, or a recurrent layer, makes each token wait for the one before it, so that ranks could only run one after another.";
+    NO_SOFTMAX = "AS0220", "attention without a softmax over the keys",
+        "What is sharded is `softmax(q k^T) v`: its scores are never made whole. Linear, rectified or other attention pairs all tokens in another way.";
+    RETURNS_SHARD = "AS0221", "a public function returns a shard without saying so",
+        "The result holds the tokens of one rank, merged with the rows into one dimension, so that a caller cannot tell that tokens are missing. Keep the sequence a dimension of its own, or say that callers know.";
 
     MESH = "AS0301", "the mesh does not fit",
         "A run has dp x sp ranks. Every rank count is at least 1, and a model's heads must divide among the sp ranks of a group, or each kv head must be held by the same number of ranks.";

@@ -7,6 +7,7 @@
 //! A value comes from the first of these that names it, and remembers which: a flag of the command line, a variable
 //! `AUTOSP_<NAME>`, the file `autosp.toml`, the program, the default.
 
+mod build;
 mod file;
 mod keys;
 mod source;
@@ -16,6 +17,7 @@ use std::fmt::Write as _;
 use std::path::Path;
 use std::time::Duration;
 
+pub use build::{BUILD_KEYS, BuildEntry, build, build_reference};
 pub use keys::{KEYS, Key, Kind, ReadAt, find, reference};
 pub use source::{SettingsError, Source};
 pub use value::Value;
@@ -200,7 +202,9 @@ impl Settings {
     /// # Errors
     /// The text is not TOML (with line and column), names no setting, or holds a value of the wrong type.
     pub fn with_file(mut self, path: &str, text: &str) -> Result<Self, SettingsError> {
-        for entry in file::read(path, text)? {
+        // `[build]` is for the compiler.
+        let entries = file::read(path, text)?.into_iter();
+        for entry in entries.filter(|entry| !entry.is_build()) {
             let source = Source::File {
                 path: path.to_owned(),
                 line: entry.line,

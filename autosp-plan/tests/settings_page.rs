@@ -15,7 +15,11 @@ setting is refused, and so are two sources of the same strength that say differe
 
 #[test]
 fn the_settings_page_is_up_to_date() {
-    let expected = format!("{HEAD}{}", autosp_plan::settings::reference());
+    let expected = format!(
+        "{HEAD}{}{}",
+        autosp_plan::settings::reference(),
+        autosp_plan::settings::build_reference()
+    );
     let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/settings.md");
     let fresh = Path::new(env!("CARGO_TARGET_TMPDIR")).join("settings.md");
     fs::write(&fresh, &expected).unwrap();

@@ -186,6 +186,7 @@ fn captured(
             "`{ty}` is not `Clone`, and a scope keeps its block; add `#[derive(Clone)]`"
         )),
         Value::Tensor(_) | Value::Object { .. } | Value::List { .. } => Ok(true),
+        Value::Asserted(_) => Err(format!("`{name}` is not seen into")),
         Value::Option(Presence::None, _) => Ok(false),
         Value::Option(_, inner) => captured(trace, placed, inner, name),
         _ => Ok(false),

@@ -3,6 +3,7 @@
 mod blocks;
 mod loss;
 mod mask;
+mod reasons;
 mod repeat;
 mod twins;
 pub(crate) mod verify;
@@ -10,10 +11,13 @@ pub(crate) mod verify;
 use autosp_plan::codes;
 use autosp_plan::plan;
 
+use reasons::{in_the_way, recurrence};
+
 use crate::error::Refusal;
 use crate::ops::Table;
 use crate::place::{Placed, place};
 use crate::syntax::Scope;
+use crate::syntax::asserts::Kind;
 use crate::syntax::types::Ty;
 use crate::trace::Trace;
 use crate::trace::shape::{Dim, Shape, show};
@@ -30,10 +34,14 @@ pub(crate) fn decide(
         module: scope.name.clone(),
         ..plan::Plan::default()
     };
-    let mut refusals: Vec<Refusal> = Vec::new();
+    let mut refusals: Vec<Refusal> = scope.wrong_asserts();
+    if !refusals.is_empty() {
+        return (plan, refusals);
+    }
     let mut fallback: Vec<Refusal> = Vec::new();
     let mut inner: Vec<usize> = Vec::new();
-    for (root, trace) in roots(scope, table) {
+    let (roots, pairs) = roots(scope, table);
+    for (root, trace) in roots {
         let (trace, placed) = without_branches(scope, table, root, trace);
         refusals.extend(lost_result(&trace, root));
         match placed {
@@ -59,73 +67,17 @@ pub(crate) fn decide(
                 .help("annotate the module that holds the attention, or remove the attribute")
         };
         let instead = || recurrence(scope, table);
-        let refusal = fallback.into_iter().next().or_else(instead);
-        refusals.push(refusal.unwrap_or_else(nothing));
+        let first = pairs.into_iter().chain(fallback).next().or_else(instead);
+        refusals.push(first.unwrap_or_else(nothing));
     }
     if refusals.is_empty() {
         for function in inner {
             add_inner(&mut plan, scope, table, function);
         }
+        refusals = scope.unused_asserts();
     }
     dedupe(&mut refusals);
     (plan, refusals)
-}
-
-/// What a module without attention computes along its tokens: the first operation that is not followed or that a shard would
-/// refuse, in the functions that a user calls.
-fn recurrence(scope: &Scope<'_>, table: &'static Table) -> Option<Refusal> {
-    let mut called = std::collections::HashSet::new();
-    let mut found: Option<Refusal> = None;
-    for (id, f) in scope.functions.iter().enumerate().rev() {
-        let takes = |input: &syn::FnArg| matches!(input, syn::FnArg::Typed(t) if scope.ty(&t.ty, f.owner.as_deref()).holds_tensor());
-        let gives = matches!(&f.sig.output, syn::ReturnType::Type(_, ty) if scope.ty(ty, f.owner.as_deref()).holds_tensor());
-        if !f.public
-            || scope.is_library(id)
-            || called.contains(&id)
-            || !gives
-            || !f.sig.inputs.iter().any(takes)
-        {
-            continue;
-        }
-        let trace = Trace::run(scope, table, id, Vec::new());
-        called.extend(trace.acts.iter().skip(1).map(|a| a.function));
-        let first = trace.nodes.iter().find_map(|n| match &n.op {
-            crate::trace::graph::Op::Unknown(r) => {
-                Some((n.at.span, r.message.clone(), r.help.clone()))
-            }
-            crate::trace::graph::Op::Row(row)
-                if matches!(
-                    row.place,
-                    crate::ops::PlaceRule::Mix | crate::ops::PlaceRule::Host
-                ) =>
-            {
-                let message = format!(
-                    "`{}` computes along the tokens or reads them to the host",
-                    n.text
-                );
-                Some((
-                    n.at.span,
-                    message,
-                    "only attention is shared out along the sequence".to_string(),
-                ))
-            }
-            _ => None,
-        });
-        let lost = trace.acts[0]
-            .result
-            .lost()
-            .and_then(|r| Some((r.span?, r.message.clone(), r.help.clone())));
-        let Some((span, message, help)) = first.or(lost) else {
-            continue;
-        };
-        let refusal = Refusal::new(codes::NO_ATTENTION, span, format!("no attention found in this module, and {message}"))
-            .note("an attention is a product of queries and keys, a softmax over the keys, and a product with the values; a scan, a recurrence or a convolution along the tokens is not shared out")
-            .help(help);
-        if found.as_ref().is_none_or(|f| refusal.line() < f.line()) {
-            found = Some(refusal);
-        }
-    }
-    found
 }
 
 /// Public functions that a root calls on the way to an attention, callees first.
@@ -240,10 +192,14 @@ fn dedupe(refusals: &mut Vec<Refusal>) {
     });
 }
 
+/// Functions with their traces, and what stands in the way of others.
+type Roots<'s, 'a> = (Vec<(usize, Trace<'s, 'a>)>, Vec<Refusal>);
+
 /// Functions that a user calls: they take a tensor, come to an attention or fail to, and no other function of the scope
 /// calls them on the way to one. Each with its trace.
-fn roots<'s, 'a>(scope: &'s Scope<'a>, table: &'static Table) -> Vec<(usize, Trace<'s, 'a>)> {
+fn roots<'s, 'a>(scope: &'s Scope<'a>, table: &'static Table) -> Roots<'s, 'a> {
     let mut candidates: Vec<(usize, Trace<'s, 'a>)> = Vec::new();
+    let (mut pairs, mut lost) = (Vec::new(), Vec::new());
     let mut called = std::collections::HashSet::new();
     // What is called stands before its caller in most files; a function that is called needs no trace of its own.
     for (id, f) in scope.functions.iter().enumerate().rev() {
@@ -258,6 +214,14 @@ fn roots<'s, 'a>(scope: &'s Scope<'a>, table: &'static Table) -> Vec<(usize, Tra
         if !takes_tensor || !gives_tensor || called.contains(&id) || scope.is_library(id) {
             continue;
         }
+        let hidden = [Kind::Tokenwise, Kind::Replicated];
+        if scope
+            .asserts
+            .iter()
+            .any(|a| a.path == f.path && hidden.contains(&a.kind))
+        {
+            continue;
+        }
         let trace = Trace::run(scope, table, id, Vec::new());
         called.extend(trace.acts.iter().skip(1).map(|a| a.function));
         let softmax = |n: &crate::trace::graph::Node| {
@@ -265,6 +229,9 @@ fn roots<'s, 'a>(scope: &'s Scope<'a>, table: &'static Table) -> Vec<(usize, Tra
         };
         if trace.nodes.iter().any(softmax) || trace.lost_softmax {
             candidates.push((id, trace));
+        } else {
+            pairs.extend(pairs_tokens(&trace));
+            lost.extend(lost_result(&trace, id));
         }
     }
     candidates.retain(|(id, _)| !called.contains(id));
@@ -272,7 +239,42 @@ fn roots<'s, 'a>(scope: &'s Scope<'a>, table: &'static Table) -> Vec<(usize, Tra
         candidates.retain(|(id, _)| scope.functions[*id].public);
     }
     candidates.reverse();
-    candidates
+    pairs.extend(lost.into_iter().rev());
+    (candidates, pairs)
+}
+
+/// A product of all tokens with all tokens in a function that has no softmax.
+fn pairs_tokens(trace: &Trace<'_, '_>) -> Option<Refusal> {
+    let product = trace.nodes.iter().find(|n| {
+        let matmul = n
+            .row()
+            .is_some_and(|r| r.shape == crate::ops::ShapeRule::Matmul);
+        let atom = |d: &Dim| match d.0.as_slice() {
+            [f] => trace
+                .atoms
+                .normal(&f.size)
+                .as_atom()
+                .filter(|a| trace.atoms.is_dim(*a)),
+            _ => None,
+        };
+        let pair = n.shape.known().and_then(|dims| match dims {
+            [.., q, k] => atom(q).filter(|a| atom(k) == Some(*a)),
+            _ => None,
+        });
+        matmul && pair.is_some()
+    })?;
+    Some(
+        Refusal::new(
+            codes::NO_SOFTMAX,
+            product.at.span,
+            format!(
+                "`{}` pairs every token with every token, and no softmax over the keys follows",
+                product.text
+            ),
+        )
+        .note("what is sharded is `softmax(q k^T) v`, of which the scores are never made whole")
+        .help("`candle_nn::ops::softmax_last_dim(&scores)?` before the product with the values"),
+    )
 }
 
 /// A root whose result was lost on the way: nothing can be said of the numbers that come out.
@@ -312,62 +314,6 @@ fn lost_result(trace: &Trace<'_, '_>, root: usize) -> Option<Refusal> {
             format!("cannot follow what `{name}` returns"),
         )
         .help("return a tensor that comes from the module's own functions and candle's operations"),
-    })
-}
-
-/// The first thing that could not be followed and that a softmax depends on: what stands in the way of an attention.
-fn in_the_way(trace: &Trace<'_, '_>) -> Option<Refusal> {
-    let softmax = |n: &usize| {
-        trace.nodes[*n]
-            .row()
-            .is_some_and(|r| r.name().starts_with("softmax"))
-    };
-    let mut stack: Vec<usize> = (0..trace.nodes.len()).filter(softmax).collect();
-    let mut seen = std::collections::BTreeSet::new();
-    while let Some(node) = stack.pop() {
-        if seen.insert(node) {
-            stack.extend(trace.nodes[node].inputs.iter().map(|i| i.node));
-        }
-    }
-    let unknown = seen.iter().find_map(|n| match &trace.nodes[*n].op {
-        crate::trace::graph::Op::Unknown(r) => {
-            let mut refusal = Refusal::new(r.code, trace.nodes[*n].at.span, r.message.clone())
-                .note("no attention was found in this module; this stands in the way of one")
-                .help(r.help.clone());
-            refusal.branch = trace.nodes[*n].branch;
-            Some(refusal)
-        }
-        _ => None,
-    });
-    // Else a product whose dimensions were not followed, and the first tensor on the way to it that has none.
-    let shapeless = |n: &usize| trace.nodes[*n].shape.known().is_none();
-    let product = |n: &usize| {
-        let row = trace.nodes[*n].row();
-        row.is_some_and(|r| r.shape == crate::ops::ShapeRule::Matmul) && shapeless(n)
-    };
-    unknown.or_else(|| {
-        let product = seen.iter().copied().find(product)?;
-        let mut first = product;
-        while let Some(input) = trace.nodes[first]
-            .inputs
-            .iter()
-            .map(|i| i.node)
-            .find(shapeless)
-        {
-            first = input;
-        }
-        let (n, p) = (&trace.nodes[first], &trace.nodes[product]);
-        let message = format!(
-            "cannot follow the dimensions of `{}`, which `{}` depends on",
-            n.text, p.text
-        );
-        Some(
-            Refusal::new(codes::NOT_FOLLOWED, n.at.span, message)
-                .note("no attention was found in this module; this stands in the way of one")
-                .help(
-                    "read its sizes, such as `let (b, s, h) = x.dims3()?;`, before they are used",
-                ),
-        )
     })
 }
 
@@ -430,6 +376,7 @@ fn add(
     };
     let f = &trace.scope.functions[root];
     let (plain, beside) = entries(trace, placed, root)?;
+    returns(trace, placed, root).map_err(|r| vec![r])?;
     plan.roots.push(plan::Root {
         function: trace.scope.full_name(root),
         line: f.line(),
@@ -459,6 +406,41 @@ fn add(
         }
     }
     verify::check(plan, trace, placed).map_err(|r| vec![r])
+}
+
+/// What a root returns shows where the tokens are, or its callers know.
+fn returns(trace: &Trace<'_, '_>, placed: &Placed, root: usize) -> Result<(), Refusal> {
+    let f = &trace.scope.functions[root];
+    let said = trace.scope.asserted(&f.path, &[Kind::Sharded]).is_some();
+    let mut tensors = Vec::new();
+    trace.acts[0].result.tensors(&mut tensors);
+    for node in tensors {
+        let Some(dims) = trace.nodes[node].shape.known() else {
+            continue;
+        };
+        let sequence = |d: &&Dim| {
+            d.0.iter()
+                .any(|f| trace.atoms.normal(&f.size).contains(placed.sequence))
+        };
+        let merged = dims.iter().find(sequence).is_some_and(|d| d.0.len() > 1);
+        if placed.place[node] == crate::place::Place::Sharded && merged && !said {
+            let name = trace.scope.full_name(root);
+            return Err(Refusal::new(
+                codes::RETURNS_SHARD,
+                f.sig.ident.span(),
+                format!("`{name}` returns one rank's tokens without saying so"),
+            )
+            .note(format!(
+                "its result is {}: rows and tokens are one dimension",
+                show(&trace.atoms, dims)
+            ))
+            .help(format!(
+                "keep the sequence a dimension of its own, or `sequence_parallel(sharded({}))`",
+                f.path
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// Shards among a root's parameters: with their sequence dimension, and those of which more is compared at the entry.

@@ -111,6 +111,10 @@ rules! {
         Host = "host",
         /// it draws random numbers, which differ between ranks, and is refused on shards.
         Random = "random",
+        /// it slides a window along a dimension, and is refused on shards.
+        Window = "window",
+        /// it goes from token to token, and is refused on shards.
+        Scan = "scan",
     }
 }
 
@@ -136,6 +140,19 @@ impl Row {
     pub fn name(&self) -> &str {
         self.path.rsplit("::").next().unwrap_or(&self.path)
     }
+}
+
+/// The row for what a user says is computed token by token.
+pub(crate) fn tokenwise() -> &'static Row {
+    static ROW: OnceLock<Row> = OnceLock::new();
+    ROW.get_or_init(|| Row {
+        path: "autosp::tokenwise".to_string(),
+        shape: ShapeRule::Linear,
+        place: PlaceRule::Tokenwise,
+        grad: true,
+        twin: None,
+        scores: false,
+    })
 }
 
 /// All rows, by path.

@@ -46,31 +46,8 @@ impl Placer<'_, '_, '_> {
         if let Some(refused) = self.never_on_shards(node, row) {
             return refused;
         }
-        if inputs.contains(&Place::Either)
-            && !(n.inputs.len() == 1
-                && matches!(
-                    row.shape,
-                    ShapeRule::Same | ShapeRule::Linear | ShapeRule::AlongLast
-                ))
-        {
-            let refused = self.refuse(
-                node,
-                codes::NOT_FOLLOWED,
-                format!(
-                    "cannot follow `{}`: its operand is one token or all of them, by a condition",
-                    n.text
-                ),
-                None,
-                "end the function in both branches",
-            );
-            let either = inputs.iter().position(|p| *p == Place::Either);
-            if let Some(branch) = either.and_then(|i| self.whole_branch(n.inputs[i].node)) {
-                self.elsewhere(node, branch);
-            }
-            return refused;
-        }
         if inputs.contains(&Place::Either) {
-            return Place::Either;
+            return self.one_or_all(node, row);
         }
         if let Some(refused) = self.shapes_are_read(node, row, inputs) {
             return refused;
@@ -123,7 +100,11 @@ impl Placer<'_, '_, '_> {
             }
             Shape::Known(_) if self.varying_dims(node).len() > 1 => self.refuse(
                 node,
-                codes::MIXES_TOKENS,
+                if row.shape == ShapeRule::Matmul {
+                    codes::NO_SOFTMAX
+                } else {
+                    codes::MIXES_TOKENS
+                },
                 format!(
                     "`{}` pairs every token with every token, outside a softmax attention",
                     n.text
@@ -133,6 +114,37 @@ impl Placer<'_, '_, '_> {
             ),
             _ => Place::Sharded,
         }
+    }
+
+    /// What may happen to one token or all of them: what does the same to both.
+    fn one_or_all(&mut self, node: NodeId, row: &Row) -> Place {
+        let n = &self.trace.nodes[node];
+        if !(n.inputs.len() == 1
+            && matches!(
+                row.shape,
+                ShapeRule::Same | ShapeRule::Linear | ShapeRule::AlongLast
+            ))
+        {
+            let refused = self.refuse(
+                node,
+                codes::NOT_FOLLOWED,
+                format!(
+                    "cannot follow `{}`: its operand is one token or all of them, by a condition",
+                    n.text
+                ),
+                None,
+                "end the function in both branches",
+            );
+            let either = n
+                .inputs
+                .iter()
+                .find(|i| self.place[i.node] == Place::Either);
+            if let Some(branch) = either.and_then(|i| self.whole_branch(i.node)) {
+                self.elsewhere(node, branch);
+            }
+            return refused;
+        }
+        Place::Either
     }
 
     /// What may happen to an input of a rank that nobody reads: it stays one.
@@ -417,6 +429,32 @@ impl Placer<'_, '_, '_> {
                 None,
                 "make the numbers before the model runs and pass them in",
             ),
+            PlaceRule::Window => {
+                let (message, note) = (
+                    format!("`{text}` slides over tokens of different ranks"),
+                    self.first_note(node),
+                );
+                self.refuse(
+                    node,
+                    codes::CONVOLUTION,
+                    message,
+                    note,
+                    "leave the convolution out, or compute it before the tokens are sharded",
+                )
+            }
+            PlaceRule::Scan => {
+                let (message, note) = (
+                    format!("`{text}` goes from token to token"),
+                    self.first_note(node),
+                );
+                self.refuse(
+                    node,
+                    codes::SCAN,
+                    message,
+                    note,
+                    "use attention in the place of the recurrent layer",
+                )
+            }
             PlaceRule::Host => {
                 let note = self.first_note(node);
                 self.refuse(

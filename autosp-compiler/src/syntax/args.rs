@@ -5,6 +5,7 @@ use proc_macro2::TokenStream;
 use syn::parse::Parser;
 use syn::punctuated::Punctuated;
 
+use super::asserts::{Assert, Kind};
 use crate::error::Refusal;
 
 /// What the attribute was given.
@@ -14,10 +15,14 @@ pub(crate) struct Args {
     pub(crate) facade: Option<syn::Path>,
     /// Whether models that keep one token get a loss over all tokens.
     pub(crate) loss: bool,
+    /// The settings file.
+    pub(crate) plan: Option<syn::LitStr>,
+    /// What is said of functions and fields.
+    pub(crate) asserts: Vec<Assert>,
 }
 
 /// The arguments that exist.
-const KNOWN: &str = "`loss` and `crate = path::to::autosp`";
+const KNOWN: &str = "`loss`, `crate = path::to::autosp`, `plan = \"autosp.toml\"`, and the lists `tokenwise(..)`, `replicated(..)` and `sharded(..)`";
 
 impl Args {
     pub(crate) fn parse(tokens: TokenStream) -> Result<Self, Refusal> {
@@ -60,6 +65,10 @@ impl Args {
                     .help("`crate = my_autosp`")
                 })?;
                 args.facade = Some(path);
+            } else if let (syn::Meta::NameValue(nv), "plan") = (&meta, name.as_str()) {
+                args.plan = Some(file_name(&nv.value)?);
+            } else if let (syn::Meta::List(list), Some(kind)) = (&meta, Kind::parse(&name)) {
+                args.asserts.extend(names(list, kind)?);
             } else {
                 let at = syn::spanned::Spanned::span(meta.path());
                 return Err(Refusal::new(
@@ -79,6 +88,45 @@ impl Args {
             .as_ref()
             .map_or_else(|| quote::quote!(::autosp), |p| quote::quote!(#p))
     }
+}
+
+/// The text behind `plan =`.
+fn file_name(value: &syn::Expr) -> Result<syn::LitStr, Refusal> {
+    if let syn::Expr::Lit(syn::ExprLit {
+        lit: syn::Lit::Str(s),
+        ..
+    }) = value
+    {
+        return Ok(s.clone());
+    }
+    Err(Refusal::new(
+        codes::UNKNOWN_ARGUMENT,
+        syn::spanned::Spanned::span(value),
+        "expected the name of a settings file after `plan =`",
+    )
+    .help("`plan = \"autosp.toml\"`"))
+}
+
+/// The functions and fields of a list.
+fn names(list: &syn::MetaList, kind: Kind) -> Result<Vec<Assert>, Refusal> {
+    let paths = Punctuated::<syn::Path, syn::Token![,]>::parse_terminated
+        .parse2(list.tokens.clone())
+        .map_err(|e| {
+            let example = format!("`{}(Type::function, Type::field)`", kind.name());
+            Refusal::new(
+                codes::UNKNOWN_ARGUMENT,
+                e.span(),
+                "expected names of functions and fields",
+            )
+            .help(example)
+        })?;
+    let named = paths.iter().map(|p| {
+        let segments: Vec<String> = p.segments.iter().map(|s| s.ident.to_string()).collect();
+        let last = segments.len().saturating_sub(2);
+        let span = syn::spanned::Spanned::span(p);
+        Assert::new(kind, segments[last..].join("::"), span, None)
+    });
+    Ok(named.collect())
 }
 
 /// `crate` is a keyword that a meta path cannot begin with before `=`; it is read as `crate_`.

@@ -1,10 +1,12 @@
 //! The first room: attribute and item become a scope of types, functions and names.
 
 pub(crate) mod args;
+pub(crate) mod asserts;
 pub(crate) mod depth;
 pub(crate) mod include;
 pub(crate) mod library;
 pub(crate) mod number;
+pub(crate) mod plan_file;
 mod text;
 pub(crate) mod types;
 
@@ -90,6 +92,8 @@ pub(crate) struct Scope<'a> {
     pub(crate) loss: bool,
     /// Types that are `Clone`.
     pub(crate) cloneable: HashSet<String>,
+    /// What is said of functions and fields.
+    pub(crate) asserts: Vec<asserts::Assert>,
 }
 
 impl<'a> Scope<'a> {
@@ -106,6 +110,7 @@ impl<'a> Scope<'a> {
             loss: false,
             consts: HashMap::new(),
             cloneable: HashSet::new(),
+            asserts: Vec::new(),
         };
         for item in items {
             if let syn::Item::Use(u) = item {

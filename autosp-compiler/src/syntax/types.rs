@@ -53,6 +53,10 @@ const SAME: &[(&str, &str)] = &[
     ("candle_nn::layer_norm::LayerNorm", "candle_nn::LayerNorm"),
     ("candle_nn::activation::Activation", "candle_nn::Activation"),
     ("candle_nn::ops::Dropout", "candle_nn::Dropout"),
+    ("candle_nn::conv::Conv1d", "candle_nn::Conv1d"),
+    ("candle_nn::conv::Conv2d", "candle_nn::Conv2d"),
+    ("candle_nn::LSTM", "candle_nn::rnn::LSTM"),
+    ("candle_nn::GRU", "candle_nn::rnn::GRU"),
     ("candle_core::tensor::Tensor", "candle_core::Tensor"),
 ];
 
@@ -226,6 +230,8 @@ impl Names {
         }
         match self.resolve(path) {
             full if full == "candle_core::Tensor" => Ty::Tensor,
+            // Without a `use` in sight, what stands for it has to pass for it when the twin is compiled.
+            full if full == "Tensor" && self.0.is_empty() => Ty::Tensor,
             full if full.contains("::") => Ty::Lib(full),
             _ => Ty::Other,
         }

@@ -91,6 +91,19 @@ impl<'a> Trace<'_, 'a> {
         }
     }
 
+    /// A field of a type that is not among the annotated items.
+    pub(super) fn outside(ty: &str, name: &str) -> Value {
+        Value::Unknown(
+            super::graph::Reason {
+                code: autosp_plan::codes::ITEM,
+                message: format!("the field `{name}` of `{ty}` is declared outside of the annotated item"),
+                help: format!("put `{ty}` and its `impl`s into `mod model {{ .. }}` and the attribute on the module"),
+                span: None,
+            }
+            .into(),
+        )
+    }
+
     /// Adapters of lists, and `map` and its like of `Option`.
     fn list_adapter(
         &mut self,

@@ -279,6 +279,10 @@ impl<'a> Trace<'_, 'a> {
                     let at = self.at(at.act, e);
                     self.use_size(at, &s.clone(), Role::Valid);
                     if dim.anchored(&self.atoms) {
+                        if self.counts_tokens(s) {
+                            let reason = Self::scan(what);
+                            return Value::Tensor(self.unknown(reason, inputs.to_vec(), at, what));
+                        }
                         pick = Some(d);
                     }
                     touches.push((0, d));

@@ -3,6 +3,7 @@
 use super::graph::{ActId, At, Input, Reason};
 use super::value::{Cond, Presence, Size, Value};
 use super::{Role, Trace, param_name};
+use crate::syntax::asserts::Kind;
 use crate::syntax::text;
 use crate::syntax::types::Ty;
 use autosp_plan::codes;
@@ -59,6 +60,8 @@ impl<'a> Trace<'_, 'a> {
             return Value::Unknown(r.clone());
         }
         match &receiver {
+            Value::Asserted(_) if TRANSPARENT.contains(&name.as_str()) => receiver,
+            Value::Asserted(kind) => self.asserted_call(*kind, &args, at, &text(m)),
             Value::Tensor(_) | Value::ShapeOf(_) => {
                 self.tensor_method(receiver, m, &name, args, at)
             }
@@ -122,6 +125,9 @@ impl<'a> Trace<'_, 'a> {
         if matches!(name, "apply" | "apply_t") {
             let subject: Arg<'a> = (receiver, Some(&m.receiver));
             return match args.into_iter().next() {
+                Some((Value::Asserted(kind), _)) => {
+                    self.asserted_call(kind, &[subject], at, &text(m))
+                }
                 Some((
                     Value::Object {
                         ty: Ty::Lib(path),
@@ -300,6 +306,24 @@ impl<'a> Trace<'_, 'a> {
         self.enter(function, at, object.as_ref(), args)
     }
 
+    /// A call of something that the analysis does not see into.
+    fn asserted_call(&mut self, kind: Kind, args: &[Arg<'a>], at: At, what: &str) -> Value {
+        for (value, e) in args {
+            if let Some(r) = value.lost() {
+                return Value::Unknown(r.clone());
+            }
+            if let (Value::Size(s), Some(e)) = (value, e) {
+                let at = self.at(at.act, e);
+                self.use_size(at, &s.clone(), Role::Unclassified(what.to_string()));
+            }
+        }
+        if kind == Kind::Tokenwise {
+            return self.apply(crate::ops::tokenwise(), args, at, what, None);
+        }
+        let shape = super::shape::Shape::Partial(Vec::new());
+        Value::Tensor(self.node(super::graph::Op::Field, Vec::new(), shape, at, what))
+    }
+
     /// Evaluates a function of the scope on the arguments.
     fn enter(
         &mut self,
@@ -309,6 +333,13 @@ impl<'a> Trace<'_, 'a> {
         args: Vec<Arg<'a>>,
     ) -> Value {
         let f = &self.scope.functions[function];
+        if let Some(kind) = self
+            .scope
+            .asserted(&f.path, &[Kind::Tokenwise, Kind::Replicated])
+        {
+            let what = f.path.clone();
+            return self.asserted_call(kind, &args, at, &what);
+        }
         let mut params = Vec::new();
         let mut args = args.into_iter();
         for input in &f.sig.inputs {

@@ -270,7 +270,11 @@ impl<'a> Trace<'_, 'a> {
             };
             self.use_size(end_at, &end.clone(), Role::Valid);
         }
+        let tokens = matches!(&iter, Value::Range(_, end, _) if self.atoms.anchored(&end.poly));
         let elem = self.element(iter);
+        if let (true, Value::Size(round)) = (tokens, &elem) {
+            self.counters.extend(round.poly.as_atom());
+        }
         let over_parts = has_object(&elem);
         let before = self.carry_in(act, &f.body, at);
         self.acts[act].scopes.push(HashMap::new());
@@ -379,6 +383,7 @@ impl<'a> Trace<'_, 'a> {
     pub(super) fn element(&mut self, iter: Value) -> Value {
         match iter {
             Value::List { any, .. } | Value::Copies(any, _) => *any,
+            said @ Value::Asserted(_) => said,
             Value::Range(..) => Value::Size(Size::of(self.fresh_feature("round"))),
             _ => Value::Opaque,
         }

@@ -4,6 +4,7 @@ use super::graph::{ActId, At};
 use super::size::Poly;
 use super::value::{Closure, Cmp, Cond, Presence, Size, Value};
 use super::{DEPTH, NESTING, Role, STEPS, Trace};
+use crate::syntax::asserts::Kind;
 use crate::syntax::text;
 use crate::syntax::types::Ty;
 
@@ -395,13 +396,26 @@ impl<'a> Trace<'_, 'a> {
                 ty: Ty::Scope(ty),
                 path,
             } => {
+                let key = format!("{ty}::{name}");
+                let said = self
+                    .scope
+                    .asserted(&key, &[Kind::Tokenwise, Kind::Replicated]);
                 let declared = match self.scope.types.get(&ty) {
                     Some(crate::syntax::TypeDef::Struct(fields)) => fields.get(&name).cloned(),
-                    _ => None,
+                    Some(crate::syntax::TypeDef::Enum(_)) => None,
+                    None => return Self::outside(&ty, &name),
                 };
                 let Some(declared) = declared else {
                     return Value::Opaque;
                 };
+                if let Some(kind) = said {
+                    let path = format!("{path}.{name}");
+                    return if kind == Kind::Replicated && declared.holds_tensor() {
+                        self.of_type(&declared, &path, at)
+                    } else {
+                        Value::Asserted(kind)
+                    };
+                }
                 let path = format!("{path}.{name}");
                 if self.written.contains(&name) && declared.holds_tensor() {
                     return self.stored(&declared, &path, at);

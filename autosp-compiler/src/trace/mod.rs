@@ -15,8 +15,8 @@ pub(crate) mod graph;
 mod join;
 mod macros;
 mod origin;
+mod parts;
 mod pattern;
-mod ranges;
 pub(crate) mod shape;
 mod shapes;
 pub(crate) mod size;
@@ -124,6 +124,8 @@ pub(crate) struct Trace<'s, 'a> {
     pub(crate) reads: Vec<NodeId>,
     /// A softmax was to be computed of something that was lost.
     pub(crate) lost_softmax: bool,
+    /// Counters of loops over the tokens.
+    counters: Vec<size::AtomId>,
     /// Inputs whose rank was taken from their uses.
     pub(crate) assumed_ranks: Vec<String>,
     /// Helpers of libraries that were followed through a definition of our own: the path as written, and the definition.
@@ -165,6 +167,7 @@ impl<'s, 'a> Trace<'s, 'a> {
             offsets: Vec::new(),
             reads: Vec::new(),
             lost_softmax: false,
+            counters: Vec::new(),
             assumed_ranks: Vec::new(),
             helpers: Vec::new(),
             table,

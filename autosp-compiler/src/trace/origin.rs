@@ -50,7 +50,8 @@ impl Trace<'_, '_> {
                 continue;
             }
             let layer = |r: &crate::ops::Row| {
-                r.path.starts_with("candle_nn::") && !r.path.starts_with("candle_nn::ops::")
+                let own = r.path.starts_with("candle_core::Tensor::");
+                !own && !r.path.starts_with("candle_nn::ops::")
             };
             if row.is_some_and(layer) {
                 return Some(n);

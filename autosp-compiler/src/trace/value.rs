@@ -168,6 +168,8 @@ pub(crate) enum Value {
     FromEnd(i64),
     /// A dictionary or other store that the program writes to between calls: empty while training.
     EmptyStore,
+    /// A layer that the analysis does not see into, by what is said of it.
+    Asserted(crate::syntax::asserts::Kind),
     /// Data without tensors that nothing depends on: dtypes, devices, flags, spans, strings.
     Opaque,
     Unknown(Rc<Reason>),

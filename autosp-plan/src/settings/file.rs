@@ -14,6 +14,13 @@ pub(super) struct Entry {
     pub(super) column: usize,
 }
 
+impl Entry {
+    /// Whether this is the table that the attribute reads when a model is compiled.
+    pub(super) fn is_build(&self) -> bool {
+        self.name == "build" && matches!(self.value, Found::Other("a table"))
+    }
+}
+
 /// A value of a file, before a row of the table has judged it.
 #[derive(Debug)]
 pub(super) enum Found {
@@ -63,7 +70,7 @@ pub(super) fn read(path: &str, text: &str) -> Result<Vec<Entry>, SettingsError> 
 }
 
 /// Line and column, both from 1, of a byte offset; columns count characters.
-fn place(text: &str, offset: usize) -> (usize, usize) {
+pub(super) fn place(text: &str, offset: usize) -> (usize, usize) {
     let before = text.get(..offset).unwrap_or(text);
     let line_start = before.rfind('\n').map_or(0, |newline| newline + 1);
     (

@@ -1,15 +1,14 @@
-//! Shapes of ranges along a dimension, and of tensors put one behind the other.
+//! Shape rules of what takes parts of a tensor or puts parts together.
 
-use super::Role;
-use super::Trace;
 use super::apply::resolve;
 use super::builtin::dim_argument;
 use super::call::Arg;
-use super::graph::{At, NodeId};
+use super::graph::{At, NodeId, Reason};
 use super::shape::{Dim, Shape};
 use super::shapes::Ruled;
 use super::size::Poly;
 use super::value::Value;
+use super::{Role, Trace};
 
 impl<'a> Trace<'_, 'a> {
     pub(super) fn narrow(
@@ -42,6 +41,9 @@ impl<'a> Trace<'_, 'a> {
                 self.use_size(at, size, role);
             }
         }
+        if dims[d].anchored(&self.atoms) && self.counts_tokens(&start) {
+            return Err(Self::scan(what));
+        }
         self.starts_at_zero(&start, &len);
         let len = self.dimension(&len);
         let whole = self.atoms.equal(&len, &dims[d].size(&self.atoms));
@@ -54,6 +56,21 @@ impl<'a> Trace<'_, 'a> {
             dims[d] = Dim::of(len);
         }
         Ok((Shape::Known(dims), touches))
+    }
+
+    /// Whether a size comes from the counter of a loop over the tokens.
+    pub(super) fn counts_tokens(&self, size: &super::value::Size) -> bool {
+        self.counters.iter().any(|c| size.poly.contains(*c))
+    }
+
+    /// Why one token a round is not followed.
+    pub(super) fn scan(what: &str) -> Reason {
+        Reason {
+            code: autosp_plan::codes::SCAN,
+            message: format!("`{what}` takes one token in each round of a loop over the tokens"),
+            help: "compute all tokens at once, with operations on the whole tensor".to_string(),
+            span: None,
+        }
     }
 
     /// A range over positions that begins at an integer parameter begins at an offset into a cache.
