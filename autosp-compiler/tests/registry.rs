@@ -76,6 +76,10 @@ fn model(name: &str) -> String {
 
 #[test]
 fn every_file_comes_back() {
+    as_in_rustc(every_file);
+}
+
+fn every_file() {
     let all = sources();
     assert!(all.len() >= 300, "{} files", all.len());
     for (name, text) in all {
@@ -142,6 +146,10 @@ fn rename(text: &str, from: &str, to: &str) -> String {
 
 #[test]
 fn names_order_and_helpers_do_not_matter() {
+    as_in_rustc(names_and_order);
+}
+
+fn names_and_order() {
     for name in TEN {
         let text = model(name);
         let plan = shape(&autosp_compiler::analyse(&text).expect("Rust"));
@@ -192,6 +200,10 @@ fn names_order_and_helpers_do_not_matter() {
 
 #[test]
 fn edits_that_change_the_meaning_are_seen() {
+    as_in_rustc(changed_meaning);
+}
+
+fn changed_meaning() {
     let refused = |name: &str, from: &str, to: &str| {
         let text = model(name);
         assert!(text.contains(from), "{name}: {from}");
@@ -282,16 +294,24 @@ proptest! {
             2 => { let line = lines.remove(a); lines.insert(b.min(lines.len()), line); }
             _ => { lines.drain(a.min(b)..a.max(b)); }
         }
-        let _ = autosp_compiler::analyse(&lines.join("\n"));
+        let text = lines.join("\n");
+        as_in_rustc(move || drop(autosp_compiler::analyse(&text)));
     }
 }
 
 #[test]
 fn sources_that_nest_deeply_come_back() {
-    // What rustc's own threads have.
+    as_in_rustc(nest_deeply);
+}
+
+/// On a thread with the stack that rustc's own threads have.
+fn as_in_rustc(run: impl FnOnce() + Send + 'static) {
     let thread = std::thread::Builder::new().stack_size(8 << 20);
-    let run = thread.spawn(nest_deeply).expect("a thread");
-    run.join().expect("no panic");
+    thread
+        .spawn(run)
+        .expect("a thread")
+        .join()
+        .expect("no panic");
 }
 
 fn nest_deeply() {

@@ -148,13 +148,21 @@ impl Rewriter<'_> {
             Action::Valid => *e = parse_quote!(#rt::valid(#e)),
             Action::ValidParts(count, parts) => *e = valid_parts(e, *count, parts, rt),
             Action::Slice(dim) => {
-                let dim = dimension(*dim, rt);
                 let operand: Expr = if matches!(e, Expr::Reference(_)) {
                     e.clone()
                 } else {
                     parse_quote!(&#e)
                 };
-                *e = parse_quote!(&#rt::slice(#operand, #dim)?);
+                *e = if let Ok(dim) = usize::try_from(*dim) {
+                    let dim = proc_macro2::Literal::usize_unsuffixed(dim);
+                    parse_quote!(&#rt::slice(#operand, #dim)?)
+                } else {
+                    let back = proc_macro2::Literal::u64_unsuffixed(dim.unsigned_abs());
+                    parse_quote!(&{
+                        let table = #operand;
+                        #rt::slice(table, table.rank() - #back)?
+                    })
+                };
             }
             Action::Pick(dim) => pick(e, *dim, rt),
             Action::Keys(all_queries) => {
@@ -317,17 +325,6 @@ fn tidy(e: &mut Expr) {
         }
         Expr::Reference(r) => r.mutability = None,
         _ => {}
-    }
-}
-
-fn dimension(dim: i64, rt: &syn::Ident) -> TokenStream {
-    match dim {
-        -1 => quote!(#rt::D::Minus1),
-        -2 => quote!(#rt::D::Minus2),
-        d => {
-            let d = proc_macro2::Literal::i64_unsuffixed(d);
-            quote!(#d)
-        }
     }
 }
 

@@ -40,7 +40,7 @@ use value::{Binding, Presence, Size, Value};
 /// Calls nested deeper than this are not followed (models stay below ten).
 const DEPTH: usize = 32;
 /// Expressions inside expressions, through all calls; deeper ones would run out of stack (models stay below 100).
-const NESTING: usize = 250;
+const NESTING: usize = 100;
 /// Expressions evaluated in one trace; more means a program that this interpreter was not made for.
 const STEPS: usize = 200_000;
 

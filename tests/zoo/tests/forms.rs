@@ -3,15 +3,7 @@
 use autosp_zoo::{config, decoder, with, zoo, Kind, Zoo};
 use serde_json::{json, Value};
 
-autosp_zoo::models![
-    "chatglm",
-    "codegeex4",
-    "glm4",
-    "falcon",
-    "mpt",
-    "stable_lm",
-    "phi"
-];
+autosp_zoo::models!["chatglm", "codegeex4", "glm4", "falcon", "mpt", "stable_lm"];
 
 fn last(config: Value, off: Vec<Value>) -> Zoo {
     Zoo {
@@ -134,28 +126,4 @@ fn partial(config: Value) -> Value {
 zoo!(stable_lm: stable_lm, last(partial(json!({"use_cache": true, "use_qkv_bias": true})), vec![json!({"partial_rotary_factor": 0.25}), json!({"use_qkv_bias": false})]), |m, json, vb, tokens| {
     let config: m::Config = config(json)?;
     m::Model::new(&config, vb)?.forward(tokens, 0)
-});
-
-zoo!(phi: phi, last(partial(json!({"qk_layernorm": true})), vec![json!({"partial_rotary_factor": 0.25}), json!({"qk_layernorm": false})]), |m, json, vb, tokens| {
-    let config: m::Config = config(json)?;
-    m::Model::new(&config, vb)?.forward(tokens)
-});
-
-fn mixformer_zoo() -> Zoo {
-    let config = json!({
-        "vocab_size": 24, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_inner": null, "n_head": 4, "rotary_dim": 4,
-        "activation_function": "gelu", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": false, "pad_vocab_size_multiple": 1,
-    });
-    last(
-        config,
-        vec![
-            json!({"rotary_dim": 8}),
-            json!({"activation_function": "relu"}),
-        ],
-    )
-}
-
-zoo!(mixformer: mixformer, mixformer_zoo(), |m, json, vb, tokens| {
-    let config: m::Config = config(json)?;
-    m::MixFormerSequentialForCausalLM::new(&config, vb)?.forward(tokens)
 });
