@@ -91,6 +91,31 @@ fn tensor_op(name: &str, seed: u64) -> Option<Case> {
         "floor" => unary(seed, |x| (x * 9.0)?.floor()),
         "ceil" => unary(seed, |x| (x * 9.0)?.ceil()),
         "round" => unary(seed, |x| (x * 9.0)?.round()),
+        "index_select" => {
+            let rows = Tensor::new(&[0u32, 2, 2, 5, 1, 3], &Device::Cpu).ok()?;
+            case(vec![random(seed, &[N, N, N])], move |x| {
+                x[0].contiguous()?.index_select(&rows, 1)
+            })
+        }
+        "index_add" => {
+            let rows = Tensor::new(&[0u32, 2, 2, 5, 1, 3], &Device::Cpu).ok()?;
+            case(
+                vec![random(seed, &[N, N, N]), random(seed + 1, &[N, N, N])],
+                move |x| x[0].contiguous()?.index_add(&rows, &x[1].contiguous()?, 1),
+            )
+        }
+        "gather" => {
+            let index = |x: &Tensor| (x * 5.0)?.round()?.to_dtype(DType::U32);
+            case(
+                vec![random(seed, &[N, N, N]), random(seed + 1, &[N, N, N])],
+                move |x| x[0].contiguous()?.gather(&index(&x[1])?.contiguous()?, 1),
+            )
+        }
+        "arg_sort_last_dim" => unary(seed, |x| {
+            x.contiguous()?
+                .arg_sort_last_dim(false)?
+                .to_dtype(DType::F32)
+        }),
         "affine" => unary(seed, |x| x.affine(2.0, -0.5)),
         "tanh" => unary(seed, Tensor::tanh),
         "to_dtype" => unary(seed, |x| x.to_dtype(DType::F64)),
@@ -286,6 +311,8 @@ fn claims(row: &Row, case: &mut Case) {
         ShapeRule::Narrow | ShapeRule::Chunk | ShapeRule::ReduceKeep | ShapeRule::Along => {
             (each(&[(0, 0), (2, 2)], 1), vec![1])
         }
+        ShapeRule::IndexSelect => (each(&[(0, 0), (2, 2)], 1), vec![1]),
+        ShapeRule::IndexAdd | ShapeRule::Gather => (each(&[(0, 0), (2, 2)], 2), vec![1]),
         ShapeRule::Cat => (each(&[(0, 0), (2, 2)], 2), vec![1]),
         ShapeRule::Stack => (each(&[(0, 0), (1, 2), (2, 3)], 2), vec![]),
         ShapeRule::Index | ShapeRule::Reduce | ShapeRule::GetOnDim => {

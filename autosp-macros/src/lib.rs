@@ -19,15 +19,14 @@ use proc_macro::{Span, TokenStream};
 ///
 /// Arguments:
 /// - `crate = path` names the facade where it is not `::autosp`;
-/// - `loss` adds a loss over all tokens to models that keep one;
+/// - `loss` gives every function that keeps one token, such as the `forward` of a decoder for generation, a companion `forward_loss`
+///   with one more parameter, the labels of the shard: the mean cross-entropy over all tokens of all ranks;
 /// - `plan = "autosp.toml"` names a settings file, of which `[build]` is read now and the rest when the program runs; it is looked
 ///   for in the package, then beside the source file;
 /// - `tokenwise(Type::function, Type::field)`, `replicated(..)` and `sharded(..)` say what the analysis cannot see: that every token is
 ///   computed by itself (the result has the dimensions of the first tensor but the last), that every rank gets the same, that a
 ///   function's callers know that they get one rank's tokens. `#[tokenwise]`, `#[replicated]` and `#[sharded]` on the function or field
-///   say the same. What is said wrongly or in vain is an error. `loss` gives every function that keeps one token, such
-/// as the `forward` of a decoder for generation, a companion `forward_loss` with one more parameter, the labels of the shard: the
-/// mean cross-entropy over all tokens of all ranks.
+///   say the same. What is said wrongly or in vain is an error.
 #[proc_macro_attribute]
 pub fn sequence_parallel(args: TokenStream, item: TokenStream) -> TokenStream {
     let source = Span::call_site().local_file();

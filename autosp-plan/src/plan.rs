@@ -309,4 +309,4 @@ pub struct Bound {
 
 /// Bytes that one rank sends for one site in one direction of a Ulysses exchange, by design: queries and the result
 /// (`2q`), keys and values (`2k'`), for `s/P` tokens to `P - 1` peers.
-pub const ULYSSES_BYTES: &str = "(2*q + 2*k')*bytes*b*(S/P)*(P-1)/P forward and again backward, q = heads*head_dim, k' = head_dim*max(kv_heads, P)";
+pub const ULYSSES_BYTES: &str = "(2*q + 2*k')*bytes*b*(S/P)*(P-1)/P forward and again backward, and backward what the policy did not keep (qkv: q, attention and input: 2*q + 2*k'); q = heads*head_dim, k' = head_dim*max(kv_heads, P)";

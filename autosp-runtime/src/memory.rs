@@ -109,6 +109,7 @@ fn backward(
     memos: &tape::Memos,
     grad: &Tensor,
 ) -> Result<[Option<Tensor>; 1]> {
+    let _span = tracing::debug_span!("recomputation").entered();
     let x = Var::from_tensor(x)?;
     let y = tape::again(memos, || f(x.as_tensor()))?;
     if !tracked(&y) {

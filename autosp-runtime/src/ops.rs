@@ -6,10 +6,12 @@
 //! tensors, and for every sum over rows), and give the same bits whatever the number of threads. On other devices they are
 //! composed of candle operations that have a backward.
 //!
-//! An operand that nothing tracks (a frozen weight, rope tables) gets no gradient and costs none.
+//! An operand that nothing tracks (a frozen weight, rope tables) gets no gradient and costs none. [`linear`] is here for that alone:
+//! candle's layer has a backward, which computes a gradient for a frozen weight too.
 
 mod kernel;
 mod layer;
+mod linear;
 mod norm;
 mod positions;
 mod record;
@@ -18,6 +20,7 @@ pub mod sequence;
 mod softmax;
 
 pub use layer::{layer, no_cache, norm_layer};
+pub use linear::linear;
 pub use norm::{layer_norm, layer_norm_op, rms_norm, rms_norm_op};
 pub use positions::{fold, pick, pick_narrow, slice};
 pub use rope::{rope, rope_i, rope_thd};

@@ -160,7 +160,9 @@ impl Trainer {
     /// AS0505 if it cannot be written.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
         if self.sp.is_main() {
+            let path = path.as_ref();
             self.parameters.save(path)?;
+            tracing::info!(path = %path.display(), "saved");
         }
         barrier(self.sp.world_group(), Tag::new("save", "barrier"))
     }

@@ -62,7 +62,8 @@ fn train(
         }
         while trainer.steps() < end {
             let batch = sp.shard(&tokens(position))?;
-            let report = trainer.step(|| cross_entropy(&model(&batch.tokens)?, &batch.labels))?;
+            let report = trainer
+                .step(|| cross_entropy(&model(&batch.tokens, &batch.tokens)?, &batch.labels))?;
             position += 1;
             if sp.is_main() {
                 log(report.step, report.loss);

@@ -15,7 +15,7 @@ use candle_core::{D, DType, Device, Tensor};
 use candle_nn::ops::log_softmax;
 
 use crate::job::draw;
-use crate::trained::{Model, VOCABULARY, annotated, plain};
+use crate::trained::{CLASSES, Model, VOCABULARY, annotated, plain};
 
 /// Rows of a micro-batch: one for each replica of dp 2.
 const ROWS: usize = 2;
@@ -76,8 +76,8 @@ fn product() -> Vec<Case> {
                     .into_iter()
                     .flat_map(move |s| [false, true].map(|half| (batches, s, half)))
             }) {
-                // The GPT-2 adds a mask of f32 to its scores: without the attribute it runs in no other type.
-                if half && model == Model::Gpt2 {
+                // Without the attribute the GPT-2 adds a mask of f32 to its scores, and the encoder one that bf16 cannot hold.
+                if half && model != Model::Llama {
                     continue;
                 }
                 let problem = Problem {
@@ -165,8 +165,17 @@ impl Problem {
         if self.half { DType::BF16 } else { DType::F32 }
     }
 
-    /// Tokens and labels of all micro-batches, [batches * ROWS, s].
-    fn data(&self) -> (Tensor, Tensor) {
+    /// The type of the run on one device that this is compared with. The encoder's gradients are sums over all tokens in which much
+    /// cancels: those of one device in f32 are as far from f64 as the contract allows.
+    fn yardstick(&self) -> DType {
+        match self.model {
+            Model::Encoder => DType::F64,
+            Model::Llama | Model::Gpt2 => self.dtype(),
+        }
+    }
+
+    /// Tokens, mask and labels of all micro-batches, [batches * ROWS, s]; the encoder has one label a row.
+    fn data(&self) -> (Tensor, Tensor, Tensor) {
         let (rows, s) = (self.batches * ROWS, self.s);
         let text: Vec<i64> = (0..(rows * (s + 1)) as u64)
             .map(|i| (draw(17, i) % VOCABULARY as u64) as i64)
@@ -188,10 +197,31 @@ impl Problem {
                 }
             })
             .collect();
-        (
-            Tensor::from_vec(tokens, (rows, s), &Device::Cpu).unwrap(),
-            Tensor::from_vec(labels, (rows, s), &Device::Cpu).unwrap(),
-        )
+        // The rows of the encoder end early, and every second one may have no class: then its replica has no target.
+        let kept = |row: usize| match self.labels {
+            Labels::All => s,
+            Labels::Uneven => [7, s / 2][row % 2],
+            Labels::EmptyShard => s - s / 4,
+        };
+        let mask: Vec<u32> = positions()
+            .map(|(row, i)| u32::from(i < kept(row)))
+            .collect();
+        let has_class = |row: usize| self.labels == Labels::All || row.is_multiple_of(2);
+        let classes: Vec<i64> = (0..rows)
+            .map(|row| {
+                if has_class(row) {
+                    (row % CLASSES) as i64
+                } else {
+                    autosp_reference::IGNORED
+                }
+            })
+            .collect();
+        let matrix = |numbers| Tensor::from_vec(numbers, (rows, s), &Device::Cpu).unwrap();
+        let labels = match self.model {
+            Model::Encoder => Tensor::from_vec(classes, rows, &Device::Cpu),
+            _ => Tensor::from_vec(labels, (rows, s), &Device::Cpu),
+        };
+        (matrix(tokens), matrix(mask), labels.unwrap())
     }
 
     /// The parameters that every run starts from.
@@ -213,16 +243,21 @@ impl Problem {
             .collect();
         let vars = autosp_reference::variables(&start).unwrap();
         let builder = autosp_reference::builder(&vars, dtype, &Device::Cpu);
-        let (tokens, labels) = self.data();
-        let logits = plain(self.model, builder, dtype).unwrap()(&tokens).unwrap();
+        let (tokens, mask, labels) = self.data();
+        let logits = plain(self.model, builder, dtype).unwrap()(&tokens, &mask).unwrap();
         let loss = autosp_reference::cross_entropy(&logits, &labels).unwrap();
         let (loss, gradients) = autosp_reference::gradients(&vars, &loss).unwrap();
         let rows = labels.flatten_all().unwrap().to_vec1::<i64>().unwrap();
         let logits = logits.detach().to_dtype(DType::F64).unwrap();
-        let chances = log_softmax(&logits.flatten_to(1).unwrap(), D::Minus1)
-            .unwrap()
-            .to_vec2::<f64>()
-            .unwrap();
+        let chances = log_softmax(
+            &logits
+                .reshape(((), logits.dim(D::Minus1).unwrap()))
+                .unwrap(),
+            D::Minus1,
+        )
+        .unwrap()
+        .to_vec2::<f64>()
+        .unwrap();
         let tokens = chances.iter().zip(&rows).filter(|(_, label)| **label >= 0);
         Reference {
             loss: f64::from(loss),
@@ -255,7 +290,7 @@ impl References {
         let mut known = self.0.lock().unwrap();
         let expected = known.entry(problem).or_insert_with(|| {
             Arc::new(Expected {
-                own: problem.reference(problem.dtype()),
+                own: problem.reference(problem.yardstick()),
                 exact: problem.half.then(|| problem.reference(DType::F64)),
             })
         });
@@ -285,7 +320,7 @@ impl Case {
         // The Llama casts queries, keys and values to f32 before its attention.
         let (kv_heads, element) = match problem.model {
             Model::Llama => (2, 4),
-            Model::Gpt2 => (8, problem.dtype().size_in_bytes()),
+            Model::Gpt2 | Model::Encoder => (8, problem.dtype().size_in_bytes()),
         };
         let site = cost::Site {
             batch: ROWS / self.dp,
@@ -305,7 +340,7 @@ impl Case {
     /// One step of the trainer on all ranks.
     fn run(&self) -> Vec<Found> {
         let problem = self.problem;
-        let (tokens, labels) = problem.data();
+        let (tokens, mask, labels) = problem.data();
         let how = TrainSettings {
             optimizer: Optimizer::sgd(),
             schedule: Schedule::constant(RATE),
@@ -325,8 +360,16 @@ impl Case {
                 .collect::<candle_core::Result<Vec<_>>>()?;
             let report = trainer.step_over(0..problem.batches, |batch| {
                 let rows = |x: &Tensor| x.narrow(0, batch * ROWS, ROWS);
-                let batch = sp.shard_targets(&rows(&tokens)?, &rows(&labels)?)?;
-                Ok::<_, autosp::Error>(cross_entropy(&model(&batch.tokens)?, &batch.labels)?)
+                let (tokens, mask, labels) = (rows(&tokens)?, rows(&mask)?, rows(&labels)?);
+                let (tokens, mask, labels) = if problem.model == Model::Encoder {
+                    let rows = sp.shard_rows(&tokens, &labels)?;
+                    (rows.tokens, sp.shard_aligned(&mask)?, rows.labels)
+                } else {
+                    let batch = sp.shard_targets(&tokens, &labels)?;
+                    (batch.tokens, mask, batch.labels)
+                };
+                let logits = model(&tokens, &mask)?;
+                Ok::<_, autosp::Error>(cross_entropy(&logits, &labels)?)
             })?;
             let mut gradients = Tensors::new();
             for ((name, var), before) in parameters.named().iter().zip(before) {

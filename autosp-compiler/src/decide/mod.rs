@@ -400,6 +400,20 @@ fn add(
             }
         }
     }
+    for read in &trace.row_reads {
+        let (n, sharded) = (
+            &trace.nodes[*read],
+            placed.place[*read] == crate::place::Place::Sharded,
+        );
+        let note = format!(
+            "`{}` (line {}) is read to the host row by row, so that no gradient flows through it",
+            n.text,
+            n.at.span.start().line
+        );
+        if sharded && !plan.notes.contains(&note) {
+            plan.notes.push(note);
+        }
+    }
     for helper in &trace.helpers {
         if !plan.helpers.contains(helper) {
             plan.helpers.push(helper.clone());

@@ -85,6 +85,12 @@ rules! {
         FromHost = "from_host",
         /// `[end - start]` consecutive numbers.
         Arange = "arange",
+        /// `(x, index, dim)`: the dimension of x has the length of the index.
+        IndexSelect = "index_select",
+        /// `(x, index, y, dim)`: the shape of x.
+        IndexAdd = "index_add",
+        /// `(x, index, dim)`: the shape of the index.
+        Gather = "gather",
         /// A tuple of the operands as they are.
         Each = "each",
         /// Where the first tensor is set the second, else the third.

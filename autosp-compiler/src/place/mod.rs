@@ -270,9 +270,10 @@ impl Placer<'_, '_, '_> {
     }
 
     fn in_dim(&self, dim: &Dim) -> bool {
-        dim.0
-            .iter()
-            .any(|f| self.trace.atoms.normal(&f.size).contains(self.sequence))
+        dim.0.iter().any(|f| {
+            let size = self.trace.atoms.normal(&f.size);
+            size.contains(self.sequence) || self.trace.atoms.counts_rows(&size)
+        })
     }
 
     fn refuse(
@@ -313,7 +314,8 @@ impl Placer<'_, '_, '_> {
                 Shape::Known(_) => Place::Replicated,
                 _ => Place::Given,
             },
-            Op::Field | Op::Mask(_) => Place::Replicated,
+            Op::Rows { .. } if sharded => Place::Sharded,
+            Op::Field | Op::Mask(_) | Op::Rows { .. } => Place::Replicated,
             Op::Phi { .. } => {
                 // In the first round, what comes round the loop has no place yet.
                 let known = n
@@ -369,6 +371,25 @@ impl Placer<'_, '_, '_> {
         if self.place[input] == Place::Given {
             return self.cannot_tell(node, input);
         }
+        let listed = self.trace.nodes[input]
+            .shape
+            .known()
+            .and_then(|dims| dims.get(dim));
+        let listed =
+            listed.is_some_and(|d| self.trace.atoms.counts_rows(&d.size(&self.trace.atoms)));
+        if listed {
+            let message = format!(
+                "`{}` takes one of the listed rows, of which each rank has its own",
+                self.trace.nodes[node].text
+            );
+            return self.refuse(
+                node,
+                codes::MIXES_TOKENS,
+                message,
+                None,
+                "compute with all rows",
+            );
+        }
         let token = self.sequence_dims(input).contains(&dim);
         if let Some(refused) = (!token).then(|| self.rows_of_the_batch(node)).flatten() {
             return refused;
@@ -388,6 +409,21 @@ impl Placer<'_, '_, '_> {
     fn sizes(&self, refusals: &mut Vec<Refusal>) -> Vec<SizeUse> {
         let mut valid = Vec::new();
         for u in &self.trace.sizes {
+            let rows = self
+                .trace
+                .atoms
+                .counts_rows(&self.trace.atoms.normal(&u.size.poly));
+            if rows && !matches!(u.role, Role::SizeOf(_)) {
+                refusals.push(
+                    Refusal::new(
+                        codes::SIZE_USE,
+                        u.span,
+                        "the number of listed rows is used, of which each rank has its own",
+                    )
+                    .help("compute with the tensors of the rows alone"),
+                );
+                continue;
+            }
             if !self
                 .trace
                 .atoms

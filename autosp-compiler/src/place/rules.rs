@@ -34,6 +34,26 @@ impl Placer<'_, '_, '_> {
                 "use the attention's result instead",
             );
         }
+        let rows = |i: &crate::trace::graph::Input| {
+            matches!(
+                trace.nodes[i.node].op,
+                crate::trace::graph::Op::Rows { index: true }
+            )
+        };
+        let by_index = matches!(row.shape, ShapeRule::IndexSelect | ShapeRule::IndexAdd);
+        let placed = n.inputs.get(1).is_some_and(rows) && by_index && n.touches.is_empty();
+        if sharded && n.inputs.iter().any(rows) && !placed {
+            return self.refuse(
+                node,
+                codes::MIXES_TOKENS,
+                format!(
+                    "`{}` uses numbers of rows, which every rank counts from its own first one",
+                    n.text
+                ),
+                None,
+                "select and add rows of the tensor that the loop was over",
+            );
+        }
         if !sharded {
             return match inputs.iter().position(|p| *p == Place::Given) {
                 Some(i) => self.given(node, row, n.inputs[i].node),
@@ -429,6 +449,8 @@ impl Placer<'_, '_, '_> {
                 None,
                 "make the numbers before the model runs and pass them in",
             ),
+            // A loop over the rows was followed: each rank reads its own.
+            PlaceRule::Host if self.trace.row_reads.contains(&node) => return Some(Place::Sharded),
             PlaceRule::Window => {
                 let (message, note) = (
                     format!("`{text}` slides over tokens of different ranks"),

@@ -7,6 +7,7 @@ pub(crate) mod include;
 pub(crate) mod library;
 pub(crate) mod number;
 pub(crate) mod plan_file;
+pub(crate) mod rows;
 mod text;
 pub(crate) mod types;
 

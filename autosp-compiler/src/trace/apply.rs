@@ -29,6 +29,9 @@ impl<'a> Trace<'_, 'a> {
         object: Option<&str>,
     ) -> Value {
         let mut inputs: Vec<Input> = Vec::new();
+        if let (ShapeRule::Scalar, Some((Value::Rows(list), _))) = (row.shape, args.first()) {
+            return self.rows_tensor(&list.clone(), at, what);
+        }
         for (value, e) in args {
             if let Some(r) = value.lost() {
                 self.lost_softmax |= row.name().starts_with("softmax");
@@ -102,7 +105,11 @@ impl<'a> Trace<'_, 'a> {
         }
         if row.place == PlaceRule::Host {
             self.reads.push(node);
-            return Value::Opaque;
+            return if row.name() == "to_vec2" {
+                self.read_rows(node, what)
+            } else {
+                Value::Opaque
+            };
         }
         Value::Tensor(node)
     }
@@ -302,48 +309,6 @@ impl<'a> Trace<'_, 'a> {
         let node = self.node(op, inputs.to_vec(), Shape::Known(out), at, what);
         self.nodes[node].touches = touches;
         Value::Tensor(node)
-    }
-
-    /// What is known of a table of unknown rank after an index: the lengths of ranges.
-    fn index_partial(
-        &mut self,
-        known: Vec<(usize, Dim)>,
-        places: &[(Value, Option<&'a syn::Expr>)],
-        at: At,
-    ) -> Shape {
-        let mut out = Vec::new();
-        let mut gone = 0;
-        for (d, (place, e)) in places.iter().enumerate() {
-            let before = known
-                .iter()
-                .find(|(k, _)| *k == d)
-                .map(|(_, dim)| dim.clone());
-            match place {
-                Value::Tuple(v) if v.is_empty() => out.extend(before.map(|dim| (d - gone, dim))),
-                Value::Range(start, end, end_expr) => {
-                    let end_at = At {
-                        expr: *end_expr,
-                        ..at
-                    };
-                    let len = end.with(start, end.poly.sub(&start.poly));
-                    self.use_size(end_at, &end.clone(), Role::Valid);
-                    self.starts_at_zero(&start.clone(), &len);
-                    let poly = self.dimension(&len);
-                    out.push((d - gone, Dim::of(poly)));
-                }
-                Value::Size(s) => {
-                    if let Some(e) = e {
-                        let at = self.at(at.act, e);
-                        self.use_size(at, &s.clone(), Role::Valid);
-                    }
-                    gone += 1;
-                }
-                _ => {}
-            }
-        }
-        let rest = known.into_iter().filter(|(d, _)| *d >= places.len());
-        out.extend(rest.map(|(d, dim)| (d - gone, dim)));
-        Shape::Partial(out)
     }
 
     fn with_rank_at_least(&mut self, node: NodeId, rank: usize) -> Option<Vec<Dim>> {

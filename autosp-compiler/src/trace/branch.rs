@@ -1,7 +1,7 @@
 //! Branches that cannot be sharded and that a model's configuration decides: they are left untaken, and are an error if a run
 //! takes them after all.
 
-use super::graph::{ActId, At, Op};
+use super::graph::{ActId, At, NodeId, Op};
 use super::value::{Cond, Value};
 use super::{Fact, Trace};
 
@@ -63,6 +63,31 @@ impl<'a> Trace<'_, 'a> {
     /// Whether what an `if` or `match` asks is settled by the configuration, and its function can return an error.
     pub(super) fn may_leave(&self, act: ActId) -> bool {
         self.may_fail(self.acts[act].function) && self.closures == 0
+    }
+
+    /// Whether a tensor is made of what callers give and of constants alone, through no weight: it needs no gradient.
+    pub(crate) fn data_only(&self, node: NodeId) -> bool {
+        let mut stack = vec![node];
+        let mut seen = std::collections::HashSet::new();
+        while let Some(n) = stack.pop() {
+            if !seen.insert(n) {
+                continue;
+            }
+            let node = &self.nodes[n];
+            let fine = match &node.op {
+                Op::Param(_) | Op::Mask(_) | Op::Phi { .. } | Op::Pick { .. } => true,
+                Op::Row(row) => {
+                    row.path.starts_with("candle_core::Tensor::")
+                        || row.path.starts_with("candle_nn::ops::")
+                }
+                Op::Field | Op::Unknown(_) | Op::Rows { .. } => false,
+            };
+            if !fine {
+                return false;
+            }
+            stack.extend(node.inputs.iter().map(|i| i.node));
+        }
+        true
     }
 
     /// Whether a function returns a `Result`.

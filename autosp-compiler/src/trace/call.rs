@@ -48,6 +48,9 @@ impl<'a> Trace<'_, 'a> {
     pub(super) fn method_call(&mut self, act: ActId, m: &'a syn::ExprMethodCall, at: At) -> Value {
         let receiver = self.eval(act, &m.receiver);
         let name = m.method.to_string();
+        if let Some(value) = self.rows_method(act, &receiver, m) {
+            return value;
+        }
         if let Some(value) = self.adapter(act, &receiver, &name, m, at) {
             return value;
         }

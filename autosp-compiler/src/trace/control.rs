@@ -70,10 +70,15 @@ impl<'a> Trace<'_, 'a> {
         names(mac.tokens.clone(), &mut named);
         for name in named {
             let mut tensors = Vec::new();
+            let mut rows = false;
             if let Some(binding) = self.lookup(act, &name) {
                 binding.value.tensors(&mut tensors);
+                rows = matches!(
+                    binding.value,
+                    Value::HostRows(_) | Value::Rows(_) | Value::List { .. }
+                );
             }
-            if !tensors.is_empty() {
+            if !tensors.is_empty() || rows {
                 self.assign(act, &name, Self::lost(&crate::syntax::text(mac)));
             }
         }
@@ -138,6 +143,9 @@ impl<'a> Trace<'_, 'a> {
     }
 
     pub(super) fn if_else(&mut self, act: ActId, i: &'a syn::ExprIf, at: At) -> Value {
+        if self.skips_empty(act, i) {
+            return Value::Unit;
+        }
         let before = self.acts[act].scopes.clone();
         self.acts[act].scopes.push(HashMap::new());
         let cond = self.condition(act, &i.cond);
@@ -263,6 +271,11 @@ impl<'a> Trace<'_, 'a> {
 
     pub(super) fn for_loop(&mut self, act: ActId, f: &'a syn::ExprForLoop, at: At) -> Value {
         let iter = self.eval(act, &f.expr);
+        if let Value::HostRows(rows) = &iter
+            && self.row_loop(act, f, &rows.clone())
+        {
+            return Value::Unit;
+        }
         if let Value::Range(_, end, end_expr) = &iter {
             let end_at = At {
                 expr: *end_expr,
@@ -277,11 +290,13 @@ impl<'a> Trace<'_, 'a> {
         }
         let over_parts = has_object(&elem);
         let before = self.carry_in(act, &f.body, at);
+        self.skips.push(false);
         self.acts[act].scopes.push(HashMap::new());
         self.bind(act, &f.pat, elem, true);
         self.block(act, &f.body);
         self.acts[act].scopes.pop();
         let carried = self.carry_out(act, &before);
+        self.end_round(act, f, &carried);
         if over_parts {
             self.acts[act].loops.push(Loop {
                 expr: at.expr,
@@ -385,7 +400,9 @@ impl<'a> Trace<'_, 'a> {
             Value::List { any, .. } | Value::Copies(any, _) => *any,
             said @ Value::Asserted(_) => said,
             Value::Range(..) => Value::Size(Size::of(self.fresh_feature("round"))),
-            _ => Value::Opaque,
+            other => other
+                .lost()
+                .map_or(Value::Opaque, |r| Value::Unknown(r.clone())),
         }
     }
 }

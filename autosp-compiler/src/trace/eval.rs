@@ -425,8 +425,9 @@ impl<'a> Trace<'_, 'a> {
             Value::Tuple(values) => f_index(&f.member)
                 .and_then(|i| values.get(i).cloned())
                 .unwrap_or(Value::Opaque),
-            Value::Unknown(r) => Value::Unknown(r),
-            _ => Value::Opaque,
+            other => other
+                .lost()
+                .map_or(Value::Opaque, |r| Value::Unknown(r.clone())),
         }
     }
 
@@ -457,6 +458,12 @@ impl<'a> Trace<'_, 'a> {
     fn index(&mut self, act: ActId, i: &'a syn::ExprIndex, at: At) -> Value {
         let base = self.eval(act, &i.expr);
         let index = self.eval(act, &i.index);
+        if let Value::Rows(list) = &base {
+            return Self::rows_index(list, &index);
+        }
+        if let Some(r) = base.lost() {
+            return Value::Unknown(r.clone());
+        }
         match (base, index) {
             (
                 Value::List {

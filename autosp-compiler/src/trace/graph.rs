@@ -35,6 +35,8 @@ pub(crate) enum Op {
     Phi { carried: bool },
     /// The pick of one token along the sequence dimension `dim`.
     Pick { dim: usize },
+    /// What a loop over rows on the host listed; their numbers, or values.
+    Rows { index: bool },
     /// Something that could not be followed.
     Unknown(Rc<Reason>),
 }

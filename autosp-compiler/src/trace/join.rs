@@ -71,6 +71,10 @@ impl<'a> Trace<'_, 'a> {
                 }))
             }
             (Value::Unknown(r), _) | (_, Value::Unknown(r)) => Value::Unknown(r),
+            (a @ (Value::HostRows(_) | Value::Rows(_)), _)
+            | (_, a @ (Value::HostRows(_) | Value::Rows(_))) => a
+                .lost()
+                .map_or(Value::Opaque, |r| Value::Unknown(r.clone())),
             (
                 Value::List {
                     elems: Some(a),

@@ -15,8 +15,10 @@ pub(crate) mod graph;
 mod join;
 mod macros;
 mod origin;
+mod partial;
 mod parts;
 mod pattern;
+pub(crate) mod rows;
 pub(crate) mod shape;
 mod shapes;
 pub(crate) mod size;
@@ -130,6 +132,10 @@ pub(crate) struct Trace<'s, 'a> {
     pub(crate) assumed_ranks: Vec<String>,
     /// Helpers of libraries that were followed through a definition of our own: the path as written, and the definition.
     pub(crate) helpers: Vec<(String, String)>,
+    /// Reads to the host whose rows were followed.
+    pub(crate) row_reads: HashSet<NodeId>,
+    /// The loops that evaluation is in: whether one passes over empty lists of rows.
+    skips: Vec<bool>,
     table: &'static Table,
     /// Fields that are written while the root runs.
     written: HashSet<String>,
@@ -170,6 +176,8 @@ impl<'s, 'a> Trace<'s, 'a> {
             counters: Vec::new(),
             assumed_ranks: Vec::new(),
             helpers: Vec::new(),
+            row_reads: HashSet::new(),
+            skips: Vec::new(),
             table,
             written: scope.written_by(root),
             fields: HashMap::new(),

@@ -60,29 +60,4 @@ impl Trace<'_, '_> {
         }
         None
     }
-
-    /// Whether a tensor is made of what callers give and of constants alone, through no weight: it needs no gradient.
-    pub(crate) fn data_only(&self, node: NodeId) -> bool {
-        let mut stack = vec![node];
-        let mut seen = HashSet::new();
-        while let Some(n) = stack.pop() {
-            if !seen.insert(n) {
-                continue;
-            }
-            let node = &self.nodes[n];
-            let fine = match &node.op {
-                Op::Param(_) | Op::Mask(_) | Op::Phi { .. } | Op::Pick { .. } => true,
-                Op::Row(row) => {
-                    row.path.starts_with("candle_core::Tensor::")
-                        || row.path.starts_with("candle_nn::ops::")
-                }
-                Op::Field | Op::Unknown(_) => false,
-            };
-            if !fine {
-                return false;
-            }
-            stack.extend(node.inputs.iter().map(|i| i.node));
-        }
-        true
-    }
 }

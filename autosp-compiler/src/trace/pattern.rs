@@ -146,7 +146,9 @@ impl<'a> Trace<'_, 'a> {
         // What a tensor or something lost is taken apart into is as unknown as the whole.
         let value = match value {
             Value::Unknown(_) | Value::Tensor(_) => value.clone(),
-            _ => Value::Opaque,
+            other => other
+                .lost()
+                .map_or(Value::Opaque, |r| Value::Unknown(r.clone())),
         };
         for pat in pats {
             self.bind(act, pat, value.clone(), by_ref);

@@ -76,6 +76,15 @@ impl<'a> Trace<'_, 'a> {
                 plain(shape)
             }
             (ShapeRule::Matmul, Some(first)) => self.matmul(&inputs, first, &what),
+            (
+                ShapeRule::IndexSelect | ShapeRule::IndexAdd | ShapeRule::Gather,
+                Some(Shape::Known(_)),
+            ) => self.by_index(row.shape, &inputs, args).ok_or_else(|| {
+                Self::reason(
+                    format!("cannot follow the index in `{what}`"),
+                    "index along a literal dimension with a tensor whose shape is known",
+                )
+            }),
             (rule, Some(Shape::Either(all))) => {
                 self.each_alternative(rule, &inputs, all, args, at, &what)
             }
@@ -135,39 +144,6 @@ impl<'a> Trace<'_, 'a> {
             (rule, Some(Shape::Known(dims))) => {
                 self.known(rule, node, &inputs, dims, args, at, &what)
             }
-        }
-    }
-
-    /// Where the known dimensions of a tensor of unknown rank go, counted from the left.
-    fn partial(rule: ShapeRule, known: Vec<(usize, Dim)>, args: &[Arg<'a>]) -> Vec<(usize, Dim)> {
-        let place = |i: usize| {
-            let d = args.get(i).and_then(|a| dim_argument(&a.0))?;
-            usize::try_from(d).ok()
-        };
-        match (rule, place(1), place(2)) {
-            (ShapeRule::Unsqueeze, Some(at), _) => {
-                let moved = known
-                    .into_iter()
-                    .map(|(d, dim)| (d + usize::from(d >= at), dim));
-                moved.chain([(at, Dim::default())]).collect()
-            }
-            (ShapeRule::Squeeze, Some(at), _) => {
-                let rest = known.into_iter().filter(|(d, _)| *d != at);
-                rest.map(|(d, dim)| (d - usize::from(d > at), dim))
-                    .collect()
-            }
-            (ShapeRule::Transpose, Some(i), Some(j)) => {
-                let swapped = |d: usize| match d {
-                    d if d == i => j,
-                    d if d == j => i,
-                    d => d,
-                };
-                known
-                    .into_iter()
-                    .map(|(d, dim)| (swapped(d), dim))
-                    .collect()
-            }
-            _ => Vec::new(),
         }
     }
 

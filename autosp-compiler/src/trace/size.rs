@@ -19,6 +19,8 @@ pub(crate) enum AtomKind {
     Param(String),
     /// A field, or a width that a layer gives: the same on every rank.
     Feature(String),
+    /// The rows that a loop on the host listed: as many as it found on this rank.
+    Rows(String),
     /// An exact quotient.
     Quotient(Poly, Poly),
 }
@@ -188,7 +190,13 @@ impl Atoms {
 
     /// Whether an atom may be the batch or the sequence.
     pub(crate) fn is_dim(&self, atom: AtomId) -> bool {
-        matches!(self.kind(atom), AtomKind::Dim(..)) && !self.widths.contains(&atom)
+        matches!(self.kind(atom), AtomKind::Dim(..) | AtomKind::Rows(_))
+            && !self.widths.contains(&atom)
+    }
+
+    /// Whether a size counts listed rows, which every rank has its own of.
+    pub(crate) fn counts_rows(&self, p: &Poly) -> bool {
+        p.atoms().any(|a| matches!(self.kind(a), AtomKind::Rows(_)))
     }
 
     /// A layer runs along this size: if it is a dimension of the input, it is a width.
@@ -414,6 +422,7 @@ impl Atoms {
             }
             AtomKind::Dim(of, d) => format!("{of}.dim({d})"),
             AtomKind::Param(name) | AtomKind::Feature(name) => name.clone(),
+            AtomKind::Rows(_) => "rows".to_string(),
             AtomKind::Quotient(a, b) => format!("({}/{})", self.show(a), self.show(b)),
         }
     }

@@ -166,6 +166,10 @@ pub(crate) enum Value {
     ShapeOf(NodeId),
     /// `D::Minus1` is -1, a literal dimension is itself.
     FromEnd(i64),
+    /// Rows of tensors on the host.
+    HostRows(Rc<super::rows::HostRows>),
+    /// A list that a loop over them made.
+    Rows(Rc<super::rows::RowList>),
     /// A dictionary or other store that the program writes to between calls: empty while training.
     EmptyStore,
     /// A layer that the analysis does not see into, by what is said of it.
@@ -201,6 +205,8 @@ impl Value {
     pub(crate) fn lost(&self) -> Option<&Rc<Reason>> {
         match self {
             Self::Unknown(r) => Some(r),
+            Self::HostRows(rows) => Some(&rows.reason),
+            Self::Rows(list) => Some(&list.reason),
             Self::Tuple(v) => v.iter().find_map(Self::lost),
             Self::List {
                 elems: Some(elems), ..

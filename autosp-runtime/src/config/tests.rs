@@ -102,7 +102,10 @@ fn other_families_and_spellings() {
     map.insert("sliding_window".to_owned(), json!(512));
     let config = read(&gemma).unwrap();
     assert_eq!((config.rope, config.sliding_window), (None, Some(512)));
-    assert_eq!(config.layer_ropes["full_attention"].theta, 1e6);
+    assert_eq!(
+        config.layer_ropes["full_attention"].theta.to_bits(),
+        1e6_f64.to_bits()
+    );
     assert_eq!(config.layer_ropes["sliding_attention"], Rope::default());
     gemma["use_sliding_window"] = json!(false);
     assert_eq!(read(&gemma).unwrap().sliding_window, None);

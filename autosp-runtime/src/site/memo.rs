@@ -23,17 +23,20 @@ pub(super) struct Remembered {
 }
 
 impl Memo {
-    /// Keeps what `policy` says of each group's Q, (K, V) and result.
+    /// Keeps what `policy` says of each group's Q, (K, V) and result. On one rank Q, K and V are the model's own tensors, which may be
+    /// views of more.
     pub(super) fn new(
         site: &'static str,
         policy: Policy,
+        ranks: usize,
         groups: impl IntoIterator<Item = (Tensor, Option<(Tensor, Tensor)>, Output)>,
     ) -> Result<Self> {
+        let own = |x: Tensor| if ranks == 1 { alone(&x) } else { Ok(x) };
         let keep = |(q, kv, output): (Tensor, Option<(Tensor, Tensor)>, Output)| {
             let qkv = match policy {
                 Policy::Qkv => {
-                    let kv = kv.map(|(k, v)| Ok::<_, Error>((alone(&k)?, alone(&v)?)));
-                    Some((alone(&q)?, kv.transpose()?))
+                    let kv = kv.map(|(k, v)| Ok::<_, Error>((own(k)?, own(v)?)));
+                    Some((own(q)?, kv.transpose()?))
                 }
                 Policy::All | Policy::Attention | Policy::Input => None,
             };

@@ -82,7 +82,7 @@ pub(crate) fn run(
         if matches!(policy, Policy::Qkv | Policy::Attention) {
             let groups = kept.into_iter().zip(kv);
             let groups = groups.map(|(kept, kv)| (kept.q, kv, kept.output));
-            tape::keep(Memo::new(site.name, policy, groups)?);
+            tape::keep(Memo::new(site.name, policy, place.plan.ranks(), groups)?);
         }
         return Ok(out);
     }

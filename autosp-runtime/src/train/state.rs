@@ -84,6 +84,7 @@ impl Trainer {
                     .collect(),
             };
             files::finish(folder, &name, manifest)?;
+            tracing::info!(path = %place.display(), step = self.steps, "checkpoint written");
         }
         barrier(self.sp.world_group(), Tag::new("checkpoint", "complete"))
     }
@@ -130,6 +131,7 @@ impl Trainer {
         self.steps = manifest.step;
         self.sp.set_scopes(manifest.scopes);
         self.mark = self.sp.ledger().snapshot();
+        tracing::info!(path = %place.display(), step = self.steps, "checkpoint resumed");
         Ok(Some(Resumed {
             step: manifest.step,
             note: manifest.note,

@@ -117,6 +117,7 @@ impl Trainer {
         Error: From<E>,
     {
         let started = Instant::now();
+        let _span = tracing::info_span!("step", step = self.steps + 1).entered();
         self.expect_same_variables()?;
         memory::forget();
         let mut batches = batches.into_iter().peekable();
@@ -197,12 +198,14 @@ impl Trainer {
         let presence = reduce::presence(&self.sp, &grads, &[finite])?;
         presence.require(&self.named)?;
         let mut grads = grads.into_iter();
+        let reduction = tracing::info_span!("reduction").entered();
         let mut sums = Vec::with_capacity(self.buckets.len());
         for bucket in &self.buckets {
             let sum = reduce::reduce(&self.sp, bucket, grads.by_ref(), &self.vars, sharded)?;
             sums.push(if single { sum } else { (sum / total)? });
         }
         let grad_norm = reduce::global_norm(&self.sp, &sums, sharded)?;
+        drop(reduction);
         let skipped = !(presence.unanimous[0] && grad_norm.is_finite());
         if skipped && !self.settings.skip_non_finite {
             let text = format!(
@@ -224,6 +227,15 @@ impl Trainer {
         self.steps += 1;
         let bytes = self.bytes()?;
         let (seconds, valid_tokens) = (started.elapsed().as_secs_f64(), losses.targets());
+        tracing::info!(
+            loss = value,
+            grad_norm,
+            learning_rate,
+            valid_tokens,
+            seconds,
+            skipped,
+            "step done"
+        );
         Ok(StepReport {
             step: self.steps,
             loss: value,
@@ -240,6 +252,7 @@ impl Trainer {
 
     /// Updates the variables from the summed gradients, of which this rank has its pieces, bucket by bucket.
     fn apply(&mut self, rate: f64, scale: f64, sums: Vec<Tensor>, sharded: bool) -> Result<()> {
+        let _span = tracing::info_span!("optimizer").entered();
         let step = self.updater.begin(rate, scale);
         let mut slot = 0;
         for ((bucket, pieces), sum) in self.buckets.iter().zip(&self.pieces).zip(sums) {
@@ -295,6 +308,7 @@ impl Trainer {
     where
         Error: From<E>,
     {
+        let _span = tracing::info_span!("evaluation").entered();
         let mut losses = Mean::default();
         for batch in batches {
             loss::take_targets();

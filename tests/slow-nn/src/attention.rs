@@ -8,6 +8,7 @@ pub use candle_nn::attention::*;
 ///
 /// # Errors
 /// When a candle operation fails.
+#[allow(clippy::needless_pass_by_value, reason = "the signature is candle's")]
 pub fn flash_attn<T>(
     q: &Tensor,
     k: &Tensor,

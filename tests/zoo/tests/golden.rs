@@ -1,7 +1,7 @@
 //! candle-transformers' Llama and Qwen2 under the attribute, against what Hugging Face transformers computed: losses, every
 //! gradient norm, and five steps of both optimizers, on one rank and on four, which do not divide S = 90.
 
-use autosp::{Optimizer, Parameters, Schedule, Settings, Sp, TrainSettings, Trainer};
+use autosp::{Decay, Optimizer, Parameters, Schedule, Settings, Sp, TrainSettings, Trainer};
 use autosp_reference::{global_norm, labels, Golden, Norms, Tensors};
 use autosp_zoo::{config, with};
 use candle::{DType, Result, Tensor};
@@ -148,6 +148,7 @@ fn adamw() -> TrainSettings {
             weight_decay: 0.1,
         },
         schedule: Schedule::constant(1e-3),
+        decay: Decay::All,
         ..sgd()
     }
 }

@@ -4,7 +4,9 @@ use autosp_zoo::{config, decoder, with, zoo, zoo_loss, Kind, Zoo};
 use candle::DType;
 use serde_json::json;
 
-autosp_zoo::models!["llama", "mistral", "granite", "yi", "helium", "olmo", "olmo2", "llama2_c"];
+autosp_zoo::models![
+    "llama", "mistral", "granite", "yi", "helium", "olmo", "olmo2", "llama2_c", "mixtral"
+];
 
 fn last(config: serde_json::Value, off: Vec<serde_json::Value>) -> Zoo {
     Zoo {
@@ -109,4 +111,28 @@ zoo!(llama2_c: llama2_c, Zoo { off: vec![json!({"n_kv_heads": 4})], ..Zoo::defau
     let tables = std::collections::HashMap::from([("freq_cis_real".to_string(), rows(f32::cos)?), ("freq_cis_imag".to_string(), rows(f32::sin)?)]);
     let mut cache = m::Cache::new(false, &config, candle_nn::VarBuilder::from_tensors(tables, DType::F32, vb.device()))?;
     m::Llama::load(vb, config)?.forward(tokens, 0, &mut cache)
+});
+
+// The router's weights are read to the host, and with them goes its gradient.
+zoo!(mixtral: mixtral, Zoo {
+    detached: vec!["gate.weight"],
+    sparse: vec!["experts"],
+    ..last(
+        with(decoder(), json!({"sliding_window": 5, "num_experts_per_tok": 2, "num_local_experts": 4, "use_flash_attn": false})),
+        vec![json!({"sliding_window": 64}), json!({"num_experts_per_tok": 1})],
+    )
+}, |m, json, vb, tokens| {
+    let config: m::Config = config(json)?;
+    m::Model::new(&config, vb)?.forward(tokens, 0)
+});
+
+zoo_loss!(mixtral_loss: mixtral, last(
+    with(decoder(), json!({"sliding_window": 5, "num_experts_per_tok": 2, "num_local_experts": 4, "use_flash_attn": false})),
+    vec![],
+), |m, json, vb, tokens, labels| {
+    let config: m::Config = config(json)?;
+    m::Model::new(&config, vb)?.forward_loss(tokens, 0, labels)
+}, {
+    let config: m::Config = config(json)?;
+    m::Model::new(&config, vb)?.forward(tokens, 0)
 });

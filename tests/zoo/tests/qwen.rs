@@ -3,7 +3,7 @@
 use autosp_zoo::{config, decoder, with, zoo, Kind, Zoo};
 use serde_json::json;
 
-autosp_zoo::models!["qwen2", "qwen3"];
+autosp_zoo::models!["qwen2", "qwen3", "qwen2_moe"];
 
 fn qwen2() -> Zoo {
     Zoo {
@@ -16,11 +16,6 @@ fn qwen2() -> Zoo {
     }
 }
 
-zoo!(qwen2_tokens: qwen2, qwen2(), |m, json, vb, tokens| {
-    let config: m::Config = config(json)?;
-    m::Model::new(&config, vb)?.forward(tokens, 0, None)
-});
-
 zoo!(qwen2_last: qwen2, Zoo { kind: Kind::Last, ..qwen2() }, |m, json, vb, tokens| {
     let config: m::Config = config(json)?;
     m::ModelForCausalLM::new(&config, vb)?.forward(tokens, 0)
@@ -29,6 +24,22 @@ zoo!(qwen2_last: qwen2, Zoo { kind: Kind::Last, ..qwen2() }, |m, json, vb, token
 zoo!(qwen3: qwen3, Zoo {
     config: with(qwen2().config, json!({"head_dim": 6, "use_sliding_window": false})),
     off: vec![json!({"rope_theta": 100.0}), json!({"attention_bias": false})],
+    ..Zoo::default()
+}, |m, json, vb, tokens| {
+    let config: m::Config = config(json)?;
+    m::Model::new(&config, vb)?.forward(tokens, 0)
+});
+
+// The router's weights are read to the host, and with them goes its gradient.
+zoo!(qwen2_moe: qwen2_moe, Zoo {
+    config: with(qwen2().config, json!({
+        "decoder_sparse_step": 1, "moe_intermediate_size": 20, "shared_expert_intermediate_size": 24, "num_experts_per_tok": 2,
+        "num_experts": 4, "norm_topk_prob": true,
+    })),
+    off: vec![json!({"sliding_window": 64}), json!({"num_experts_per_tok": 1}), json!({"norm_topk_prob": false})],
+    detached: vec!["mlp.gate.weight"],
+    sparse: vec![".experts."],
+    kind: Kind::Last,
     ..Zoo::default()
 }, |m, json, vb, tokens| {
     let config: m::Config = config(json)?;

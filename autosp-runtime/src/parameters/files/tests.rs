@@ -97,28 +97,28 @@ fn an_index_is_held_against_its_files() {
     };
     refused(
         index("absent", &|_, json| {
-            json["weight_map"]["d"] = json!("model-2.safetensors")
+            json["weight_map"]["d"] = json!("model-2.safetensors");
         }),
         codes::INDEX,
         &[INDEX, "`d`", "model-2.safetensors", "found none"],
     );
     refused(
         index("elsewhere", &|_, json| {
-            json["weight_map"]["b"] = json!("model-2.safetensors")
+            json["weight_map"]["b"] = json!("model-2.safetensors");
         }),
         codes::INDEX,
         &["expected `b`", "model-2", "model-1"],
     );
     refused(
         index("unlisted", &|_, json| {
-            drop(json["weight_map"].as_object_mut().unwrap().remove("a"))
+            drop(json["weight_map"].as_object_mut().unwrap().remove("a"));
         }),
         codes::INDEX,
         &["found `a`", "model-1"],
     );
     refused(
         index("no-file", &|folder, _| {
-            fs::remove_file(folder.join("model-2.safetensors")).unwrap()
+            fs::remove_file(folder.join("model-2.safetensors")).unwrap();
         }),
         codes::FILE_UNREADABLE,
         &["model-2.safetensors"],

@@ -143,6 +143,15 @@ pub(super) fn finish(folder: &Path, name: &str, mut manifest: Manifest) -> Resul
         &format!("{:#}\n", manifest.to_json()),
     )?;
     write_text(&folder.join(LATEST), &format!("{name}\n"))?;
+    // What a process that was killed has left of `latest`; this one has renamed its own.
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    for entry in entries {
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        if name.starts_with(&format!(".{LATEST}.")) && name.ends_with(".tmp") {
+            let _ = fs::remove_file(entry.path());
+        }
+    }
     for other in names(folder) {
         if other != name && Some(&other) != before.as_ref() {
             remove(&folder.join(other));
