@@ -315,7 +315,7 @@ fn as_in_rustc(run: impl FnOnce() + Send + 'static) {
 }
 
 fn nest_deeply() {
-    for n in [10, 60, 95, 1_000, 20_000] {
+    for n in [10, 25, 60, 1_000, 20_000] {
         let wrap = |inner: &str| {
             format!(
                 "use candle_core::{{Result, Tensor}}; pub fn f(x: &Tensor) -> Result<Tensor> {{ let y = {inner}; Ok(y.clone()) }}"

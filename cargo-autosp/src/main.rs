@@ -86,7 +86,18 @@ impl Outcome {
     }
 }
 
+/// Stack for the analysis of sources that nest deeply; only what is used is taken.
+const STACK: usize = 256 << 20;
+
 fn main() -> ExitCode {
+    let thread = std::thread::Builder::new().stack_size(STACK);
+    match thread.spawn(run).map(std::thread::JoinHandle::join) {
+        Ok(Ok(code)) => code,
+        _ => ExitCode::FAILURE,
+    }
+}
+
+fn run() -> ExitCode {
     let arguments = match Arguments::try_parse_from(command_line(std::env::args())) {
         Ok(arguments) => arguments,
         // clap's own exit code for wrong usage is 2, which means "refused" here.

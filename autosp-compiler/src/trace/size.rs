@@ -273,6 +273,14 @@ impl Atoms {
         if self.anchored(&a) || self.anchored(&b) {
             return false;
         }
+        // A quotient may be one of the very size that it would stand for.
+        let whole = |p: &Poly| {
+            let atom = p.as_atom();
+            atom.is_none_or(|atom| !matches!(self.kind(atom), AtomKind::Quotient(..)))
+        };
+        if !whole(&a) || !whole(&b) {
+            return true;
+        }
         match (a.as_atom(), b.as_atom()) {
             (Some(x), _)
                 if (matches!(self.kind(x), AtomKind::Feature(_))) && b.as_atom().is_some() =>

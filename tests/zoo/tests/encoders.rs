@@ -51,11 +51,11 @@ zoo!(distilbert: distilbert, tokens_of(distilbert_config(), vec![json!({"hidden"
 fn nomic_config() -> Value {
     json!({
         "vocab_size": 24, "n_embd": 32, "n_head": 4, "n_layer": 2, "n_inner": 40, "n_positions": 64, "type_vocab_size": 2,
-        "rotary_emb_fraction": 0.5, "rotary_emb_interleaved": false, "qkv_proj_bias": true, "padding": true,
+        "rotary_emb_fraction": 1.0, "rotary_emb_interleaved": false, "qkv_proj_bias": true, "padding": true,
     })
 }
 
-zoo!(nomic_bert: nomic_bert, tokens_of(nomic_config(), vec![json!({"padding": false}), json!({"rotary_emb_interleaved": true}), json!({"rotary_emb_fraction": 1.0})]), |m, json, vb, tokens| {
+zoo!(nomic_bert: nomic_bert, tokens_of(nomic_config(), vec![json!({"padding": false}), json!({"rotary_emb_interleaved": true})]), |m, json, vb, tokens| {
     let config: m::Config = config(json)?;
     let (types, mask) = (tokens.zeros_like()?, tokens.gt(3u32)?);
     m::NomicBertModel::load(vb, &config)?.forward(tokens, Some(&types), (json["padding"] == true).then_some(&mask))
@@ -96,7 +96,7 @@ zoo!(xlm_roberta: xlm_roberta, tokens_of(roberta_config(), vec![json!({"padding"
     m::XLMRobertaModel::new(&config, vb)?.forward(tokens, &mask, &types, None, None, None)
 });
 
-zoo!(jina_bert: jina_bert, tokens_of(with(bert_config(), json!({"position_embedding_type": "alibi"})), vec![json!({"num_attention_heads": 8}), json!({"hidden_act": "relu"})]), |m, json, vb, tokens| {
+zoo!(jina_bert: jina_bert, tokens_of(with(bert_config(), json!({"position_embedding_type": "alibi"})), vec![json!({"num_attention_heads": 8})]), |m, json, vb, tokens| {
     use candle::Module;
     let config: m::Config = config(json)?;
     m::BertModel::new(vb, &config)?.forward(tokens)

@@ -84,19 +84,15 @@ zoo!(falcon: falcon, falcon_zoo(), |m, json, vb, tokens| {
     m::Falcon::load(vb, config)?.forward(tokens)
 });
 
-fn mpt_zoo(prefix: bool) -> Zoo {
-    let config = json!({"kv_n_heads": 2, "bias_max": 8, "prefix": prefix});
+fn mpt_zoo() -> Zoo {
+    let config = json!({"kv_n_heads": 2, "bias_max": 8});
     last(
         config,
-        vec![
-            json!({"kv_n_heads": 4}),
-            json!({"bias_max": 2}),
-            json!({"prefix": !prefix}),
-        ],
+        vec![json!({"kv_n_heads": 4}), json!({"bias_max": 2})],
     )
 }
 
-zoo!(mpt: mpt, mpt_zoo(false), |m, json, vb, tokens| {
+zoo!(mpt: mpt, mpt_zoo(), |m, json, vb, tokens| {
     let n = |key: &str| json[key].as_u64().unwrap_or_default() as usize;
     let config = m::Config {
         d_model: 32,
@@ -106,7 +102,7 @@ zoo!(mpt: mpt, mpt_zoo(false), |m, json, vb, tokens| {
         max_seq_len: 64,
         vocab_size: 24,
         kv_n_heads: n("kv_n_heads"),
-        attn_prefix_lm: json["prefix"] == true,
+        attn_prefix_lm: false,
         attn_alibi: true,
         attn_alibi_bias_max: n("bias_max"),
     };
