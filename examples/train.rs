@@ -102,7 +102,7 @@ fn run(options: &Options) -> Result<()> {
     })?;
     match (first[0], alone[0]) {
         (Some(ranks), Some(alone)) if ranks.step == alone.step => {
-            compare(&ranks, &alone, dp * sp)?;
+            compare(&ranks, &alone, dp * sp, options.dtype.tolerance())?;
         }
         (Some(ranks), _) => println!("went on with step {}", ranks.step),
         (None, _) => println!("all {} steps had been taken", options.steps),
@@ -137,9 +137,10 @@ fn train(
     keep: bool,
     mut show: impl FnMut(&StepReport) -> Result<()>,
 ) -> Result<Option<StepReport>> {
+    let dtype = options.dtype.candle();
     let parameters = match &options.model {
-        Some(folder) => autosp::load_trainable(&[folder], DType::F32, sp.device())?,
-        None => Parameters::init(options.seed, DType::F32, sp.device()),
+        Some(folder) => autosp::load_trainable(&[folder], dtype, sp.device())?,
+        None => Parameters::init(options.seed, dtype, sp.device()),
     };
     let model = llama::Llama::load(parameters.builder(), config)?;
     let mut trainer = Trainer::new(sp, parameters, train_settings(options))?;
@@ -169,7 +170,7 @@ fn train(
             let (tokens, labels) =
                 text.labelled_batch(options.seed, batch, options.batch, options.seq_len)?;
             let batch = sp.shard_labelled(&tokens, &labels)?;
-            let mut cache = llama::Cache::new(false, DType::F32, config, sp.device())?;
+            let mut cache = llama::Cache::new(false, dtype, config, sp.device())?;
             let logits = model.forward(&batch.tokens, 0, &mut cache)?;
             Ok(autosp::loss::cross_entropy(&logits, &batch.labels)?)
         })?;
@@ -193,7 +194,7 @@ fn train(
 }
 
 /// Prints how far the first step on all ranks is from the same step on one.
-fn compare(ranks: &StepReport, alone: &StepReport, count: usize) -> Result<()> {
+fn compare(ranks: &StepReport, alone: &StepReport, count: usize, allowed: f64) -> Result<()> {
     let apart = |a: f64, b: f64| (a - b).abs() / b.abs();
     let (loss, norm) = (
         apart(ranks.loss, alone.loss),
@@ -203,12 +204,12 @@ fn compare(ranks: &StepReport, alone: &StepReport, count: usize) -> Result<()> {
         "first step on {count} ranks against one: loss {:.6} and {:.6} ({loss:.1e} apart), gradient norm {:.6} and {:.6} ({norm:.1e} apart)",
         ranks.loss, alone.loss, ranks.grad_norm, alone.grad_norm
     );
-    if loss.max(norm) <= 1e-5 {
+    if loss.max(norm) <= allowed {
         Ok(())
     } else {
-        Err(failure(
-            "expected the first step to equal that of one rank within 1e-5",
-        ))
+        Err(failure(format!(
+            "expected the first step to equal that of one rank within {allowed:e}"
+        )))
     }
 }
 
@@ -222,6 +223,7 @@ fn settings(options: &Options) -> Result<Settings> {
         ("groups", number(options.groups)),
         ("zero", number(options.zero)),
         ("policy", options.policy.clone()),
+        ("device", options.device.clone()),
     ];
     for (name, value) in flags {
         if let Some(value) = value {

@@ -46,6 +46,8 @@
 //! - **Watching.** Nothing is printed. The library speaks through `tracing` to whatever subscriber the program has: spans `rank`, `step`,
 //!   `evaluation`, `reduction`, `optimizer` (info), `attention`, `exchange`, `recomputation` (debug), and events for settings, finished
 //!   steps, saved files and failed ranks. Ranks are watched as the thread is that called [`run()`].
+//! - **Features.** None by default. `cuda` adds GPUs: NCCL between ranks and cuDNN attention. It needs the CUDA toolkit to build; the
+//!   setting `device` chooses at run time.
 
 pub use autosp_macros::sequence_parallel;
 #[doc(inline)]

@@ -386,6 +386,11 @@ fn operation(row: &Row, seed: u64) -> Option<Case> {
     Some(case)
 }
 
+/// Rows that draw.
+fn draws(row: &Row) -> bool {
+    matches!(row.place, PlaceRule::Random | PlaceRule::Dropout)
+}
+
 /// Rows without a tensor operand or whose value is no tensor, checked by name below; candle-transformers' layers are checked
 /// in `tests/zoo`.
 fn without_operand(row: &Row) -> bool {
@@ -411,7 +416,7 @@ proptest! {
 
     #[test]
     fn operations_commute_with_sharding_where_a_row_says_so(seed in any::<u32>(), parts in 2usize..=3) {
-        for row in candle().rows().iter().filter(|r| !without_operand(r) && r.place != PlaceRule::Random) {
+        for row in candle().rows().iter().filter(|r| !without_operand(r) && !draws(r)) {
             let case = operation(row, u64::from(seed)).expect("a proof of the row");
             for (dims, out) in &case.allowed {
                 let fine = commutes(&case, dims, *out, parts).expect("the operation");
@@ -422,7 +427,7 @@ proptest! {
 
     #[test]
     fn operations_do_not_commute_where_a_row_says_they_compute(seed in any::<u32>(), parts in 2usize..=3) {
-        for row in candle().rows().iter().filter(|r| !without_operand(r) && r.place != PlaceRule::Random) {
+        for row in candle().rows().iter().filter(|r| !without_operand(r) && !draws(r)) {
             let case = operation(row, u64::from(seed)).expect("a proof of the row");
             for d in &case.along {
                 let dims: Vec<Option<usize>> = case.inputs.iter().enumerate().map(|(i, _)| (i == 0 || row.shape == ShapeRule::Cat).then_some(*d)).collect();
@@ -438,7 +443,7 @@ fn gradients_are_where_a_row_says_so() {
     for row in candle()
         .rows()
         .iter()
-        .filter(|r| !without_operand(r) && r.place != PlaceRule::Random)
+        .filter(|r| !without_operand(r) && !draws(r))
     {
         let case = operation(row, 3).expect("a proof of the row");
         if row.path.contains("Embedding") {

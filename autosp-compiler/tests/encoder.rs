@@ -179,6 +179,46 @@ fn sums_and_means_are_taken_over_all_ranks() {
     );
 }
 
+#[test]
+fn rows_are_not_paired_before_they_are_pooled() {
+    refused(
+        POOL,
+        "None => x.unsqueeze(0)?.broadcast_sub(&x.unsqueeze(1)?)?.sum(0)?.mean(1)?,",
+        "AS0203",
+    );
+    // The batch by its other name.
+    refused(
+        "self.classifier.forward(&pooled)",
+        "pooled.matmul(&mask.to_dtype(pooled.dtype())?.sum_keepdim(1)?.broadcast_mul(&pooled)?.t()?)",
+        "AS0203",
+    );
+}
+
+#[test]
+fn a_rule_and_a_mask_from_the_caller_are_added_one_after_the_other() {
+    let rule = "let rule: Vec<f32> = (0..s).flat_map(|i| (0..s).map(move |j| if j > i { f32::NEG_INFINITY } else { 0.0 })).collect();
+        let rule = Tensor::from_vec(rule, (s, s), x.device())?;
+        let scores = (q.matmul(";
+    let source = edit(&encoder(), "let scores = (q.matmul(", rule);
+    let source = edit(
+        &source,
+        "let q = self.split(",
+        "let (_, s, _) = x.dims3()?;\n        let q = self.split(",
+    );
+    let both = edit(
+        &source,
+        "scores.broadcast_add(bias)?",
+        "scores.broadcast_add(&rule)?.broadcast_add(bias)?",
+    );
+    assert_eq!(plan(&both).sites.len(), 1);
+    let sum = edit(
+        &source,
+        "scores.broadcast_add(bias)?",
+        "scores.broadcast_add(&rule.broadcast_add(bias)?)?",
+    );
+    assert_eq!(analysed(&sum).expect_err("accepted")[0].code.id, "AS0208");
+}
+
 /// A mask whose sizes nobody reads: as the caller has it, where that cannot matter.
 #[test]
 fn a_mask_of_unknown_rank_is_taken_for_scores_and_nothing_else() {
@@ -230,5 +270,29 @@ fn an_input_that_meets_no_token_is_taken_to_be_their_shard() {
     );
     assert!(
         expanded(&source).contains("rt::sequence::sum_keepdim(&mask.to_dtype(x.dtype())?, 1)?")
+    );
+}
+
+#[test]
+fn dropout_of_tokens_is_drawn_by_row_and_token_and_of_weights_is_refused() {
+    accepted(
+        POOL,
+        "None => candle_nn::ops::dropout(&x, 0.1)?.mean(1)?,",
+        "rt::ops::dropout(&x, 0.1, [Some(0), Some(1)])?",
+    );
+    accepted(
+        POOL,
+        "None => candle_nn::ops::dropout(&x.mean(1)?, 0.1)?,",
+        "rt::ops::dropout(&rt::sequence::mean(&x, 1)?, 0.1, [Some(0), None])?",
+    );
+    refused(
+        POOL,
+        "None => candle_nn::ops::dropout(&x.flatten_to(1)?, 0.1)?.reshape(x.shape())?.mean(1)?,",
+        "AS0211",
+    );
+    refused(
+        "weights.matmul(&v)?",
+        "candle_nn::ops::dropout(&weights, 0.1)?.matmul(&v)?",
+        "AS0211",
     );
 }

@@ -139,6 +139,8 @@ codes! {
 
     REPLAY = "AS0351", "a block that is computed again takes another way",
         "The forward of a block that is computed again in the backward has to run the same attention sites in the same order as the first time. A block that decides by something that changes between the two, such as a counter or a random number, cannot be in a checkpoint scope; use policy `all`.";
+    DROPOUT = "AS0334", "a dropout that cannot be drawn",
+        "The probability of a dropout is at least 0 and below 1.";
 
     RANK_FAILED = "AS0401", "a rank failed",
         "The code of one rank panicked. The other ranks were stopped, since they would have waited for it. The message names the rank that failed first.";
@@ -154,6 +156,11 @@ codes! {
         "The number of parts is the size of the group, and shapes and types agree over its ranks.";
     UNFINISHED = "AS0407", "a collective was never waited for",
         "A rank started a collective and returned without waiting for it. What the others sent was lost; on a GPU the stream would hang.";
+    /// Checked when a rank opens its GPU.
+    CUDA_LIBRARY = "AS0410", "no GPU can be used",
+        "The program was built without the feature `cuda`, or a library of NVIDIA is older than what it was built for. The message says what was found and the help line what to install.";
+    CUDA = "AS0411", "a library of NVIDIA refused",
+        "CUDA, cuDNN or NCCL returned an error. The message names the operation, the rank and the bytes where there are any, and what the library said. Attention that cuDNN has no kernel for ends here too: its message lists heads, widths, length and band.";
 
     FILE_UNREADABLE = "AS0501", "a model or data file cannot be read",
         "The path does not exist, is a folder where a file is needed, or may not be read. The message says which.";

@@ -235,6 +235,8 @@ pub enum Action {
     Pick(usize),
     /// In the place of a pick: all tokens as rows of the batch.
     Fold(usize),
+    /// A dropout, by the dimensions of rows and tokens.
+    Draw(Option<usize>, Option<usize>),
     /// A tensor over keys, of which each rank holds its own, becomes a mask; the same for all queries, if that is set.
     Keys(bool),
     /// The expression inside, with this number, takes its place.

@@ -42,6 +42,17 @@ pub enum Attention {
     Reference,
 }
 
+/// What the ranks compute on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Device {
+    /// The processor.
+    Cpu,
+    /// A GPU for each rank.
+    Cuda,
+    /// The first GPU for all ranks.
+    CudaShared,
+}
+
 /// What a forward keeps for its backward.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Policy {
@@ -276,6 +287,19 @@ impl Settings {
         )
     }
 
+    /// Sets what the ranks compute on.
+    #[must_use]
+    pub fn with_device(self, device: Device) -> Self {
+        self.program(
+            "device",
+            Value::Choice(match device {
+                Device::Cpu => "cpu",
+                Device::Cuda => "cuda",
+                Device::CudaShared => "cuda-shared",
+            }),
+        )
+    }
+
     /// Sets what a forward keeps.
     #[must_use]
     pub fn with_policy(self, policy: Policy) -> Self {
@@ -321,6 +345,15 @@ impl Settings {
             Attention::Reference
         } else {
             Attention::Tiled
+        }
+    }
+
+    /// What the ranks compute on.
+    pub fn device(&self) -> Device {
+        match self.choice("device") {
+            "cuda" => Device::Cuda,
+            "cuda-shared" => Device::CudaShared,
+            _ => Device::Cpu,
         }
     }
 

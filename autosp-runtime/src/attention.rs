@@ -1,4 +1,4 @@
-//! Exact attention on the CPU, forward and backward, without S x S memory.
+//! Exact attention, forward and backward, without S x S memory. On GPUs `cuda::attention` computes it; here, the CPU does.
 //!
 //! Tensors are [b, h, S, d] (queries), [b, g, S, d] (keys) and [b, g, S, dv] (values); `dv` may differ from `d`, and query head
 //! `h` uses kv head [`Spec::kv_of`]`[h]` without repeating it. With scores
@@ -21,6 +21,10 @@
     reason = "inlining decides which instructions are used"
 )]
 
+#[cfg(any(feature = "cuda", test))]
+pub(crate) mod blocks;
+#[cfg(any(feature = "cuda", test))]
+pub(crate) mod graphs;
 pub(crate) mod real;
 mod reference;
 mod simd;
@@ -34,7 +38,7 @@ use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
 
 use crate::error::{Error, Result};
-use crate::mask::Term;
+use crate::mask::{Action, Band, Mask, Term, mask_rule};
 use real::{Element, Real};
 use view::{View, with_view};
 
@@ -67,6 +71,23 @@ impl Spec {
             kv_of: (0..heads).map(|h| h / share).collect(),
             heads: (0..heads).collect(),
         }
+    }
+
+    /// With scores of -inf where a query does not see a key.
+    ///
+    /// # Errors
+    /// None for a band; the form is that of masks.
+    pub fn with_band(mut self, band: Band) -> Result<Self> {
+        let length = self.valid;
+        let host = mask_rule(length, length, move |i, j| u8::from(!band.contains(i, j)));
+        let mask = Mask::from_slice(&host.band(band, 0, 1), (length, length), &Device::Cpu)?;
+        let action = Action::Fill {
+            value: f64::NEG_INFINITY,
+            nonzero: true,
+        };
+        self.terms
+            .push(Term::new(&mask, action, 1, self.heads.len(), length)?);
+        Ok(self)
     }
 }
 
@@ -146,7 +167,7 @@ pub struct Output {
     /// The logarithm of the softmax's denominator.
     pub lse: Tensor,
     /// What rounding took from `lse`, of its shape: a row filled with -1e9 altogether has LSE = -1e9 + ln n, of which `f32` keeps
-    /// only -1e9. Weights are exp((s - lse) - rest).
+    /// only -1e9. Weights are exp((s - lse) - rest). Empty where such rows are refused, on GPUs.
     pub rest: Tensor,
 }
 
@@ -195,6 +216,10 @@ macro_rules! by_type {
 /// `AS0323` for shapes that do not fit, `AS0329` for a type that is not a float or a device other than the CPU.
 pub fn forward(kernel: Kernel, spec: &Spec, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Output> {
     let sizes = Sizes::new(spec, q, k, v)?;
+    #[cfg(feature = "cuda")]
+    if q.device().is_cuda() {
+        return crate::cuda::attention::forward(kernel, spec, q, k, v);
+    }
     by_type!(q, E => with_view::<E, _>(q, |q| with_view::<E, _>(k, |k| with_view::<E, _>(v, |v| {
         let problem = Problem { spec, sizes, q, k, v };
         let (o, lse, rest) = match kernel {
@@ -244,6 +269,10 @@ pub fn backward(
                 ),
             ));
         }
+    }
+    #[cfg(feature = "cuda")]
+    if q.device().is_cuda() {
+        return crate::cuda::attention::backward(kernel, spec, (q, k, v), output, grad);
     }
     let (lse, rest) = (output.lse.flatten_all()?, output.rest.flatten_all()?);
     by_type!(q, E => {

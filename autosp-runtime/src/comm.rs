@@ -9,6 +9,8 @@
 
 mod collectives;
 mod local;
+#[cfg(feature = "cuda")]
+mod nccl;
 mod ring;
 #[cfg(test)]
 pub(crate) mod testing;
@@ -19,8 +21,11 @@ use candle_core::Tensor;
 
 pub use collectives::{
     all_gather, all_reduce_sum, all_to_all, barrier, broadcast, chunk, reduce_scatter,
+    reduce_scatter_as,
 };
 pub(crate) use local::{Fault, Group, LocalEngine, World, list};
+#[cfg(feature = "cuda")]
+pub(crate) use nccl::{NcclEngine, connect};
 
 use crate::Result;
 
@@ -108,7 +113,7 @@ pub trait Engine: Send + Sync {
     /// This rank's place in the world.
     fn world_rank(&self) -> usize;
 
-    /// Starts an all-to-all; never blocks. `parts[p]` goes to rank `p` of the group, `None` is nothing for `p`. The own part is handed
+    /// Starts an all-to-all; never waits for data. `parts[p]` goes to rank `p` of the group, `None` is nothing for `p`. The own part is handed
     /// back by [`wait`](Self::wait) as it is.
     ///
     /// Parts are detached and made contiguous. On threads they are handed over without a copy, so that neither side may write to their

@@ -45,6 +45,12 @@ pub fn cross_entropy(logits: &Tensor, labels: &Tensor) -> Result<Tensor> {
         DType::F32
     };
     let valid = classes.iter().filter(|class| class.is_some()).count();
+    #[cfg(feature = "cuda")]
+    if logits.device().is_cuda()
+        && let Some(loss) = on_gpu(&crate::scores::before_cast(logits)?, &classes, valid)?
+    {
+        return Ok(loss);
+    }
     if !logits.device().is_cpu() {
         return composed(logits, &classes, valid, dtype);
     }
@@ -229,6 +235,37 @@ impl Kernel<1> for Backward<'_> {
         );
         Ok((out, logits.shape().clone()))
     }
+}
+
+/// The same by kernels on a GPU, where the token losses are computed in `f32` and added in `f64`; `None` for a type that they do
+/// not take.
+#[cfg(feature = "cuda")]
+fn on_gpu(logits: &Tensor, classes: &[Option<u32>], valid: usize) -> Result<Option<Tensor>> {
+    use crate::cuda::ops;
+    let rows = classes.len();
+    let classes: Vec<u32> = classes
+        .iter()
+        .map(|class| class.unwrap_or(ops::NO_CLASS))
+        .collect();
+    let classes = Tensor::from_vec(classes, rows, logits.device())?;
+    let flat = move |x: &Tensor| x.detach().reshape((rows, x.dim(D::Minus1)?));
+    let Some([lse, losses]) = ops::loss_forward(&flat(logits)?, &classes)? else {
+        return Ok(None);
+    };
+    let total = losses.to_dtype(DType::F64)?.sum_all()?.to_scalar::<f64>()?;
+    let (total, count) = over_ranks(total, valid)?;
+    let value = Tensor::new((total / count) as f32, logits.device())?;
+    let loss = record1(
+        "cross-entropy",
+        logits,
+        owned(&value)?,
+        move |[logits], _, grad| {
+            let scale = grad.to_dtype(DType::F64)?.to_scalar::<f64>()? / count;
+            let dx = ops::loss_backward(&flat(logits)?, &classes, &lse, scale)?;
+            Ok([Some(dx.reshape(logits.shape())?)])
+        },
+    )?;
+    Ok(Some(loss))
 }
 
 /// The same by candle's differentiable operations, for devices without a kernel here.

@@ -168,6 +168,18 @@ impl CustomOp1 for Seed {
         Ok((CpuStorage::F32(vec![0.0]), Shape::from(())))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        like: &candle_core::CudaStorage,
+        _: &Layout,
+    ) -> Result<(candle_core::CudaStorage, Shape)> {
+        let device = like.device.clone();
+        let zero = device.alloc_zeros::<f32>(1)?;
+        let zero = candle_core::CudaStorage::wrap_cuda_slice(zero, device);
+        Ok((zero, Shape::from(())))
+    }
+
     fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
         Ok(Some(self.0.clone()))
     }

@@ -3,15 +3,17 @@
 //! candle's `softmax_last_dim`, `rms_norm`, `layer_norm` and the three rope variants run a fused forward and record nothing, so
 //! that a gradient silently stops there. The functions here give the same forward result and record a backward. On the CPU both
 //! directions are fused kernels: they run on all threads, read operands of any layout, accumulate in `f32` (`f64` for `f64`
-//! tensors, and for every sum over rows), and give the same bits whatever the number of threads. On other devices they are
-//! composed of candle operations that have a backward.
+//! tensors, and for every sum over rows), and give the same bits whatever the number of threads. On CUDA GPUs they are kernels of
+//! `templates/kernels`; elsewhere they are composed of candle operations that have a backward.
 //!
 //! An operand that nothing tracks (a frozen weight, rope tables) gets no gradient and costs none. [`linear`] is here for that alone:
 //! candle's layer has a backward, which computes a gradient for a frozen weight too.
 
+mod dropout;
 mod kernel;
 mod layer;
 mod linear;
+mod modules;
 mod norm;
 mod positions;
 mod record;
@@ -19,15 +21,17 @@ mod rope;
 pub mod sequence;
 mod softmax;
 
+pub use dropout::{RowsAndTokens, dropout, dropout_layer};
 pub use layer::{layer, no_cache, norm_layer};
 pub use linear::linear;
+pub use modules::{embedding, silu};
 pub use norm::{layer_norm, layer_norm_op, rms_norm, rms_norm_op};
 pub use positions::{fold, pick, pick_narrow, slice};
 pub use rope::{rope, rope_i, rope_thd};
 pub use softmax::{softmax, softmax_last_dim};
 
 pub(crate) use kernel::{Kernel, Real, Rows, Visit, compute, max, per_row, sum, visit};
-pub(crate) use record::{owned, record1, record2, record3, tensor, tracked};
+pub(crate) use record::{owned, record1, record2, record3, taken, tensor, tracked};
 
 #[cfg(test)]
 mod tests;

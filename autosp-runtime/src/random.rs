@@ -30,6 +30,13 @@ impl Stream {
         }
     }
 
+    /// A stream of its own for each number.
+    pub(crate) fn keyed(self, n: u64) -> Self {
+        Self {
+            key: mix(self.key ^ mix(n.wrapping_add(GOLDEN))),
+        }
+    }
+
     /// 64 random bits.
     pub(crate) fn bits(self, i: u64) -> u64 {
         mix(self

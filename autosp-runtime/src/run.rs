@@ -1,6 +1,7 @@
 //! Starting ranks: [`run`], [`run_with`], and the [`Sp`] that each rank gets.
 
 mod panics;
+mod place;
 mod sp;
 mod threads;
 

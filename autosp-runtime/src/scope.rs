@@ -60,6 +60,8 @@ pub struct Scope {
     step: u64,
     shard: Option<Shard>,
     batch: Option<usize>,
+    /// Random operations so far: a copy of the scope goes on from where it was made.
+    draws: u64,
 }
 
 thread_local! {
@@ -69,6 +71,16 @@ thread_local! {
 /// The scope that this thread is in; `None` outside of one.
 pub fn current() -> Option<Scope> {
     CURRENT.with_borrow(Clone::clone)
+}
+
+/// The place of a random operation in the forward in progress, from 0: the same on all ranks, and when a block is computed again.
+pub(crate) fn draw() -> u64 {
+    CURRENT.with_borrow_mut(|current| {
+        current.as_mut().map_or(0, |scope| {
+            scope.draws += 1;
+            scope.draws - 1
+        })
+    })
 }
 
 /// Whether this thread is in a scope.
@@ -97,6 +109,7 @@ impl Scope {
             step,
             shard: None,
             batch: None,
+            draws: 0,
         }
     }
 

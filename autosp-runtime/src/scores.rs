@@ -59,6 +59,8 @@ pub fn scores<S: Site>(q: &Tensor, k: &Tensor) -> Result<Scores> {
     let scope = scope::require(site.name)?;
     let shard = scope.shard()?;
     let layout = site.layout;
+    let dtype = q.dtype();
+    let (q, k) = (&before_cast(q)?, &before_cast(k)?);
     let known = Known {
         batch: scope.batch(),
         len: shard.len,
@@ -88,7 +90,6 @@ pub fn scores<S: Site>(q: &Tensor, k: &Tensor) -> Result<Scores> {
     let product = viewed.is_some();
     let view = viewed.unwrap_or_else(|| View::plain(batch, heads, shard.valid));
     let shape = Shape::from(view.dims());
-    let dtype = q.dtype();
     let origin = Origin {
         site,
         scope,
@@ -396,6 +397,8 @@ impl Weights {
             batch: Some(view.sizes()[0]),
             len: origin.shard.len,
         };
+        let dtype = v.dtype();
+        let v = &before_cast(v)?;
         let v = origin.values.normalise("v", v, known)?;
         let [q, k, v] = one_type([&origin.q, &origin.k, &v])?;
         let (heads, kv_heads) = (q.dim(1)?, k.dim(1)?);
@@ -407,6 +410,11 @@ impl Weights {
             spec,
             (&q, &k, &v),
         )?;
+        let out = if out.dtype() == v.dtype() {
+            out.to_dtype(dtype)?
+        } else {
+            out
+        };
         let axes = if origin.product {
             view.output()
         } else {
@@ -422,6 +430,43 @@ impl Weights {
     pub fn broadcast_matmul(&self, v: &Tensor) -> Result<Tensor> {
         self.matmul(v)
     }
+}
+
+/// On a GPU, the half-precision tensor that `x` was cast to `f32` from: models that compute their scores in `f32` for accuracy
+/// lose none, since attention adds up in `f32` anyway, and what is exchanged is half as large. Otherwise `x`.
+///
+/// The graph shows the cast: where the type changes from one node to the next and nothing else does, the node is a cast.
+pub(crate) fn before_cast(x: &Tensor) -> Result<Tensor> {
+    if !x.device().is_cuda() || x.dtype() != DType::F32 {
+        return Ok(x.clone());
+    }
+    let is_half = |node: &Tensor| matches!(node.dtype(), DType::BF16 | DType::F16);
+    let found = match x.sorted_nodes().as_slice() {
+        [_, half, ..] if is_half(half) && half.dims() == x.dims() => (*half).clone(),
+        [_, cast, half, ..]
+            if is_half(half) && half.dims() == cast.dims() && is_transposed(x, cast)? =>
+        {
+            half.t()?
+        }
+        _ => x.clone(),
+    };
+    Ok(found)
+}
+
+/// Whether `x` is `y` with the last two dims exchanged, in the same memory.
+#[cfg_attr(
+    not(feature = "cuda"),
+    allow(clippy::unnecessary_wraps, reason = "only a GPU has addresses")
+)]
+fn is_transposed(x: &Tensor, y: &Tensor) -> Result<bool> {
+    #[cfg(feature = "cuda")]
+    if y.rank() >= 2 && y.dtype() == x.dtype() {
+        let turned = y.t()?;
+        let same = turned.dims() == x.dims() && turned.stride() == x.stride();
+        return Ok(same && crate::cuda::address(x)? == crate::cuda::address(y)?);
+    }
+    let _ = (x, y);
+    Ok(false)
 }
 
 /// q, k and v in the widest of their types: a model may cast only the scores or only the values.

@@ -1,4 +1,4 @@
-//! `survey`: what becomes of every file of a folder, as docs/models.md has it for candle-transformers.
+//! `survey`: what becomes of every file of a folder.
 
 use std::{
     collections::BTreeMap,

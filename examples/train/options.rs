@@ -3,6 +3,7 @@
 use std::{ffi::OsString, path::PathBuf};
 
 use autosp::Result;
+use candle_core::DType;
 use clap::{Parser, ValueEnum, error::ErrorKind};
 
 use crate::failure;
@@ -63,6 +64,12 @@ pub struct Options {
     /// Head groups of each attention: the next group's exchange overlaps this group's attention [default: 2]
     #[arg(long, value_name = "G")]
     pub groups: Option<usize>,
+    /// What ranks compute on: cpu, cuda (a GPU for each rank) or cuda-shared (one GPU for all) [default: cpu]
+    #[arg(long, value_name = "DEVICE")]
+    pub device: Option<String>,
+    /// The type of the parameters
+    #[arg(long, value_enum, value_name = "TYPE", default_value_t = Type::F32)]
+    pub dtype: Type,
     /// One JSON object a step goes here
     #[arg(long, value_name = "FILE")]
     pub log: Option<PathBuf>,
@@ -84,6 +91,33 @@ pub struct Options {
     /// Goes on from the latest checkpoint beside --save
     #[arg(long)]
     pub resume: bool,
+}
+
+/// The type of the parameters and activations.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Type {
+    /// Single precision
+    F32,
+    /// Half precision with the range of single
+    Bf16,
+}
+
+impl Type {
+    /// As candle has it.
+    pub fn candle(self) -> DType {
+        match self {
+            Self::F32 => DType::F32,
+            Self::Bf16 => DType::BF16,
+        }
+    }
+
+    /// How far the first step on several ranks may be from that on one: sums in another order, rounded to this type.
+    pub fn tolerance(self) -> f64 {
+        match self {
+            Self::F32 => 1e-5,
+            Self::Bf16 => 2e-2,
+        }
+    }
 }
 
 /// What a sequence is made of.

@@ -2,4 +2,5 @@
 //!
 //! The crate knows no other part of the project. Who wants a text fills in plain data and prints it.
 
+pub mod kernels;
 pub mod report;

@@ -163,6 +163,7 @@ macro_rules! masked {
                         classes: 3,
                         masking: $model::Masking::$masking,
                         pooling: $model::Pooling::$pooling,
+                        dropout: 0.0,
                     }
                 };
             }
@@ -210,3 +211,62 @@ fn a_mask_that_was_not_sharded_is_refused() {
 }
 
 use crate::encoder as crate_encoder;
+
+/// Loss and gradients of a model that drops tokens' features and features of the pooled rows.
+fn with_dropout(batch: &Batch, sp: usize, dp: usize, policy: &str) -> Found {
+    use crate::masked;
+    let config = masked::Config {
+        vocab: 61,
+        hidden: 32,
+        heads: 4,
+        layers: 2,
+        classes: 3,
+        masking: masked::Masking::Fill,
+        pooling: masked::Pooling::KeptSum,
+        dropout: 0.3,
+    };
+    let settings = Settings::default().with_sp(sp).with_dp(dp);
+    let settings = settings.with("policy", policy).unwrap();
+    let mut found = autosp::run_with(settings, |sp| {
+        sp.set_seed(3);
+        let parameters = Parameters::init(5, DType::F32, sp.device());
+        let before = sp.ledger().snapshot();
+        let rows = sp.shard_rows(&batch.tokens, &batch.classes)?;
+        let mask = sp.shard_aligned(&batch.mask)?;
+        let model = masked::Model::load(parameters.builder(), &config)?;
+        let (loss, mut store) = sp.scope(|| -> autosp::Result<_> {
+            let loss = cross_entropy(&model.forward(&rows.tokens, Some(&mask))?, &rows.labels)?;
+            Ok((f64::from(loss.to_scalar::<f32>()?), loss.backward()?))
+        })?;
+        sp.reduce_gradients(&mut store, &parameters.vars())?;
+        let named = parameters.named().into_iter();
+        Ok(Found {
+            loss,
+            gradients: named
+                .map(|(name, var)| (name, store.get(&var).unwrap().detach()))
+                .collect(),
+            bytes: sp.ledger().since(before),
+        })
+    });
+    found.as_mut().unwrap().remove(0)
+}
+
+/// Contract 4: dropout is drawn by counter, identical in recomputation and for every mesh.
+#[test]
+fn dropout_drops_the_same_on_every_mesh_and_when_a_block_is_computed_again() {
+    for s in [24, 21] {
+        let batch = Batch::new(s);
+        let one = with_dropout(&batch, 1, 1, "all");
+        let expected = (one.loss, one.gradients);
+        for (sp, dp) in [(1, 1), (2, 1), (4, 1), (1, 2), (4, 2)] {
+            for policy in ["all", "input"] {
+                let found = with_dropout(&batch, sp, dp, policy);
+                assert_contract(
+                    &format!("dropout, s {s}, sp {sp} dp {dp}, {policy}"),
+                    &found,
+                    &expected,
+                );
+            }
+        }
+    }
+}

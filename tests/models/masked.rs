@@ -3,7 +3,7 @@
 // their dimension, and a narrowed first token.
 
 use candle_core::{D, DType, Device, IndexOp, Result, Tensor};
-use candle_nn::{Embedding, Linear, Module, VarBuilder, embedding, linear};
+use candle_nn::{Dropout, Embedding, Linear, Module, VarBuilder, embedding, linear};
 
 /// How scores are masked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,6 +41,8 @@ pub struct Config {
     pub classes: usize,
     pub masking: Masking,
     pub pooling: Pooling,
+    /// Of tokens after each layer, and of the vector of a row.
+    pub dropout: f32,
 }
 
 fn masked_fill(on_false: &Tensor, mask: &Tensor, on_true: f32) -> Result<Tensor> {
@@ -86,6 +88,7 @@ struct Layer {
     out: Linear,
     heads: usize,
     masking: Masking,
+    dropout: Dropout,
 }
 
 impl Layer {
@@ -114,7 +117,7 @@ impl Layer {
         };
         let weights = candle_nn::ops::softmax(&scores, D::Minus1)?;
         let y = weights.matmul(&v)?.transpose(1, 2)?.reshape((b, s, h))?;
-        x + self.out.forward(&y)?.gelu()?
+        x + self.dropout.forward(&self.out.forward(&y)?.gelu()?, true)?
     }
 }
 
@@ -126,6 +129,7 @@ pub struct Model {
     layers: Vec<Layer>,
     head: Linear,
     pooling: Pooling,
+    dropout: f32,
 }
 
 impl Model {
@@ -139,6 +143,7 @@ impl Model {
                 out: linear(h, h, vb.pp("out"))?,
                 heads: config.heads,
                 masking: config.masking,
+                dropout: Dropout::new(config.dropout),
             });
         }
         Ok(Self {
@@ -147,12 +152,13 @@ impl Model {
             layers,
             head: linear(h, config.classes, vb.pp("head"))?,
             pooling: config.pooling,
+            dropout: config.dropout,
         })
     }
 
-    pub fn forward(&self, tokens: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
+    pub fn forward(&self, tokens: &Tensor, given: Option<&Tensor>) -> Result<Tensor> {
         let (_b, s) = tokens.dims2()?;
-        let mask = match mask {
+        let mask = match given {
             Some(mask) => mask.clone(),
             None => tokens.ones_like()?,
         };
@@ -177,6 +183,7 @@ impl Model {
                 (last + centred.sqr()?.sum(D::Minus2)? * 0.1)?
             }
         };
-        self.head.forward(&pooled)
+        self.head
+            .forward(&candle_nn::ops::dropout(&pooled, self.dropout)?)
     }
 }

@@ -125,7 +125,9 @@ fn scope(
                 continue;
             };
             let bare = std::ptr::eq(e, numbers.get(id).unwrap_or(e));
-            if borrowed_option(trace, act, &ident.to_string())
+            let parameter = |(name, own): &(String, Value)| ident == name && own == value;
+            if a.params.iter().any(parameter)
+                && borrowed_option(trace, act, &ident.to_string())
                 && !matches!(value, Value::Option(Presence::None, _))
             {
                 return Err(format!(

@@ -133,6 +133,9 @@ impl Builder<'_, '_, '_> {
                     };
                     self.push(n.at.act, n.at.expr, action);
                 }
+                Conversion::Draw { rows, tokens } => {
+                    self.push(n.at.act, n.at.expr, Action::Draw(*rows, *tokens));
+                }
                 Conversion::Sequence => {
                     let name = n.row().map_or("", Row::name);
                     let path = format!("sequence::{name}");

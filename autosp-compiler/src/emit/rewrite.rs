@@ -165,6 +165,7 @@ impl Rewriter<'_> {
                 };
             }
             Action::Pick(dim) => pick(e, *dim, rt),
+            Action::Draw(rows, tokens) => draw(e, *rows, *tokens, rt),
             Action::Keys(all_queries) => {
                 let mask = format_ident!("{}", if *all_queries { "key_mask" } else { "mask" });
                 let operand = by_reference(e);
@@ -369,6 +370,11 @@ fn call(callee: &TokenStream, e: &Expr) -> Expr {
             let (layer, x) = (m.args.first().map(by_reference), by_reference(&m.receiver));
             parse_quote!(#callee(#layer, #x))
         }
+        Expr::MethodCall(m) if m.method == "apply_t" => {
+            let (layer, x) = (m.args.first().map(by_reference), by_reference(&m.receiver));
+            let rest = m.args.iter().skip(1);
+            parse_quote!(#callee(#layer, #x, #(#rest),*))
+        }
         Expr::MethodCall(m) => {
             let (receiver, args) = (by_reference(&m.receiver), m.args.iter());
             parse_quote!(#callee(#receiver, #(#args),*))
@@ -400,6 +406,21 @@ fn twin_call(e: &mut Expr, name: &str) {
             }
         }
         _ => {}
+    }
+}
+
+/// A dropout, with the dimensions of rows and tokens behind its own arguments.
+fn draw(e: &mut Expr, rows: Option<usize>, tokens: Option<usize>, rt: &syn::Ident) {
+    let function = matches!(e, Expr::Call(c) if c.args.len() == 2);
+    let name = format_ident!("{}", if function { "dropout" } else { "dropout_layer" });
+    *e = call(&quote!(#rt::ops::#name), e);
+    let axis = |d: Option<usize>| {
+        let d = d.map(proc_macro2::Literal::usize_unsuffixed);
+        d.map_or_else(|| quote!(None), |d| quote!(Some(#d)))
+    };
+    let (rows, tokens) = (axis(rows), axis(tokens));
+    if let Expr::Call(c) = e {
+        c.args.push(parse_quote!([#rows, #tokens]));
     }
 }
 

@@ -117,6 +117,8 @@ rules! {
         Host = "host",
         /// it draws random numbers, which differ between ranks, and is refused on shards.
         Random = "random",
+        /// it draws random numbers by element, for which the runtime has a form over all ranks.
+        Dropout = "dropout",
         /// it slides a window along a dimension, and is refused on shards.
         Window = "window",
         /// it goes from token to token, and is refused on shards.

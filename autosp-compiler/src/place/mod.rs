@@ -12,6 +12,7 @@
 //! sequence in its shape, the runtime cuts this rank's rows out of it; a sum over the sequence is taken over all ranks.
 
 mod branches;
+mod keys;
 mod layout;
 mod rules;
 pub(crate) mod sites;
@@ -63,6 +64,11 @@ pub(crate) enum Conversion {
     Slice { input: usize, dim: i64 },
     /// Fetch one token from the rank that owns it.
     Pick { dim: usize },
+    /// Draw by row and token: their dimensions.
+    Draw {
+        rows: Option<usize>,
+        tokens: Option<usize>,
+    },
     /// Run along the whole sequence, over all ranks.
     Sequence,
     /// Operand `input` is a mask over keys, of which each rank holds its own; the same for all queries, whatever it looks like.

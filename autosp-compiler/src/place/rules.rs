@@ -2,13 +2,11 @@
 
 use autosp_plan::codes;
 
-use super::sites::Site;
 use super::{Conversion, Place, Placer};
-use crate::error::Refusal;
 use crate::ops::{PlaceRule, Row, ShapeRule};
 use crate::trace::Role;
 use crate::trace::graph::{NodeId, Op};
-use crate::trace::shape::{Dim, Shape, show};
+use crate::trace::shape::{Dim, Shape};
 
 impl Placer<'_, '_, '_> {
     pub(super) fn row(
@@ -34,25 +32,11 @@ impl Placer<'_, '_, '_> {
                 "use the attention's result instead",
             );
         }
-        let rows = |i: &crate::trace::graph::Input| {
-            matches!(
-                trace.nodes[i.node].op,
-                crate::trace::graph::Op::Rows { index: true }
-            )
-        };
-        let by_index = matches!(row.shape, ShapeRule::IndexSelect | ShapeRule::IndexAdd);
-        let placed = n.inputs.get(1).is_some_and(rows) && by_index && n.touches.is_empty();
-        if sharded && n.inputs.iter().any(rows) && !placed {
-            return self.refuse(
-                node,
-                codes::MIXES_TOKENS,
-                format!(
-                    "`{}` uses numbers of rows, which every rank counts from its own first one",
-                    n.text
-                ),
-                None,
-                "select and add rows of the tensor that the loop was over",
-            );
+        if let Some(refused) = self.counts_own_rows(node, row, sharded) {
+            return refused;
+        }
+        if row.place == PlaceRule::Dropout {
+            return self.dropout(node, inputs);
         }
         if !sharded {
             return match inputs.iter().position(|p| *p == Place::Given) {
@@ -107,6 +91,9 @@ impl Placer<'_, '_, '_> {
                 ));
             }
         }
+        if let Some(refused) = self.rows_of_the_batch(node) {
+            return refused;
+        }
         match &n.shape {
             Shape::Unknown(why) => {
                 let why = why.clone();
@@ -134,6 +121,33 @@ impl Placer<'_, '_, '_> {
             ),
             _ => Place::Sharded,
         }
+    }
+
+    /// Numbers of rows that a rank counts from its own first one, used for anything but its own rows.
+    fn counts_own_rows(&mut self, node: NodeId, row: &Row, sharded: bool) -> Option<Place> {
+        let trace = self.trace;
+        let n = &trace.nodes[node];
+        let rows = |i: &crate::trace::graph::Input| {
+            matches!(
+                trace.nodes[i.node].op,
+                crate::trace::graph::Op::Rows { index: true }
+            )
+        };
+        let by_index = matches!(row.shape, ShapeRule::IndexSelect | ShapeRule::IndexAdd);
+        let placed = n.inputs.get(1).is_some_and(rows) && by_index && n.touches.is_empty();
+        if sharded && n.inputs.iter().any(rows) && !placed {
+            return Some(self.refuse(
+                node,
+                codes::MIXES_TOKENS,
+                format!(
+                    "`{}` uses numbers of rows, which every rank counts from its own first one",
+                    n.text
+                ),
+                None,
+                "select and add rows of the tensor that the loop was over",
+            ));
+        }
+        None
     }
 
     /// What may happen to one token or all of them: what does the same to both.
@@ -165,6 +179,55 @@ impl Placer<'_, '_, '_> {
             return refused;
         }
         Place::Either
+    }
+
+    /// Dropout draws by global row and token, which have to be told apart from features.
+    fn dropout(&mut self, node: NodeId, inputs: &[Place]) -> Place {
+        let trace = self.trace;
+        let n = &trace.nodes[node];
+        let place = inputs.first().copied().unwrap_or(Place::Replicated);
+        let known = n
+            .shape
+            .known()
+            .filter(|_| matches!(place, Place::Sharded | Place::Replicated));
+        let axes = known.and_then(|dims| {
+            let (mut rows, mut tokens) = (None, None);
+            for (d, dim) in dims
+                .iter()
+                .enumerate()
+                .filter(|(_, dim)| dim.anchored(&trace.atoms))
+            {
+                let [factor] = dim.0.as_slice() else {
+                    return None;
+                };
+                let atom = trace.atoms.normal(&factor.size).as_atom()?;
+                let slot = if atom == self.sequence {
+                    &mut tokens
+                } else {
+                    &mut rows
+                };
+                if slot.replace(d).is_some() {
+                    return None;
+                }
+            }
+            // What is whole has its tokens from the first on, whatever this rank's are.
+            Some((rows, tokens.filter(|_| place == Place::Sharded)))
+        });
+        let Some((rows, tokens)) = axes else {
+            return self.refuse(
+                node,
+                codes::RANDOM,
+                format!(
+                    "`{}` drops elements of which rows and tokens cannot be told apart",
+                    n.text
+                ),
+                None,
+                "drop elements of [batch, sequence, width], before rows and tokens are merged",
+            );
+        };
+        self.conversions
+            .push((node, Conversion::Draw { rows, tokens }));
+        place
     }
 
     /// What may happen to an input of a rank that nobody reads: it stays one.
@@ -282,79 +345,6 @@ impl Placer<'_, '_, '_> {
         Some(place)
     }
 
-    /// The masks over keys that the operands of a site's scores are.
-    pub(super) fn keys(&mut self, site: &Site) {
-        for (node, input) in site.keys.iter().copied() {
-            let trace = self.trace;
-            let operand = trace.nodes[node].inputs[input].node;
-            let shapes: Vec<&[Dim]> = match &trace.nodes[operand].shape {
-                Shape::Known(dims) => vec![dims],
-                Shape::Either(all) => all.iter().map(Vec::as_slice).collect(),
-                _ => Vec::new(),
-            };
-            let has = |dim: &Dim, repeated: bool| {
-                dim.0.iter().any(|f| {
-                    f.repeat == repeated && trace.atoms.normal(&f.size).contains(self.sequence)
-                })
-            };
-            let mut all_queries = false;
-            let place = self.place[operand];
-            if let Some(layer) = trace.learned(operand) {
-                self.problems.insert(
-                    node,
-                    Refusal::new(
-                        codes::LEARNED_BIAS,
-                        trace.nodes[node].at.span,
-                        format!(
-                            "`{}` adds a learned bias to the scores",
-                            trace.nodes[node].text
-                        ),
-                    )
-                    .note(format!("it comes out of `{}`", trace.nodes[layer].text))
-                    .help(
-                        "`.detach()` it if it is not trained, or use rotary or absolute positions",
-                    ),
-                );
-                continue;
-            }
-            let fine = match place {
-                Place::Given | Place::Replicated => true,
-                Place::Sharded => shapes.iter().all(|dims| {
-                    let Some((keys, before)) = dims.split_last() else {
-                        return false;
-                    };
-                    all_queries |= before.last().is_some_and(|q| has(q, true));
-                    has(keys, false)
-                        && keys.0.len() == 1
-                        && before.iter().all(|d| !has(d, false))
-                        && before.iter().rev().skip(1).all(|d| !has(d, true))
-                }),
-                _ => false,
-            };
-            if !fine || (place == Place::Sharded && shapes.is_empty()) {
-                let shape = match shapes.first() {
-                    Some(dims) => show(&trace.atoms, dims),
-                    None => "of an unknown shape".to_string(),
-                };
-                self.problems.insert(
-                    node,
-                    Refusal::new(
-                        codes::MASK,
-                        trace.nodes[node].at.span,
-                        format!("cannot follow the mask `{}`", trace.nodes[operand].text),
-                    )
-                    .note(format!(
-                        "it is {shape}; a mask from the caller has one number a key, [b, 1, 1, s]"
-                    ))
-                    .help("`mask.reshape((b, 1, 1, s))?` of a mask [b, s]")
-                    .in_branch(trace.nodes[node].branch),
-                );
-            }
-            self.conversions
-                .push((node, Conversion::Keys { input, all_queries }));
-        }
-    }
-
     /// An operation that runs along the sequence or the batch of a shard.
     fn computes_along_tokens(
         &mut self,
@@ -410,9 +400,9 @@ impl Placer<'_, '_, '_> {
             dims.and_then(|dims| dims.get(*d)).is_some_and(foreign)
         });
         let pairs = |dims: &[Dim]| {
-            let rows: Vec<&Dim> = dims
-                .iter()
-                .filter(|d| foreign(d) && !d.has_repeat())
+            let rows = dims.iter().filter(|d| foreign(d) && !d.has_repeat());
+            let rows: Vec<_> = rows
+                .map(|d| trace.atoms.normal(&d.size(&trace.atoms)))
                 .collect();
             rows.iter().enumerate().any(|(i, d)| rows[..i].contains(d))
         };
@@ -433,15 +423,7 @@ impl Placer<'_, '_, '_> {
         let text = &self.trace.nodes[node].text;
         let random = format!("`{text}` draws random numbers, which differ between ranks");
         let host = format!("`{text}` reads a sharded tensor to the host");
-        let dropout = row.name() == "dropout" || row.path.contains("Dropout");
         Some(match row.place {
-            PlaceRule::Random if dropout => self.refuse(
-                node,
-                codes::RANDOM,
-                random,
-                None,
-                "set the probability to 0 or leave the dropout out while training in parallel",
-            ),
             PlaceRule::Random => self.refuse(
                 node,
                 codes::RANDOM,

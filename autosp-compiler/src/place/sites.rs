@@ -197,7 +197,7 @@ impl Finder<'_, '_, '_> {
                     Op::Row(row) if row.shape == ShapeRule::Matmul && i == 0 => {
                         out = out.or(Some(node));
                     }
-                    Op::Row(row) if row.place == PlaceRule::Random => {
+                    Op::Row(row) if matches!(row.place, PlaceRule::Random | PlaceRule::Dropout) => {
                         self.refusals.push(
                             Refusal::new(codes::RANDOM, n.at.span, format!("`{}` drops attention weights at random", n.text))
                                 .note("the weights of one rank's heads would be dropped differently than on one device")
@@ -364,6 +364,15 @@ impl Finder<'_, '_, '_> {
                     let refusal = Refusal::new(codes::MASK, n.at.span, format!("cannot follow the mask `{}`", n.text))
                         .note("a mask is added to the scores, or selects among them with one number on the other side")
                         .help("`scores.broadcast_add(&mask)?`, or `mask.where_cond(&fill, &scores)?` with a `fill` that is one number");
+                    self.refusals.push(refusal);
+                    return None;
+                }
+                let expands = |r: &crate::ops::Row| r.shape == ShapeRule::Expand;
+                if !chain.nodes.contains(&user)
+                    && !self.trace.nodes[user].row().is_some_and(expands)
+                {
+                    let refusal = Refusal::new(codes::MASK, self.trace.nodes[user].at.span, format!("`{}` puts a mask from a rule and a mask over keys together", self.trace.nodes[user].text))
+                        .help("add one to the scores after the other: `scores.broadcast_add(&rule)?.broadcast_add(&mask)?`");
                     self.refusals.push(refusal);
                     return None;
                 }

@@ -78,6 +78,13 @@ pub static KEYS: &[Key] = &[
         read: ReadAt::Forward,
     },
     Key {
+        name: "device",
+        kind: Kind::Choice(&["cpu", "cuda", "cuda-shared"]),
+        default: Value::Choice("cpu"),
+        doc: "what a rank computes on: the `cpu`, a GPU of its own by `cuda`, or the first GPU for all ranks by `cuda-shared`, which tries sharding on one GPU",
+        read: ReadAt::Start,
+    },
+    Key {
         name: "policy",
         kind: Kind::Choice(&["all", "qkv", "attention", "input"]),
         default: Value::Choice("all"),

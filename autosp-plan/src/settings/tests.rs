@@ -32,6 +32,7 @@ fn every_row_is_sound_and_every_accessor_names_one() {
         (Attention::Tiled, Policy::All)
     );
     assert_eq!(settings.zero(), Zero::Stage0);
+    assert_eq!(settings.device(), Device::Cpu);
 }
 
 #[test]
@@ -43,8 +44,14 @@ fn typed_setters_reach_their_row() {
         .with_deadline(Duration::from_millis(1500))
         .with_attention(Attention::Reference)
         .with_policy(Policy::Input)
+        .with_device(Device::CudaShared)
         .with_zero(Zero::Stage1);
     assert_eq!(settings.zero(), Zero::Stage1);
+    assert_eq!(settings.device(), Device::CudaShared);
+    assert_eq!(
+        Settings::default().with_device(Device::Cuda).device(),
+        Device::Cuda
+    );
     assert_eq!((settings.sp(), settings.dp(), settings.groups()), (4, 2, 3));
     assert_eq!(settings.deadline(), Duration::from_millis(1500));
     assert_eq!(
@@ -104,7 +111,7 @@ fn an_unknown_name_lists_the_known_ones() {
         .unwrap_err();
     assert_eq!(
         error.to_string(),
-        "unknown setting `gruops` (autosp.toml:2:2), expected one of `sp`, `dp`, `groups`, `deadline`, `attention`, `policy`, `zero`\n  \
+        "unknown setting `gruops` (autosp.toml:2:2), expected one of `sp`, `dp`, `groups`, `deadline`, `attention`, `device`, `policy`, `zero`\n  \
          help: did you mean `groups`? [AS0308]"
     );
     let far = Settings::default().with("colour", "red").unwrap_err();

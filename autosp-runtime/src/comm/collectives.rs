@@ -96,6 +96,20 @@ pub fn all_gather(engine: &dyn Engine, tag: Tag, x: &Tensor, dim: usize) -> Resu
 /// # Errors
 /// AS0406 if shapes or types differ; else as [`Engine::wait`].
 pub fn reduce_scatter(engine: &dyn Engine, tag: Tag, x: &Tensor, dim: usize) -> Result<Tensor> {
+    reduce_scatter_as(engine, tag, x, dim, x.dtype())
+}
+
+/// As [`reduce_scatter`], with the sum in the type `dtype`: what is added in `f32` need not be rounded to the type that travelled.
+///
+/// # Errors
+/// As [`reduce_scatter`].
+pub fn reduce_scatter_as(
+    engine: &dyn Engine,
+    tag: Tag,
+    x: &Tensor,
+    dim: usize,
+    dtype: DType,
+) -> Result<Tensor> {
     let x = value(engine, x)?;
     let (n, size) = (x.dim(dim)?, engine.size());
     let cut = |rank: usize| {
@@ -106,7 +120,7 @@ pub fn reduce_scatter(engine: &dyn Engine, tag: Tag, x: &Tensor, dim: usize) -> 
         .map(|rank| Ok(Some(cut(rank)?)))
         .collect::<Result<Vec<_>>>()?;
     let received = all_to_all(engine, tag, parts)?;
-    sum_in_order(engine, tag, received)
+    sum_in_order(engine, tag, received, dtype)
 }
 
 /// The sum over all ranks, the same bits on every rank: a reduce-scatter of flat chunks, then an all-gather.
@@ -124,8 +138,13 @@ pub fn all_reduce_sum(engine: &dyn Engine, tag: Tag, x: &Tensor) -> Result<Tenso
     Ok(whole.reshape(x.shape())?)
 }
 
-/// Adds the parts in the order of the ranks; half precision is added in f32.
-fn sum_in_order(engine: &dyn Engine, tag: Tag, parts: Vec<Option<Tensor>>) -> Result<Tensor> {
+/// Adds the parts in the order of the ranks; half precision is added in f32. The sum is of type `dtype`.
+fn sum_in_order(
+    engine: &dyn Engine,
+    tag: Tag,
+    parts: Vec<Option<Tensor>>,
+    dtype: DType,
+) -> Result<Tensor> {
     let own = parts[engine.rank()]
         .clone()
         .ok_or_else(|| absent(engine, tag, engine.rank()))?;
@@ -143,7 +162,7 @@ fn sum_in_order(engine: &dyn Engine, tag: Tag, parts: Vec<Option<Tensor>>) -> Re
             Some(sum) => (sum + part)?,
         });
     }
-    Ok(sum.unwrap_or_else(|| own.clone()).to_dtype(own.dtype())?)
+    Ok(sum.unwrap_or_else(|| own.clone()).to_dtype(dtype)?)
 }
 
 /// What a rank gives away of `x`: detached, and a copy if `x` itself is a variable, which its owner may change in place.

@@ -14,6 +14,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use autosp_plan::codes;
+#[cfg(feature = "cuda")]
+use candle_core::DType;
 use candle_core::Tensor;
 
 pub(crate) use mail::list;
@@ -24,8 +26,21 @@ use super::ring::short;
 use super::{Engine, Pending, Tag};
 use crate::{Error, Ledger, Result};
 
+/// What one rank hands to another in one collective.
+#[derive(Debug, Default)]
+pub(crate) enum Letter {
+    /// Nothing but the tag.
+    #[default]
+    Empty,
+    /// A tensor, by reference.
+    Part(Tensor),
+    /// A tensor that comes another way: from one GPU to another.
+    #[cfg(feature = "cuda")]
+    Announced(Vec<usize>, DType),
+}
+
 /// A group of ranks.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Group {
     /// `sp`, `dp` or `world`, for messages.
     pub(crate) kind: &'static str,
@@ -65,8 +80,90 @@ impl LocalEngine {
             .filter(|&(place, _)| place != self.rank)
     }
 
+    /// # Errors
+    /// AS0406 unless there is one part for each rank.
+    pub(super) fn expect_parts(&self, tag: Tag, found: usize) -> Result<()> {
+        if found == self.group.members.len() {
+            return Ok(());
+        }
+        let text = format!(
+            "{tag}: expected one part for each of {} ranks, found {found}",
+            self.group.members.len(),
+        );
+        Err(Error::new(codes::COLLECTIVE_ARGUMENT, text))
+    }
+
+    /// Starts a collective: posts a letter to every peer; what is for this rank itself stays behind. Never blocks.
+    pub(super) fn send(&self, tag: Tag, mut letters: Vec<Letter>) -> Result<u64> {
+        self.world.check(self.world_rank)?;
+        let sequence = self.next.fetch_add(1, Ordering::Relaxed);
+        if letters.len() > 1 {
+            self.world
+                .started(self.world_rank, self.group.kind, sequence, tag);
+        }
+        for (place, rank) in self.peers() {
+            let letter = std::mem::take(&mut letters[place]);
+            let bytes = match &letter {
+                Letter::Empty => 0,
+                Letter::Part(part) => part.elem_count() * part.dtype().size_in_bytes(),
+                #[cfg(feature = "cuda")]
+                Letter::Announced(dims, dtype) => {
+                    dims.iter().product::<usize>() * dtype.size_in_bytes()
+                }
+            };
+            if !matches!(letter, Letter::Empty) {
+                self.ledger.count(bytes as u64, tag.exchange);
+            }
+            let key = (self.group.kind, self.world_rank, sequence);
+            self.world.post(rank, key, Envelope { tag, letter });
+        }
+        Ok(sequence)
+    }
+
+    /// Blocks until the letters of all peers have arrived: entry `p` is what rank `p` sent, `Empty` for this rank.
+    pub(super) fn receive(&self, tag: Tag, sequence: u64) -> Result<Vec<Letter>> {
+        let size = self.group.members.len();
+        let mut arrived: Vec<Letter> = (0..size).map(|_| Letter::Empty).collect();
+        if size == 1 {
+            return Ok(arrived);
+        }
+        let kind = self.group.kind;
+        let keys = self
+            .peers()
+            .map(|(_, rank)| (kind, rank, sequence))
+            .collect();
+        self.world.waits(self.world_rank, kind, sequence);
+        let until = Instant::now() + self.world.deadline;
+        let letters = match self
+            .world
+            .take(self.world_rank, &Missing { tag, keys }, until)?
+        {
+            Taken::Envelopes(letters) => letters,
+            Taken::Late(ranks) => return Err(self.fault(self.late(tag, sequence, &ranks))),
+            Taken::Returned(ranks) => return Err(self.fault(self.returned(tag, &ranks))),
+            Taken::Stuck(error) => return Err(self.fault(error)),
+        };
+        if let Some(((_, rank, _), other)) = letters.iter().find(|(_, letter)| letter.tag != tag) {
+            return Err(self.fault(self.mismatch(tag, *rank, other.tag, sequence)));
+        }
+        for ((_, from, _), envelope) in letters {
+            if let Some((place, _)) = self.peers().find(|&(_, rank)| rank == from) {
+                arrived[place] = envelope.letter;
+            }
+        }
+        Ok(arrived)
+    }
+
+    /// Notes that everything of a collective has arrived.
+    pub(super) fn completed(&self, sequence: u64) {
+        if self.group.members.len() > 1 {
+            self.world
+                .completed(self.world_rank, self.group.kind, sequence);
+        }
+    }
+
     /// A fault that this rank found: it ends the run.
-    fn fault(&self, error: Error) -> Error {
+    pub(super) fn fault(&self, error: Error) -> Error {
         let copy = error.copy();
         self.world.raise(self.world_rank, error);
         copy
@@ -127,79 +224,42 @@ impl Engine for LocalEngine {
     }
 
     fn start(&self, tag: Tag, mut parts: Vec<Option<Tensor>>) -> Result<Pending> {
-        if parts.len() != self.size() {
-            let text = format!(
-                "{tag}: expected one part for each of {} ranks, found {}",
-                self.size(),
-                parts.len()
-            );
-            return Err(Error::new(codes::COLLECTIVE_ARGUMENT, text));
-        }
-        self.world.check(self.world_rank)?;
-        let sequence = self.next.fetch_add(1, Ordering::Relaxed);
+        self.expect_parts(tag, parts.len())?;
         let own = parts[self.rank].take();
-        if self.size() > 1 {
-            self.world
-                .started(self.world_rank, self.group.kind, sequence, tag);
-        }
-        for (place, rank) in self.peers() {
-            let part = match parts[place].take() {
-                Some(part) => {
-                    let part = if part.is_variable() {
-                        part.copy()?
-                    } else {
-                        part
-                    };
-                    let part = part.detach().contiguous()?;
-                    self.ledger.count(
-                        (part.elem_count() * part.dtype().size_in_bytes()) as u64,
-                        tag.exchange,
-                    );
-                    Some(part)
-                }
-                None => None,
-            };
-            let envelope = Envelope { tag, part };
-            self.world
-                .post(rank, (self.group.kind, self.world_rank, sequence), envelope);
-        }
+        let letters = parts.into_iter().map(|part| match part {
+            Some(part) => Ok(Letter::Part(given(part)?)),
+            None => Ok(Letter::Empty),
+        });
+        let sequence = self.send(tag, letters.collect::<Result<_>>()?)?;
         Ok(Pending { tag, sequence, own })
     }
 
     fn wait(&self, pending: Pending) -> Result<Vec<Option<Tensor>>> {
         let Pending { tag, sequence, own } = pending;
         let mut arrived: Vec<Option<Tensor>> = vec![None; self.size()];
-        arrived[self.rank] = own;
-        if self.size() == 1 {
-            return Ok(arrived);
-        }
-        let kind = self.group.kind;
-        let keys = self
-            .peers()
-            .map(|(_, rank)| (kind, rank, sequence))
-            .collect();
-        self.world.waits(self.world_rank, kind, sequence);
-        let until = Instant::now() + self.world.deadline;
-        let letters = match self
-            .world
-            .take(self.world_rank, &Missing { tag, keys }, until)?
-        {
-            Taken::Envelopes(letters) => letters,
-            Taken::Late(ranks) => return Err(self.fault(self.late(tag, sequence, &ranks))),
-            Taken::Returned(ranks) => return Err(self.fault(self.returned(tag, &ranks))),
-            Taken::Stuck(error) => return Err(self.fault(error)),
-        };
-        if let Some(((_, rank, _), other)) = letters.iter().find(|(_, letter)| letter.tag != tag) {
-            return Err(self.fault(self.mismatch(tag, *rank, other.tag, sequence)));
-        }
-        for ((_, from, _), letter) in letters {
-            if let Some((place, _)) = self.peers().find(|&(_, rank)| rank == from) {
-                arrived[place] = letter.part;
+        for (place, letter) in self.receive(tag, sequence)?.into_iter().enumerate() {
+            if let Letter::Part(part) = letter {
+                arrived[place] = Some(part);
             }
         }
-        self.world.completed(self.world_rank, kind, sequence);
+        arrived[self.rank] = own;
+        self.completed(sequence);
         Ok(arrived)
     }
+}
+
+/// A part as it is handed over: detached, contiguous, and a copy if it is a variable.
+pub(super) fn given(part: Tensor) -> Result<Tensor> {
+    let part = if part.is_variable() {
+        part.copy()?
+    } else {
+        part
+    };
+    #[cfg(feature = "cuda")]
+    if part.device().is_cuda() {
+        return crate::cuda::ops::contiguous(&part);
+    }
+    Ok(part.detach().contiguous()?)
 }
 
 #[cfg(test)]

@@ -39,6 +39,10 @@ impl Action {
     }
 }
 
+/// What is this or less counts for nothing beside scores of half precision.
+#[cfg(any(feature = "cuda", test))]
+const HIDDEN: f64 = -6e4;
+
 enum Values {
     Band(Declared),
     Rule(Arc<dyn Rule>, Vec<Change>),
@@ -97,7 +101,6 @@ pub(crate) struct Prepared {
 }
 
 impl Term {
-    #[cfg(test)]
     /// Resolves a mask against the sizes of a site: `batch` rows, `heads` global query heads, `length` valid tokens.
     ///
     /// # Errors
@@ -177,6 +180,40 @@ impl Term {
     /// Whether the term needs an upper bound of the scores before it, to tell blocks that cannot count.
     pub(crate) fn adds(&self) -> bool {
         self.action == Action::Add
+    }
+
+    /// The band outside of which this term hides keys from a query, if that is all that it does: outside, scores are filled with
+    /// or get added -6e4 or less, which no score in half precision outweighs; inside, they stay what they are.
+    #[cfg(any(feature = "cuda", test))]
+    pub(crate) fn visible_band(&self) -> Option<super::Band> {
+        use super::Band;
+        let Values::Band(Declared {
+            band,
+            inside,
+            outside,
+        }) = &*self.values
+        else {
+            return None;
+        };
+        let hides = |x: f64| match self.action {
+            Action::Fill { value, .. } => self.action.fills(x) && value <= HIDDEN,
+            Action::Add => x <= HIDDEN,
+        };
+        let band = match (band.lo, band.hi) {
+            _ if self.action.idle(*inside) && hides(*outside) => *band,
+            // What the band covers is hidden: the other side is seen, where there is only one.
+            (Some(lo), None) if hides(*inside) && self.action.idle(*outside) => Band {
+                lo: None,
+                hi: Some(lo - 1),
+            },
+            (None, Some(hi)) if hides(*inside) && self.action.idle(*outside) => Band {
+                lo: Some(hi + 1),
+                hi: None,
+            },
+            _ => return None,
+        };
+        // Every query sees itself, so that no row is empty.
+        (band.lo.is_none_or(|lo| lo <= 0) && band.hi.is_none_or(|hi| hi >= 0)).then_some(band)
     }
 
     fn part(&self, block: &Block) -> Part {

@@ -239,3 +239,65 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_band_is_what_a_term_leaves_visible() {
+    let term = |declared: Band, values: (u8, u8), action: Action| {
+        let (inside, outside) = values;
+        let rule = mask_rule(6, 6, move |i, j| {
+            if declared.contains(i, j) {
+                inside
+            } else {
+                outside
+            }
+        });
+        let host = rule.band(declared, inside, outside);
+        let mask = Mask::from_slice(&host, (6, 6), &Device::Cpu).unwrap();
+        Term::new(&mask, action, 1, 1, 6).unwrap()
+    };
+    let fill = |value: f64| Action::Fill {
+        value,
+        nonzero: true,
+    };
+    let causal = Band {
+        lo: None,
+        hi: Some(0),
+    };
+    let future = Band {
+        lo: Some(1),
+        hi: None,
+    };
+    let window = Band {
+        lo: Some(-2),
+        hi: Some(0),
+    };
+    assert_eq!(
+        term(causal, (0, 1), fill(f64::NEG_INFINITY)).visible_band(),
+        Some(causal)
+    );
+    // The same mask, declared by what it hides.
+    assert_eq!(
+        term(future, (1, 0), fill(-1e9)).visible_band(),
+        Some(causal)
+    );
+    assert_eq!(
+        term(window, (0, 1), fill(-1e9)).visible_band(),
+        Some(window)
+    );
+    // A fill that counts, a band that is hidden between two sides, a query that sees nothing, and what is hidden inside.
+    assert_eq!(term(causal, (0, 1), fill(-100.0)).visible_band(), None);
+    assert_eq!(term(window, (1, 0), fill(-1e9)).visible_band(), None);
+    assert_eq!(
+        term(
+            Band {
+                lo: None,
+                hi: Some(-1)
+            },
+            (0, 1),
+            fill(-1e9)
+        )
+        .visible_band(),
+        None
+    );
+    assert_eq!(term(causal, (1, 0), fill(-1e9)).visible_band(), None);
+}

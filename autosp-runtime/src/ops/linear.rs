@@ -13,6 +13,10 @@ use super::{owned, record1, tracked};
 /// # Errors
 /// Those of candle's layer.
 pub fn linear(layer: &Linear, x: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() && x.rank() >= 2 {
+        return super::modules::linear(layer, x);
+    }
     let weight = layer.weight();
     if tracked(weight) || !tracked(x) {
         return layer.forward(x);

@@ -185,6 +185,12 @@ fn norm(
             )
         }
     }
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda()
+        && let Some(y) = on_gpu(name, x, alpha, beta, norm)?
+    {
+        return Ok(y);
+    }
     if !x.device().is_cpu() {
         return composed(x, alpha, beta, norm);
     }
@@ -228,6 +234,49 @@ fn norm(
             move |[x, alpha, _], _, grad| grads(x, alpha, grad),
         ),
     }
+}
+
+/// The same by kernels on a GPU; `None` for a type or a width that they do not take.
+#[cfg(feature = "cuda")]
+fn on_gpu(
+    name: &'static str,
+    x: &Tensor,
+    alpha: &Tensor,
+    beta: Option<&Tensor>,
+    norm: Norm,
+) -> Result<Option<Tensor>> {
+    use super::taken;
+    use crate::cuda::ops;
+    let norm = ops::Norm {
+        eps: norm.eps,
+        remove_mean: norm.remove_mean,
+    };
+    let Some(y) = ops::norm_forward(norm, x, alpha, beta)? else {
+        return Ok(None);
+    };
+    let result = (taken(&y)?, x.shape().clone());
+    let grads = move |x: &Tensor, alpha: &Tensor, grad: &Tensor| {
+        let grads = ops::norm_backward(norm, x, alpha, grad)?;
+        let Some([dx, dalpha, dbeta]) = grads else {
+            bail!("{name}: the backward has no kernel for what the forward took")
+        };
+        Ok([Some(dx), Some(dalpha), Some(dbeta)])
+    };
+    let y = match beta {
+        None => record2(name, x, alpha, result, move |[x, alpha], _, grad| {
+            let [dx, dalpha, _] = grads(x, alpha, grad)?;
+            Ok([dx, dalpha])
+        }),
+        Some(beta) => record3(
+            name,
+            x,
+            alpha,
+            beta,
+            result,
+            move |[x, alpha, _], _, grad| grads(x, alpha, grad),
+        ),
+    };
+    y.map(Some)
 }
 
 /// The same by candle's differentiable operations, for devices without a kernel here.

@@ -141,20 +141,26 @@ recorder!(
 pub(crate) fn owned(x: &Tensor) -> Result<(Storage, Shape)> {
     let copy = x.detach().force_contiguous()?;
     let shape = copy.shape().clone();
-    if copy.device().is_cpu() {
-        let taken = Take(Mutex::new(None));
-        copy.inplace_op1(&taken)?;
-        return match taken.0.into_inner().unwrap_or_else(PoisonError::into_inner) {
-            Some(storage) => Ok((Storage::Cpu(storage), shape)),
-            None => bail!("the storage of a copy was not given"),
-        };
-    }
-    let (storage, layout) = copy.storage_and_layout();
-    Ok((storage.try_clone(layout)?, shape))
+    Ok((taken(&copy)?, shape))
 }
 
-/// Moves the storage out of a tensor that nothing else holds and that is dropped next.
-struct Take(Mutex<Option<CpuStorage>>);
+/// Moves the memory out of a tensor that nobody else reads any more and that is dropped next.
+pub(crate) fn taken(x: &Tensor) -> Result<Storage> {
+    let take = Take(Mutex::new(None));
+    x.inplace_op1(&take)?;
+    match take.0.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        Some(storage) => Ok(storage),
+        None => bail!("the storage of a tensor was not given"),
+    }
+}
+
+struct Take(Mutex<Option<Storage>>);
+
+impl Take {
+    fn keep(&self, storage: Storage) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(storage);
+    }
+}
 
 impl InplaceOp1 for Take {
     fn name(&self) -> &'static str {
@@ -163,7 +169,16 @@ impl InplaceOp1 for Take {
 
     fn cpu_fwd(&self, storage: &mut CpuStorage, _: &Layout) -> Result<()> {
         let taken = std::mem::replace(storage, CpuStorage::U8(Vec::new()));
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(taken);
+        self.keep(Storage::Cpu(taken));
+        Ok(())
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, storage: &mut CudaStorage, _: &Layout) -> Result<()> {
+        let device = storage.device.clone();
+        let empty = device.alloc_zeros::<u8>(1)?;
+        let taken = std::mem::replace(storage, CudaStorage::wrap_cuda_slice(empty, device));
+        self.keep(Storage::Cuda(taken));
         Ok(())
     }
 }

@@ -125,6 +125,14 @@ fn apply(rope: Rope, x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
             )
         }
     }
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda()
+        && !tracked(cos)
+        && !tracked(sin)
+        && let Some(y) = on_gpu(rope, x, cos, sin)?
+    {
+        return Ok(y);
+    }
     if !x.device().is_cpu() {
         return composed(rope, x, cos, sin);
     }
@@ -158,6 +166,30 @@ fn apply(rope: Rope, x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
             Ok([dx, dcos, dsin])
         },
     )
+}
+
+/// The same by a kernel on a GPU, for tables that are not trained; `None` for a type that it does not take.
+#[cfg(feature = "cuda")]
+fn on_gpu(rope: Rope, x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Option<Tensor>> {
+    use crate::cuda::ops;
+    let turn = move |inverse| ops::Rope {
+        interleaved: rope.interleaved,
+        sequence_first: rope.sequence_first,
+        inverse,
+    };
+    let Some(y) = ops::rope(turn(false), x, cos, sin)? else {
+        return Ok(None);
+    };
+    let result = (super::taken(&y)?, x.shape().clone());
+    let y = record3(
+        rope.name,
+        x,
+        cos,
+        sin,
+        result,
+        move |[_, cos, sin], _, grad| Ok([ops::rope(turn(true), grad, cos, sin)?, None, None]),
+    );
+    y.map(Some)
 }
 
 /// The same by candle's differentiable operations, for devices without a kernel here.

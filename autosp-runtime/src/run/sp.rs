@@ -29,6 +29,8 @@ struct Inner {
     settings: Settings,
     ledger: Arc<Ledger>,
     steps: AtomicU64,
+    /// Of the numbers that dropout draws.
+    seed: AtomicU64,
     shards: Mutex<VecDeque<(TensorId, Shard)>>,
 }
 
@@ -44,6 +46,7 @@ impl Sp {
         mesh: Mesh,
         rank: usize,
         groups: Groups,
+        device: Device,
         settings: Settings,
         ledger: Arc<Ledger>,
     ) -> Self {
@@ -54,10 +57,11 @@ impl Sp {
             sp_group: sp,
             dp_group: dp,
             world_group: world,
-            device: Device::Cpu,
+            device,
             settings,
             ledger,
             steps: AtomicU64::new(0),
+            seed: AtomicU64::new(0),
             shards: Mutex::default(),
         }))
     }
@@ -120,6 +124,16 @@ impl Sp {
     /// What this rank has handed to its peers.
     pub fn ledger(&self) -> &Ledger {
         &self.0.ledger
+    }
+
+    /// Sets the seed of what models draw while they run (dropout), on every rank the same; 0 at first.
+    pub fn set_seed(&self, seed: u64) {
+        self.0.seed.store(seed, Ordering::Relaxed);
+    }
+
+    /// The seed of what models draw while they run.
+    pub fn seed(&self) -> u64 {
+        self.0.seed.load(Ordering::Relaxed)
     }
 
     /// Runs `f` inside a sharded scope: models under the attribute run their sequence-parallel twins there, also on one rank.

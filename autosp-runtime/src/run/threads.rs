@@ -10,9 +10,10 @@ use tracing::dispatcher::{self, Dispatch};
 use tracing::subscriber::NoSubscriber;
 
 use super::panics;
-use super::sp::{Groups, Sp};
-use crate::comm::{Engine, Fault, Group, LocalEngine, World, list};
-use crate::{Error, Ledger, Mesh, Result};
+use super::place::Place;
+use super::sp::Sp;
+use crate::comm::{Fault, World, list};
+use crate::{Error, Mesh, Result};
 
 /// Stack of a rank: candle's backward recurses once an operation. Pages that are not touched cost nothing.
 const STACK_BYTES: usize = 256 << 20;
@@ -61,6 +62,7 @@ pub(super) fn run_watched<T: Send>(
     let mesh = Mesh::from_settings(settings)?;
     let size = mesh.world();
     let world = Arc::new(World::new(size, settings.deadline()));
+    let place = Place::of(settings)?;
 
     for (key, value, source) in settings.entries() {
         tracing::info!(setting = key.name, %value, %source, "setting");
@@ -70,13 +72,15 @@ pub(super) fn run_watched<T: Send>(
     let results: Vec<Option<T>> = std::thread::scope(|scope| {
         let mut threads = Vec::with_capacity(size);
         for rank in 0..size {
-            let sp = connect(&world, mesh, rank, settings);
+            let place = &place;
             let (own_world, observer) = (Arc::clone(&world), observer.clone());
             let thread = std::thread::Builder::new()
                 .name(format!("rank {rank}"))
                 .stack_size(STACK_BYTES);
             match thread.spawn_scoped(scope, move || {
-                observer.observe(rank, || rank_main(&own_world, &sp, f))
+                observer.observe(rank, || {
+                    rank_main(&own_world, (mesh, rank), settings, place, f)
+                })
             }) {
                 Ok(thread) => threads.push(thread),
                 Err(error) => {
@@ -143,31 +147,22 @@ impl Drop for Leave<'_> {
     }
 }
 
-/// The three groups of `rank`, and its view of the run.
-fn connect(world: &Arc<World>, mesh: Mesh, rank: usize, settings: &Settings) -> Sp {
-    let ledger = Arc::new(Ledger::default());
-    let engine = |kind: &'static str, members: Vec<usize>, place: usize| -> Box<dyn Engine> {
-        Box::new(LocalEngine::new(
-            Arc::clone(world),
-            Group { kind, members },
-            place,
-            Arc::clone(&ledger),
-        ))
-    };
-    let groups = Groups {
-        sp: engine("sp", mesh.sp_members(rank).collect(), mesh.sp_rank(rank)),
-        dp: engine("dp", mesh.dp_members(rank), mesh.dp_rank(rank)),
-        world: engine("world", (0..mesh.world()).collect(), rank),
-    };
-    Sp::new(mesh, rank, groups, settings.clone(), ledger)
-}
-
 /// The life of one rank. Whatever ends it, the others hear of it.
-fn rank_main<T>(world: &World, sp: &Sp, f: &impl Fn(&Sp) -> Result<T>) -> Option<T> {
+fn rank_main<T>(
+    world: &Arc<World>,
+    (mesh, rank): (Mesh, usize),
+    settings: &Settings,
+    place: &Place,
+    f: &impl Fn(&Sp) -> Result<T>,
+) -> Option<T> {
     panics::mark_rank();
-    let rank = sp.rank();
     let _leave = Leave(world, rank);
-    match catch_unwind(AssertUnwindSafe(|| f(sp))) {
+    let life = || {
+        place
+            .connect(world, mesh, rank, settings)
+            .and_then(|sp| f(&sp))
+    };
+    match catch_unwind(AssertUnwindSafe(life)) {
         Ok(Ok(value)) => Some(value),
         Ok(Err(error)) => {
             if error.code() != codes::STOPPED {

@@ -71,7 +71,7 @@ impl<'a> RankBackward<'a> {
         }
         let mut parts = Vec::with_capacity(plan.ranks());
         for peer in 0..plan.ranks() {
-            parts.push(Some(Tensor::cat(
+            parts.push(Some(joined(
                 &runs(&self.grad, 1, plan.q_heads(peer, g))?,
                 1,
             )?));

@@ -26,7 +26,7 @@ pub(super) fn packed(parts: &[Tensor]) -> Result<Tensor> {
         .map(|part| part.dim(3))
         .collect::<candle_core::Result<Vec<_>>>()?;
     if widths.windows(2).all(|pair| pair[0] == pair[1]) {
-        return Ok(Tensor::cat(parts, 0)?);
+        return joined(parts, 0);
     }
     let flat = parts
         .iter()
@@ -61,8 +61,33 @@ pub(super) fn unpacked(
 
 /// `parts` along `dim` as one tensor of its own memory.
 pub(super) fn joined(parts: &[Tensor], dim: usize) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if parts.first().is_some_and(|part| part.device().is_cuda()) {
+        return gathered(parts, dim);
+    }
     Ok(match parts {
         [one] => one.force_contiguous()?,
         parts => Tensor::cat(parts, dim)?.contiguous()?,
     })
+}
+
+/// As [`joined`], with one copy of each part on the GPU, whatever its strides.
+#[cfg(feature = "cuda")]
+fn gathered(parts: &[Tensor], dim: usize) -> Result<Tensor> {
+    use crate::cuda::{device_of, ops, unwritten};
+    let mut dims = parts[0].dims().to_vec();
+    let lengths = parts
+        .iter()
+        .map(|part| part.dim(dim))
+        .collect::<candle_core::Result<Vec<_>>>()?;
+    dims[dim] = lengths.iter().sum();
+    let whole = unwritten(&device_of(&parts[0])?, dims, parts[0].dtype())?;
+    let mut at = 0;
+    for (part, length) in parts.iter().zip(lengths) {
+        if !ops::copy(&part.detach(), &whole.narrow(dim, at, length)?)? {
+            return Ok(Tensor::cat(parts, dim)?.contiguous()?);
+        }
+        at += length;
+    }
+    Ok(whole)
 }

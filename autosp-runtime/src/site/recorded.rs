@@ -4,7 +4,7 @@ use std::sync::{Mutex, PoisonError};
 
 use autosp_plan::codes;
 use autosp_plan::settings::Policy;
-use candle_core::{CpuStorage, CustomOp3, InplaceOp1, Shape, Tensor};
+use candle_core::{CpuStorage, CudaStorage, CustomOp3, Shape, Storage, Tensor};
 
 use super::backward::RankBackward;
 use super::forward::{Ran, RankForward};
@@ -12,6 +12,7 @@ use super::{HeadPlan, Kept, Memo, Place, SiteRef};
 use crate::attention::Spec;
 use crate::error::{Error, Result};
 use crate::memory::tape::{self, Turn};
+use crate::ops::taken;
 use crate::scope::{Scope, Shard};
 
 /// Runs a site on this rank's shards q [b, H, len, d], k [b, G, len, d] and v [b, G, len, dv], and returns the output
@@ -96,7 +97,7 @@ pub(crate) fn run(
         }
     }
     let shape = out.shape().clone();
-    let finished = Mutex::new(Some((storage_of(&out)?, shape)));
+    let finished = Mutex::new(Some((taken(&out)?, shape)));
     Ok(q.apply_op3(
         k,
         v,
@@ -112,7 +113,18 @@ pub(crate) fn run(
 struct Recorded {
     place: Place,
     kept: Vec<Kept>,
-    finished: Mutex<Option<(CpuStorage, Shape)>>,
+    finished: Mutex<Option<(Storage, Shape)>>,
+}
+
+impl Recorded {
+    fn result(&self) -> Result<(Storage, Shape)> {
+        let finished = self
+            .finished
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        finished.ok_or_else(|| super::forward::missing(self.place.site.name))
+    }
 }
 
 impl CustomOp3 for Recorded {
@@ -129,12 +141,25 @@ impl CustomOp3 for Recorded {
         _: &CpuStorage,
         _: &candle_core::Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let finished = self
-            .finished
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
-        Ok(finished.ok_or_else(|| super::forward::missing(self.place.site.name))?)
+        match self.result()? {
+            (Storage::Cpu(storage), shape) => Ok((storage, shape)),
+            _ => Err(super::forward::missing(self.place.site.name).into()),
+        }
+    }
+
+    fn cuda_fwd(
+        &self,
+        _: &CudaStorage,
+        _: &candle_core::Layout,
+        _: &CudaStorage,
+        _: &candle_core::Layout,
+        _: &CudaStorage,
+        _: &candle_core::Layout,
+    ) -> candle_core::Result<(CudaStorage, Shape)> {
+        match self.result()? {
+            (Storage::Cuda(storage), shape) => Ok((storage, shape)),
+            _ => Err(super::forward::missing(self.place.site.name).into()),
+        }
     }
 
     fn bwd(
@@ -151,30 +176,4 @@ impl CustomOp3 for Recorded {
         let [dq, dk, dv] = io.finish()?;
         Ok((Some(dq), Some(dk), Some(dv)))
     }
-}
-
-/// Moves the memory out of a tensor that nobody else holds.
-fn storage_of(x: &Tensor) -> Result<CpuStorage> {
-    struct Take(Mutex<Option<CpuStorage>>);
-
-    impl InplaceOp1 for Take {
-        fn name(&self) -> &'static str {
-            "take"
-        }
-
-        fn cpu_fwd(
-            &self,
-            storage: &mut CpuStorage,
-            _: &candle_core::Layout,
-        ) -> candle_core::Result<()> {
-            let taken = std::mem::replace(storage, CpuStorage::U8(Vec::new()));
-            *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(taken);
-            Ok(())
-        }
-    }
-
-    let take = Take(Mutex::new(None));
-    x.inplace_op1(&take)?;
-    let taken = take.0.into_inner().unwrap_or_else(PoisonError::into_inner);
-    taken.ok_or_else(|| Error::new(codes::KERNEL, "attention: expected tensors on the CPU"))
 }

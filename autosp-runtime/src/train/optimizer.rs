@@ -1,4 +1,7 @@
-//! The optimizers' arithmetic, on the host.
+//! The optimizers' arithmetic: `AdamW` of variables on a GPU there, everything else on the host.
+
+#[cfg(feature = "cuda")]
+mod gpu;
 
 use candle_core::{DType, Device, Tensor, WithDType};
 use rayon::prelude::*;
@@ -12,7 +15,7 @@ use crate::ops::Real;
 /// Elements that one task updates.
 const BLOCK: usize = 16 * 1024;
 
-/// The state of the pieces of variables that this rank owns. Lives on the host.
+/// The state of the pieces of variables that this rank owns.
 pub(super) struct Updater {
     rule: Optimizer,
     slots: Vec<Slot>,
@@ -24,6 +27,9 @@ pub(super) struct Updater {
 enum Slot {
     Single(State<f32>),
     Double(State<f64>),
+    /// `AdamW` of a piece on a GPU, which stays there.
+    #[cfg(feature = "cuda")]
+    Gpu(gpu::State),
 }
 
 /// One piece's state; each list is empty until it is needed.
@@ -96,7 +102,11 @@ impl Updater {
             rate: step.rate * manner.rate,
             ..step
         };
+        #[cfg(feature = "cuda")]
+        gpu::State::take_over(&mut self.slots[slot], step.rule, var)?;
         match &mut self.slots[slot] {
+            #[cfg(feature = "cuda")]
+            Slot::Gpu(state) => state.step(step, manner.weight_decay, var, grad),
             Slot::Single(state) => state.step(step, manner.weight_decay, var, grad),
             Slot::Double(state) => state.step(step, manner.weight_decay, var, grad),
         }
@@ -107,6 +117,8 @@ impl Updater {
         match &self.slots[slot] {
             Slot::Single(state) => state.part(part),
             Slot::Double(state) => state.part(part),
+            #[cfg(feature = "cuda")]
+            Slot::Gpu(state) => state.part(part),
         }
     }
 
@@ -115,6 +127,8 @@ impl Updater {
         match &mut self.slots[slot] {
             Slot::Single(state) => state.set_part(part, x),
             Slot::Double(state) => state.set_part(part, x),
+            #[cfg(feature = "cuda")]
+            Slot::Gpu(state) => state.set_part(part, x),
         }
     }
 
@@ -123,6 +137,8 @@ impl Updater {
         let of = |slot: &Slot| match slot {
             Slot::Single(state) => state.len() * size_of::<f32>(),
             Slot::Double(state) => state.len() * size_of::<f64>(),
+            #[cfg(feature = "cuda")]
+            Slot::Gpu(state) => state.bytes(),
         };
         self.slots.iter().map(of).sum::<usize>() as u64
     }

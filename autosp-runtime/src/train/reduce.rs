@@ -2,11 +2,11 @@
 
 use autosp_plan::codes;
 use candle_core::backprop::GradStore;
-use candle_core::{Tensor, Var, WithDType};
+use candle_core::{DType, Tensor, Var, WithDType};
 use rayon::prelude::*;
 
 use super::flat::{Bucket, buckets, wide};
-use crate::comm::{Tag, all_gather, all_reduce_sum, reduce_scatter};
+use crate::comm::{Tag, all_gather, reduce_scatter_as};
 use crate::ops::{Real, Rows, Visit, visit};
 use crate::{Error, Result, Sp, memory, scope};
 
@@ -134,15 +134,16 @@ fn tag(direction: &'static str) -> Tag {
 /// Sums a bucket's gradients over all ranks: of the flat bucket the whole, or this rank's share of it.
 ///
 /// Sums are taken in `f32` (`f64` for `f64` variables), in the order of the ranks; every rank that has an element has the same bits. A
-/// gradient that is missing here is zero.
+/// gradient that is missing here is zero. Gradients travel in the type `travels`, which all ranks pass: that of the variables where
+/// nothing was added to them yet, so that a sum is rounded nowhere.
 pub(crate) fn reduce(
     sp: &Sp,
     bucket: &Bucket,
     grads: impl Iterator<Item = Option<Tensor>>,
     vars: &[Var],
-    sharded: bool,
+    (travels, sharded): (DType, bool),
 ) -> Result<Tensor> {
-    let dtype = wide(bucket.dtype);
+    let dtype = travels;
     let mut flat = Vec::with_capacity(bucket.vars.len());
     for (var, grad) in vars[bucket.vars.clone()].iter().zip(grads) {
         flat.push(match grad {
@@ -156,11 +157,15 @@ pub(crate) fn reduce(
         Tensor::cat(&flat, 0)?
     };
     drop(flat);
-    if sharded && sp.world_size() > 1 {
-        reduce_scatter(sp.world_group(), tag("sum"), &joined, 0)
-    } else {
-        all_reduce_sum(sp.world_group(), tag("sum"), &joined)
+    let (engine, sum) = (sp.world_group(), wide(bucket.dtype));
+    if sp.world_size() == 1 {
+        return Ok(joined.detach().to_dtype(sum)?);
     }
+    let share = reduce_scatter_as(engine, tag("sum"), &joined, 0, sum)?;
+    if sharded {
+        return Ok(share);
+    }
+    all_gather(engine, tag("sum"), &share, 0)
 }
 
 /// The sum of each variable's gradients over all ranks, in buckets of `bytes` bytes; see [`reduce`].
@@ -173,7 +178,8 @@ pub(crate) fn sums(
     let mut grads = grads.into_iter();
     let mut sums = Vec::with_capacity(vars.len());
     for bucket in buckets(vars, bytes) {
-        let sum = reduce(sp, &bucket, grads.by_ref(), vars, false)?;
+        let travels = wide(bucket.dtype);
+        let sum = reduce(sp, &bucket, grads.by_ref(), vars, (travels, false))?;
         sums.extend(bucket.split(&sum, vars)?);
     }
     Ok(sums)
@@ -191,6 +197,8 @@ pub(crate) fn gather(sp: &Sp, share: &Tensor) -> Result<Tensor> {
 /// rank has its share of them.
 pub(crate) fn global_norm(sp: &Sp, grads: &[Tensor], sharded: bool) -> Result<f64> {
     let mut sum = 0.0;
+    #[cfg(feature = "cuda")]
+    let grads = &crate::train::reduce::on_gpu(grads, &mut sum)?;
     for grad in grads {
         let grad = grad.to_device(&candle_core::Device::Cpu)?.flatten_all()?;
         sum += visit(&SquareSum, [&grad])?;
@@ -201,6 +209,30 @@ pub(crate) fn global_norm(sp: &Sp, grads: &[Tensor], sharded: bool) -> Result<f6
         sum = all.to_vec1::<f64>()?.iter().sum();
     }
     Ok(sum.sqrt())
+}
+
+/// Adds the squares of what kernels take, read back together; returns the others.
+#[cfg(feature = "cuda")]
+fn on_gpu(grads: &[Tensor], sum: &mut f64) -> Result<Vec<Tensor>> {
+    let (mut partial, mut others) = (Vec::new(), Vec::new());
+    for grad in grads {
+        let squares = if grad.device().is_cuda() {
+            crate::cuda::ops::squares(grad)?
+        } else {
+            None
+        };
+        match squares {
+            Some(squares) => partial.push(squares),
+            None => others.push(grad.clone()),
+        }
+    }
+    if !partial.is_empty() {
+        *sum += Tensor::cat(&partial, 0)?
+            .to_vec1::<f64>()?
+            .iter()
+            .sum::<f64>();
+    }
+    Ok(others)
 }
 
 struct SquareSum;

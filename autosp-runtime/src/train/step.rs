@@ -201,7 +201,14 @@ impl Trainer {
         let reduction = tracing::info_span!("reduction").entered();
         let mut sums = Vec::with_capacity(self.buckets.len());
         for bucket in &self.buckets {
-            let sum = reduce::reduce(&self.sp, bucket, grads.by_ref(), &self.vars, sharded)?;
+            // Those of one batch are as candle computed them: in f32 they would only be larger.
+            let travels = if single {
+                bucket.dtype
+            } else {
+                wide(bucket.dtype)
+            };
+            let grads = grads.by_ref();
+            let sum = reduce::reduce(&self.sp, bucket, grads, &self.vars, (travels, sharded))?;
             sums.push(if single { sum } else { (sum / total)? });
         }
         let grad_norm = reduce::global_norm(&self.sp, &sums, sharded)?;

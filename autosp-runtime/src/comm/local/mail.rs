@@ -7,8 +7,8 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use autosp_plan::codes;
-use candle_core::Tensor;
 
+use super::Letter;
 use super::world::{World, lock};
 use crate::comm::Tag;
 use crate::{Error, Result};
@@ -20,7 +20,7 @@ pub(super) type Key = (&'static str, usize, u64);
 #[derive(Debug)]
 pub(super) struct Envelope {
     pub(super) tag: Tag,
-    pub(super) part: Option<Tensor>,
+    pub(super) letter: Letter,
 }
 
 /// What a rank waits for.

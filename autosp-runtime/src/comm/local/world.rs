@@ -37,6 +37,17 @@ pub(crate) struct World {
     /// Ranks that have not returned yet; its bell rings when one does, and when one fails.
     running: Mutex<usize>,
     changed: Condvar,
+    /// Called once when the run fails: what else has to be stopped.
+    hooks: Mutex<Vec<Hook>>,
+}
+
+/// Stops something that waits outside of mailboxes.
+struct Hook(Box<dyn Fn() + Send>);
+
+impl std::fmt::Debug for Hook {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Hook")
+    }
 }
 
 impl World {
@@ -51,6 +62,7 @@ impl World {
             faults: Mutex::default(),
             running: Mutex::new(size),
             changed: Condvar::new(),
+            hooks: Mutex::default(),
         }
     }
 
@@ -65,6 +77,20 @@ impl World {
         }
         self.failed.store(true, Ordering::SeqCst);
         self.ring_all_bells();
+        for Hook(stop) in std::mem::take(&mut *lock(&self.hooks)) {
+            stop();
+        }
+    }
+
+    /// `stop` is called, on the thread of whoever fails, when the run fails; at once if it has.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn on_failure(&self, stop: impl Fn() + Send + 'static) {
+        lock(&self.hooks).push(Hook(Box::new(stop)));
+        if self.has_failed() {
+            for Hook(stop) in std::mem::take(&mut *lock(&self.hooks)) {
+                stop();
+            }
+        }
     }
 
     /// Records that `rank` has returned, and wakes everybody who may wait for it.

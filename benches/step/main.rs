@@ -1,19 +1,24 @@
-//! One training step of the example's model on 1, 2 and 4 ranks: `cargo bench --bench step`.
+//! One training step of the example's model on 1, 2 and 4 ranks: `cargo bench --bench step`. With `--seqs`, the geometry and the
+//! output of the peers instead ([`peer`]): `cargo bench --features cuda --bench step -- --device cuda --sp 2 --seqs 16384,32768`.
 //!
 //! The ranks are threads that share the cores, so that more of them do the same work in smaller parts: the difference to one rank
 //! is what exchanges, padding and waiting cost.
+
+#![allow(clippy::print_stdout, clippy::print_stderr)]
+
+mod peer;
 
 use std::{hint::black_box, time::Duration};
 
 use autosp::{Parameters, Settings, TrainSettings, Trainer, loss::cross_entropy};
 use candle_core::{DType, Device, Tensor};
-use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group};
 
 /// The example's model.
 #[autosp::sequence_parallel]
 #[allow(dead_code, missing_docs, clippy::pedantic)]
 pub mod llama {
-    include!("../examples/models/llama.rs");
+    include!("../../examples/models/llama.rs");
 }
 
 const ROWS: usize = 2;
@@ -75,4 +80,15 @@ fn step(criterion: &mut Criterion) {
 }
 
 criterion_group!(benches, step);
-criterion_main!(benches);
+
+fn main() {
+    if std::env::args().any(|argument| argument == "--seqs") {
+        if let Err(error) = peer::run() {
+            eprintln!("error: {error}");
+            std::process::exit(1);
+        }
+        return;
+    }
+    benches();
+    Criterion::default().configure_from_args().final_summary();
+}
