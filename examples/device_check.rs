@@ -106,22 +106,16 @@ fn run(options: &Options) -> Result<bool> {
         rows.push(row);
     };
     let on_gpu = Settings::default().with_device(settings::Device::Cuda);
-    autosp::run_with(on_gpu, |sp| {
-        let device = sp.device().clone();
-        Ok(device)
-    })
-    .and_then(|devices| {
-        let gpu = &devices[0];
-        for case in attention_cases() {
-            add(check_attention(&case, gpu), &case.name());
+    let devices = autosp::run_with(on_gpu, |sp| Ok(sp.device().clone()))?;
+    let gpu = &devices[0];
+    for case in attention_cases() {
+        add(check_attention(&case, gpu), &case.name());
+    }
+    for dtype in [DType::F32, DType::BF16] {
+        for (name, row) in check_operations(gpu, dtype) {
+            add(row, &name);
         }
-        for dtype in [DType::F32, DType::BF16] {
-            for (name, row) in check_operations(gpu, dtype) {
-                add(row, &name);
-            }
-        }
-        Ok(())
-    })?;
+    }
     if options.steps {
         for dtype in [DType::F32, DType::BF16] {
             add(check_steps(dtype, 1, false), "step on one GPU");
@@ -310,6 +304,7 @@ fn check_attention(case: &Case, gpu: &Device) -> Result<Row> {
 type Operation = Box<dyn Fn(&[Tensor]) -> candle_core::Result<Tensor>>;
 
 /// The replaced operations on a GPU against `f64` on the CPU, values and gradients.
+#[allow(clippy::too_many_lines, reason = "a list of cases")]
 fn check_operations(gpu: &Device, dtype: DType) -> Vec<(String, Result<Row>)> {
     let ids = |device: &Device| -> candle_core::Result<Tensor> {
         let ids: Vec<u32> = (0..60).map(|i| i * i % 37).collect();

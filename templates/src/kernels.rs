@@ -67,6 +67,10 @@ impl Copy {
     /// The widths.
     pub const WIDTHS: [usize; 5] = [16, 8, 4, 2, 1];
 
+    #[allow(
+        clippy::trivially_copy_pass_by_ref,
+        reason = "the form that the template calls"
+    )]
     fn unit(&self) -> &'static str {
         match self.bytes {
             16 => "uint4",

@@ -4,6 +4,7 @@
 use std::collections::HashSet;
 
 use autosp_plan::codes;
+use autosp_plan::plan::Plan;
 
 use crate::error::Refusal;
 use crate::ops::{PlaceRule, ShapeRule};
@@ -13,11 +14,39 @@ use crate::trace::shape::Dim;
 use crate::trace::value::Value;
 use crate::trace::{Role, Trace};
 
+/// The twin of a root for every token, where a loss is asked for and can be had; why it cannot goes to `no_loss` and the notes.
+///
+/// # Errors
+/// Those of `build`.
+pub(super) fn twin(
+    plan: &mut Plan,
+    trace: &Trace<'_, '_>,
+    placed: &Placed,
+    root: usize,
+    no_loss: &mut Vec<Refusal>,
+    build: impl FnOnce(&mut Plan) -> Result<usize, Refusal>,
+) -> Result<Option<usize>, Refusal> {
+    if !trace.scope.loss {
+        return Ok(None);
+    }
+    match foldable(trace, placed) {
+        Ok(true) => build(plan).map(Some),
+        Ok(false) => Ok(None),
+        Err(refusal) => {
+            let function = trace.scope.full_name(root);
+            let note = format!("`{function}` has no loss of its own: {}", refusal.message);
+            plan.notes.push(note);
+            no_loss.push(refusal);
+            Ok(None)
+        }
+    }
+}
+
 /// Whether the root keeps one token, and what follows would do for every token what it does for that one.
 ///
 /// # Errors
 /// If a token is kept and what follows cannot be followed for all of them.
-pub(super) fn foldable(trace: &Trace<'_, '_>, placed: &Placed) -> Result<bool, Refusal> {
+fn foldable(trace: &Trace<'_, '_>, placed: &Placed) -> Result<bool, Refusal> {
     let picks: Vec<NodeId> = placed
         .conversions
         .iter()

@@ -40,13 +40,14 @@ pub(crate) fn decide(
     }
     let mut fallback: Vec<Refusal> = Vec::new();
     let mut inner: Vec<usize> = Vec::new();
+    let mut no_loss: Vec<Refusal> = Vec::new();
     let (roots, pairs) = roots(scope, table);
     for (root, trace) in roots {
         let (trace, placed) = without_branches(scope, table, root, trace);
         refusals.extend(lost_result(&trace, root));
         match placed {
             Ok(placed) => {
-                if let Err(more) = add(&mut plan, &trace, &placed, root) {
+                if let Err(more) = add(&mut plan, &trace, &placed, root, &mut no_loss) {
                     refusals.extend(more);
                 }
                 for function in holders(&trace, &placed) {
@@ -69,6 +70,10 @@ pub(crate) fn decide(
         let instead = || recurrence(scope, table);
         let first = pairs.into_iter().chain(fallback).next().or_else(instead);
         refusals.push(first.unwrap_or_else(nothing));
+    }
+    // A loss was asked for: one function has to have it.
+    if plan.roots.iter().all(|r| r.loss.is_none()) {
+        refusals.extend(no_loss);
     }
     if refusals.is_empty() {
         for function in inner {
@@ -112,7 +117,7 @@ fn add_inner(plan: &mut plan::Plan, scope: &Scope<'_>, table: &'static Table, fu
     let before = plan.clone();
     let outcome = match (lost_result(&trace, function), placed) {
         (Some(lost), _) => Err(vec![lost]),
-        (None, Ok(placed)) => add(plan, &trace, &placed, function),
+        (None, Ok(placed)) => add(plan, &trace, &placed, function, &mut Vec::new()),
         (None, Err(problems)) => Err(problems),
     };
     if let Err(problems) = outcome {
@@ -322,6 +327,7 @@ fn add(
     trace: &Trace<'_, '_>,
     placed: &Placed,
     root: usize,
+    no_loss: &mut Vec<Refusal>,
 ) -> Result<(), Vec<Refusal>> {
     let first_site = plan.sites.len();
     let mut elided = Vec::new();
@@ -368,12 +374,10 @@ fn add(
             return Err(vec![refusal]);
         }
     };
-    let loss = if trace.scope.loss && loss::foldable(trace, placed).map_err(|r| vec![r])? {
-        let twin = twins::build(plan, trace, placed, &site_ids, &elided, &blocks, true);
-        Some(twin.map_err(|r| vec![r])?)
-    } else {
-        None
+    let every_token = |plan: &mut plan::Plan| {
+        twins::build(plan, trace, placed, &site_ids, &elided, &blocks, true)
     };
+    let loss = loss::twin(plan, trace, placed, root, no_loss, every_token).map_err(|r| vec![r])?;
     let f = &trace.scope.functions[root];
     let (plain, beside) = entries(trace, placed, root)?;
     returns(trace, placed, root).map_err(|r| vec![r])?;

@@ -205,6 +205,7 @@ impl<'a> Visit<'a> for Body<'_> {
         self.reject(m, "is a macro");
     }
 
+    #[allow(clippy::too_many_lines, reason = "one arm for each kind of expression")]
     fn visit_expr(&mut self, e: &'a syn::Expr) {
         match e {
             syn::Expr::MethodCall(m) => {
@@ -285,7 +286,7 @@ impl<'a> Visit<'a> for Body<'_> {
                 });
                 if let Some((_, other)) = &i.else_branch {
                     self.within(Some(format!("if not {cond}")), |this| {
-                        this.visit_expr(other)
+                        this.visit_expr(other);
                     });
                 }
             }

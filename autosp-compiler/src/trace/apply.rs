@@ -106,7 +106,7 @@ impl<'a> Trace<'_, 'a> {
         if row.place == PlaceRule::Host {
             self.reads.push(node);
             return if row.name() == "to_vec2" {
-                self.read_rows(node, what)
+                Self::read_rows(node, what)
             } else {
                 Value::Opaque
             };

@@ -36,7 +36,7 @@ pub(crate) struct RowList {
 
 impl<'a> Trace<'_, 'a> {
     /// `x.to_vec2()`: one row for each of the first dimension.
-    pub(super) fn read_rows(&mut self, node: NodeId, what: &str) -> Value {
+    pub(super) fn read_rows(node: NodeId, what: &str) -> Value {
         let reason = Self::reason(
             format!("cannot follow what becomes of `{what}` on the host"),
             "loop over the rows and append what is found to lists, row by row",

@@ -16,6 +16,7 @@ pub(super) type Ruled = Result<(Shape, Vec<(usize, usize)>), Reason>;
 
 impl<'a> Trace<'_, 'a> {
     /// The shape of a node from its row, its inputs and the arguments as they were given.
+    #[allow(clippy::too_many_lines, reason = "one arm for each rule")]
     pub(super) fn shape_rule(
         &mut self,
         row: &'static Row,

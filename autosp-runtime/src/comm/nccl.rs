@@ -94,7 +94,7 @@ pub(crate) fn connect(world: &Arc<World>, mesh: Mesh, rank: usize) -> Result<Wir
         aborted
             .iter()
             .filter_map(Weak::upgrade)
-            .for_each(|group| group.abort())
+            .for_each(|group| group.abort());
     });
     let (for_late, deadline) = (Arc::downgrade(world), world.deadline);
     let watch = Watch::new(

@@ -54,7 +54,7 @@ fn adjacent(x: &Tensor) -> Result<Tensor> {
     let steps = x.stride();
     let fits = steps[3] == 1
         && steps[..3].iter().all(|step| step % 8 == 0)
-        && x.layout().start_offset() % 8 == 0;
+        && x.layout().start_offset().is_multiple_of(8);
     if fits {
         Ok(x)
     } else {

@@ -9,6 +9,7 @@ mod plan;
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::hash::Hash;
+use std::rc::Rc;
 use std::sync::Arc;
 
 use cudarc::cudnn::{result, sys};
@@ -40,7 +41,7 @@ impl Key {
 struct Session {
     stream: Arc<CudaStream>,
     /// Plans go before their handle.
-    plans: HashMap<Key, Arc<Plan>>,
+    plans: HashMap<Key, Rc<Plan>>,
     handle: Handle,
 }
 
@@ -79,13 +80,12 @@ pub(super) fn with_plan<T>(
             Some(session) => session,
             empty => empty.insert(Session::new(stream)?),
         };
-        let plan = match session.plans.get(key) {
-            Some(plan) => Arc::clone(plan),
-            None => {
-                let plan = Arc::new(Plan::build(&session.handle, &key.graph())?);
-                session.plans.insert(*key, Arc::clone(&plan));
-                plan
-            }
+        let plan = if let Some(plan) = session.plans.get(key) {
+            Rc::clone(plan)
+        } else {
+            let plan = Rc::new(Plan::build(&session.handle, &key.graph())?);
+            session.plans.insert(*key, Rc::clone(&plan));
+            plan
         };
         f(&session.handle, &plan)
     })

@@ -83,6 +83,7 @@ impl Versions {
 /// # Errors
 /// AS0410 if one is too old, AS0411 if one cannot be asked.
 pub fn versions() -> Result<Versions> {
+    use cublas::sys::libraryPropertyType as Part;
     let mut driver = 0;
     // SAFETY: the function writes one integer, and needs no context.
     unsafe { driver::sys::cuDriverGetVersion(&raw mut driver) }
@@ -94,7 +95,6 @@ pub fn versions() -> Result<Versions> {
         unsafe { cublas::sys::cublasGetProperty(kind, &raw mut value) };
         value
     };
-    use cublas::sys::libraryPropertyType as Part;
     let cublas = property(Part::MAJOR_VERSION) * 10_000
         + property(Part::MINOR_VERSION) * 100
         + property(Part::PATCH_LEVEL);

@@ -18,7 +18,7 @@ pub(crate) type Id = [u8; 128];
 /// AS0411 if NCCL finds no way to communicate.
 pub(crate) fn new_id() -> Result<Id> {
     let id = result::get_uniqueid().explain("naming a group")?;
-    Ok(id.internal.map(|byte| byte.cast_unsigned()))
+    Ok(id.internal.map(std::ffi::c_char::cast_unsigned))
 }
 
 /// NCCL's handle; `None` once it was aborted or destroyed.
@@ -49,7 +49,7 @@ impl Communicator {
     /// AS0411 if NCCL refuses, such as for two members on one GPU.
     pub(crate) fn join(id: &Id, rank: usize, size: usize) -> Result<Self> {
         let id = sys::ncclUniqueId {
-            internal: id.map(|byte| byte.cast_signed()),
+            internal: id.map(u8::cast_signed),
         };
         let mut handle = std::ptr::null_mut();
         // SAFETY: the pointer is written once; rank and size are those of a group whose members all pass this id.

@@ -262,9 +262,7 @@ fn elementwise(name: &str, operands: &[&Tensor]) -> Result<Option<Tensor>> {
         .collect::<Result<Vec<_>>>()?;
     let count = count as i64;
     let kernel = function(&device_of(first)?, Module::Rows(module), name)?;
-    let launch = addresses
-        .iter()
-        .fold(Launch::new(&kernel), |launch, at| launch.with(at));
+    let launch = addresses.iter().fold(Launch::new(&kernel), Launch::with);
     launch
         .with(&count)
         .run(looping(first.elem_count(), module.pack), name)?;
@@ -526,11 +524,9 @@ pub(crate) fn adamw(
     )?;
     let launch = at
         .iter()
-        .fold(Launch::new(&kernel), |launch, at| launch.with(at))
+        .fold(Launch::new(&kernel), Launch::with)
         .with(&count);
     let numbers = [scale, keep, blend1, keep2, blend2, step, root2, eps];
-    let launch = numbers
-        .iter()
-        .fold(launch, |launch, number| launch.with(number));
+    let launch = numbers.iter().fold(launch, Launch::with);
     launch.run(looping(count as usize, 4).min(MANY as usize), "AdamW")
 }

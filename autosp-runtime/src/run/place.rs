@@ -44,6 +44,10 @@ impl Place {
     ///
     /// # Errors
     /// AS0410 and AS0411 if its GPU cannot be used; as [`Engine::wait`].
+    #[cfg_attr(
+        not(feature = "cuda"),
+        allow(clippy::unnecessary_wraps, reason = "only a GPU can refuse")
+    )]
     pub(super) fn connect(
         &self,
         world: &Arc<World>,

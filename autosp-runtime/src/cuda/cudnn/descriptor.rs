@@ -48,8 +48,8 @@ pub(super) struct Descriptor {
 impl Descriptor {
     pub(super) fn new(kind: Type) -> Result<Self> {
         let mut raw = std::ptr::null_mut();
-        // SAFETY: the function writes one pointer.
         check(
+            // SAFETY: the function writes one pointer.
             unsafe { sys::cudnnBackendCreateDescriptor(kind, &raw mut raw) },
             kind,
             "creating",
@@ -93,8 +93,8 @@ impl Descriptor {
     }
 
     pub(super) fn finish(self) -> Result<Self> {
-        // SAFETY: the descriptor is alive.
         check(
+            // SAFETY: the descriptor is alive.
             unsafe { sys::cudnnBackendFinalize(self.raw) },
             self.kind,
             "finishing",

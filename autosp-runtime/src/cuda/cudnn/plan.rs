@@ -20,7 +20,7 @@ const CONFIGURATIONS: usize = 8;
 /// A graph that cuDNN has a kernel for.
 #[derive(Debug)]
 pub(in crate::cuda) struct Plan {
-    plan: Descriptor,
+    chosen: Descriptor,
     /// Bytes of device memory that a run needs besides the tensors.
     workspace: usize,
     /// Identifiers of what has an address when it runs.
@@ -237,7 +237,7 @@ impl Plan {
             parts.extend(tensors);
             parts.extend([whole, heuristics, configuration]);
             return Ok(Self {
-                plan,
+                chosen: plan,
                 workspace,
                 roles,
                 numbers,
@@ -286,6 +286,6 @@ impl Plan {
                 &[at as *mut c_void],
             )?
             .finish()?;
-        self.plan.execute(handle.0, &pack)
+        self.chosen.execute(handle.0, &pack)
     }
 }
