@@ -127,6 +127,7 @@ fn tensor_op(name: &str, seed: u64) -> Option<Case> {
         "ones_like" => unary(seed, Tensor::ones_like),
         "contiguous" => unary(seed, Tensor::contiguous),
         "copy" => unary(seed, Tensor::copy),
+        "to_device" => unary(seed, |x| x.to_device(x.device())),
         "force_contiguous" => unary(seed, Tensor::force_contiguous),
         "add" => binary(seed, Tensor::add),
         "sub" => binary(seed, Tensor::sub),
@@ -179,11 +180,14 @@ fn tensor_op(name: &str, seed: u64) -> Option<Case> {
         "broadcast_as" => case(vec![random(seed, &[N, 1, N])], |x| {
             x[0].broadcast_as((x[0].dim(0)?, 5, x[0].dim(2)?))
         }),
+        "broadcast_left" => unary(seed, |x| x.broadcast_left((2, 3))),
         "narrow" => unary(seed, |x| x.narrow(1, 1, 3)),
         "chunk" => unary(seed, |x| Ok(x.chunk(2, 1)?[1].clone())),
         "cat" => binary(seed, |x, y| Tensor::cat(&[x, y], 1)),
         "stack" => binary(seed, |x, y| Tensor::stack(&[x, y], 1)),
         "i" => unary(seed, |x| x.i((.., 2, ..))),
+        "get_on_dim" => unary(seed, |x| x.get_on_dim(1, 2)),
+        "get" => unary(seed, |x| x.transpose(0, 1)?.get(2)),
         "matmul" => binary(seed, Tensor::matmul),
         "broadcast_matmul" => binary(seed, Tensor::broadcast_matmul),
         "sum_keepdim" => unary(seed, |x| x.sum_keepdim(1)),
@@ -231,7 +235,7 @@ fn nn_op(path: &str, seed: u64) -> Option<Case> {
         "candle_nn::ops::silu" => unary(seed, ops::silu),
         "candle_nn::ops::sigmoid" => unary(seed, ops::sigmoid),
         "candle_nn::ops::leaky_relu" => unary(seed, |x| ops::leaky_relu(x, 0.1)),
-        "candle_nn::Activation::forward" => unary(seed, |x| Activation::NewGelu.forward(x)),
+        "candle_nn::Activation::forward" => unary(seed, |x| Activation::Swiglu.forward(x)),
         "candle_nn::Linear::forward" => {
             let layer = Linear::new(layer_weight(seed, &[4, N]), Some(layer_weight(seed, &[4])));
             unary(seed, move |x| layer.forward(x))
@@ -306,6 +310,7 @@ fn claims(row: &Row, case: &mut Case) {
         ShapeRule::Unsqueeze => (each(&[(0, 0), (1, 2), (2, 3)], 1), vec![]),
         ShapeRule::Squeeze => (each(&[(0, 0), (2, 1)], 1), vec![]),
         ShapeRule::Expand => (each(&[(0, 0), (2, 2)], 1), vec![]),
+        ShapeRule::BroadcastLeft => (each(&[(0, 2), (1, 3), (2, 4)], 1), vec![]),
         ShapeRule::Narrow | ShapeRule::Chunk | ShapeRule::ReduceKeep | ShapeRule::Along => {
             (each(&[(0, 0), (2, 2)], 1), vec![1])
         }
@@ -314,7 +319,9 @@ fn claims(row: &Row, case: &mut Case) {
             (each(&[(0, 0), (2, 2)], 2), vec![1])
         }
         ShapeRule::Stack => (each(&[(0, 0), (1, 2), (2, 3)], 2), vec![]),
-        ShapeRule::Index | ShapeRule::Reduce => (each(&[(0, 0), (2, 1)], 1), vec![1]),
+        ShapeRule::Index | ShapeRule::Reduce | ShapeRule::GetOnDim => {
+            (each(&[(0, 0), (2, 1)], 1), vec![1])
+        }
         ShapeRule::ReduceAll => (vec![], vec![0, 1, 2]),
         ShapeRule::Rope => (
             vec![
@@ -482,6 +489,12 @@ fn tensors_from_nothing_are_the_same_on_every_rank_and_have_the_shape_of_their_r
             ShapeRule::Scalar,
             vec![],
             Box::new(|| Tensor::new(2.5f32, d)),
+        ),
+        (
+            "try_from",
+            ShapeRule::Scalar,
+            vec![],
+            Box::new(|| Tensor::try_from(2.5f32)),
         ),
         (
             "zeros",

@@ -19,6 +19,8 @@ pub struct Refusal {
     pub help: Option<String>,
     /// The branch that it stands in, if that may be left untaken.
     pub(crate) branch: Option<crate::trace::branch::Branch>,
+    /// Another branch of the same question can do without what is refused here.
+    pub(crate) elsewhere: bool,
 }
 
 impl Refusal {
@@ -30,6 +32,7 @@ impl Refusal {
             notes: Vec::new(),
             help: None,
             branch: None,
+            elsewhere: false,
         }
     }
 

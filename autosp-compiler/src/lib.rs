@@ -10,6 +10,7 @@
 // A refusal ends the run: its size does not matter.
 #![allow(clippy::result_large_err)]
 
+pub mod adopt;
 mod decide;
 mod emit;
 mod error;
@@ -68,6 +69,24 @@ impl From<syn::Error> for ParseError {
     }
 }
 
+/// Parses a file, unless it nests too deeply for a parser.
+fn parse(source: &str) -> Result<syn::File, ParseError> {
+    let tokens: TokenStream = source
+        .parse()
+        .map_err(|e: proc_macro2::LexError| syn::Error::new(e.span(), e.to_string()))?;
+    if let Some(span) = syntax::depth::too_deep(tokens) {
+        return Err(too_deep(span).into());
+    }
+    Ok(syn::parse_file(source)?)
+}
+
+fn too_deep(span: Span) -> syn::Error {
+    syn::Error::new(
+        span,
+        "expected brackets and chains of calls that a person can read, found them nested too deeply",
+    )
+}
+
 /// Analyses a whole file, annotated or not: the annotated module if there is one, else the file itself.
 ///
 /// # Errors
@@ -81,7 +100,7 @@ pub fn analyse(source: &str) -> Result<Analysis, ParseError> {
 /// # Errors
 /// If the source is not Rust.
 pub fn included(source: &str) -> Result<Option<String>, ParseError> {
-    let module = module_of(syn::parse_file(source)?);
+    let module = module_of(parse(source)?);
     Ok(match module.items.as_slice() {
         [only] => syntax::include::included_path(only).map(|path| path.value()),
         _ => None,
@@ -93,7 +112,7 @@ pub fn included(source: &str) -> Result<Option<String>, ParseError> {
 /// # Errors
 /// If the file is not Rust.
 pub fn analyse_with(source: &str, table: &'static ops::Table) -> Result<Analysis, ParseError> {
-    let module = module_of(syn::parse_file(source)?);
+    let module = module_of(parse(source)?);
     Ok(analyse_items(&module, Span::call_site(), table))
 }
 
@@ -102,7 +121,7 @@ pub fn analyse_with(source: &str, table: &'static ops::Table) -> Result<Analysis
 /// # Errors
 /// If the file is not Rust.
 pub fn expand(source: &str) -> Result<Result<syn::File, Vec<Refusal>>, ParseError> {
-    let module = module_of(syn::parse_file(source)?);
+    let module = module_of(parse(source)?);
     let analysis = analyse_items(&module, Span::call_site(), ops::candle());
     if !analysis.refusals.is_empty() {
         return Ok(Err(analysis.refusals));
@@ -181,6 +200,10 @@ pub fn sequence_parallel(
     item: &TokenStream,
     source: Option<&Path>,
 ) -> TokenStream {
+    if let Some(span) = syntax::depth::too_deep(item.clone()) {
+        let error = too_deep(span).to_compile_error();
+        return quote!(#error #item);
+    }
     let mut parsed = match syn::parse2::<syn::Item>(item.clone()) {
         Ok(parsed) => parsed,
         Err(e) => {
@@ -368,8 +391,7 @@ fn include_module(
     let name = module.ident.to_string();
     let facade = args.facade().to_string();
     let outcome = positions(|| -> Result<String, Vec<(String, &'static str)>> {
-        let file = syn::parse_file(&included.text).map_err(|e| {
-            let e = ParseError::from(e);
+        let file = parse(&included.text).map_err(|e| {
             vec![(
                 format!(
                     "{}\n   = at: {}:{}:{}",

@@ -226,6 +226,10 @@ codes! {
         "`explain` takes a code as messages print it in square brackets, such as AS0101, in any case. Without an argument it lists all codes.";
     ARGUMENT = "AS0604", "a program was given an argument that it cannot use",
         "A flag does not exist, has a value of the wrong kind, or asks for something that makes no sense, as the message says. `--help` lists the flags of a program and what they take.";
+    DEPENDENCY = "AS0605", "a dependency or one of its modules cannot be found",
+        "`adopt` and `survey` look for a package among the dependencies that cargo knows, and for a module among its source files. The message says which of the two is missing, or in cargo's words why it cannot say.";
+    EXISTS = "AS0606", "a file would be written over",
+        "The file is there already and may hold changes of yours. `--force` writes over it.";
 }
 
 /// Looks a code up by its printed form, in any case.

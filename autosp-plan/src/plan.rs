@@ -123,6 +123,8 @@ pub struct Root {
     pub line: usize,
     /// Tensor parameters that arrive as shards, with the sequence dimension.
     pub inputs: Vec<(String, usize)>,
+    /// The parameter and dimension that is the batch, where a site merges it with heads.
+    pub batch: Option<(String, usize)>,
     /// Further tensor parameters that arrive as shards, compared when the model is entered.
     pub beside: Vec<Beside>,
     /// Integer parameters that must be zero: offsets into a cache.
@@ -225,6 +227,8 @@ pub enum Action {
     Attend,
     /// A size of the shard becomes the valid length of the sequence.
     Valid,
+    /// A tuple of so many sizes, of which these become valid ones.
+    ValidParts(usize, Vec<usize>),
     /// A replicated tensor: this rank's rows.
     Slice(i64),
     /// One token of a sharded tensor.

@@ -7,6 +7,7 @@
 
 mod keys;
 mod rule;
+mod shape;
 mod term;
 
 use std::sync::Arc;
@@ -26,27 +27,51 @@ pub(crate) use term::{Action, Block, Prepared, Term};
 const DENSE_LIMIT: usize = 1 << 24;
 
 /// An elementwise change that the user made to a mask.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 enum Change {
     Cast(DType),
     Affine(f64, f64, DType),
     /// The first number where the mask is non-zero, else the second.
     Select(f64, f64),
+    /// `value` where the mask after the first changes is non-zero (or zero), else the mask after the others.
+    Fill {
+        condition: Arc<[Change]>,
+        nonzero: bool,
+        value: f64,
+        other: Arc<[Change]>,
+    },
 }
 
 impl Change {
-    fn apply(self, x: f64) -> f64 {
+    fn apply(&self, x: f64) -> f64 {
         match self {
-            Self::Cast(dtype) => cast(x, dtype),
-            Self::Affine(mul, add, dtype) => cast(x * mul + add, dtype),
+            Self::Cast(dtype) => cast(x, *dtype),
+            Self::Affine(mul, add, dtype) => cast(x * mul + add, *dtype),
             Self::Select(nonzero, zero) => {
                 if x == 0.0 {
-                    zero
+                    *zero
                 } else {
-                    nonzero
+                    *nonzero
+                }
+            }
+            Self::Fill {
+                condition,
+                nonzero,
+                value,
+                other,
+            } => {
+                if (Self::all(condition, x) != 0.0) == *nonzero {
+                    *value
+                } else {
+                    Self::all(other, x)
                 }
             }
         }
+    }
+
+    /// One after the other.
+    fn all(changes: &[Self], x: f64) -> f64 {
+        changes.iter().fold(x, |x, change| change.apply(x))
     }
 }
 
@@ -100,6 +125,8 @@ impl Source {
 pub struct Mask {
     source: Source,
     changes: Vec<Change>,
+    /// The dim of the queries of a rule, counted from the end.
+    query: usize,
     shape: Shape,
     dtype: DType,
     device: Device,
@@ -152,6 +179,7 @@ impl Mask {
                 cols: host.cols,
             },
             changes: Vec::new(),
+            query: 2,
             shape,
             dtype: T::DTYPE,
             device: device.clone(),
@@ -210,6 +238,7 @@ impl Mask {
         Ok(Self {
             source: Source::read(tensor)?,
             changes: Vec::new(),
+            query: 2,
             shape: tensor.shape().clone(),
             dtype: tensor.dtype(),
             device: tensor.device().clone(),
@@ -296,80 +325,6 @@ impl Mask {
         })
     }
 
-    /// Repeats along leading dims or dims of size 1, without making anything.
-    ///
-    /// # Errors
-    /// Candle's error for a shape that it cannot be broadcast to.
-    pub fn broadcast_as<S: Into<Shape>>(&self, shape: S) -> candle_core::Result<Self> {
-        let shape = shape.into();
-        let lead = shape.rank().checked_sub(self.rank());
-        let fits = lead.is_some_and(|lead| {
-            self.dims()
-                .iter()
-                .zip(&shape.dims()[lead..])
-                .all(|(&from, &to)| from == to || from == 1)
-        });
-        if !fits {
-            return Err(candle_core::Error::BroadcastIncompatibleShapes {
-                src_shape: self.shape.clone(),
-                dst_shape: shape,
-            });
-        }
-        let source = match &self.source {
-            Source::Dense { data, view } => Source::Dense {
-                data: data.clone(),
-                view: view.broadcast_as(&shape)?,
-            },
-            rule @ Source::Rule { .. } => rule.clone(),
-        };
-        Ok(Self {
-            source,
-            shape,
-            ..self.clone()
-        })
-    }
-
-    /// As [`broadcast_as`](Self::broadcast_as).
-    ///
-    /// # Errors
-    /// As [`broadcast_as`](Self::broadcast_as).
-    pub fn expand<S: Into<Shape>>(&self, shape: S) -> candle_core::Result<Self> {
-        self.broadcast_as(shape)
-    }
-
-    /// Inserts a dim of size 1 before the queries.
-    ///
-    /// # Errors
-    /// `AS0325` after the queries, where the last two dims would no longer be queries and keys.
-    #[allow(
-        clippy::needless_pass_by_value,
-        reason = "the argument forms of candle"
-    )]
-    pub fn unsqueeze<D: Dim>(&self, dim: D) -> candle_core::Result<Self> {
-        let dim = dim.to_index_plus_one(&self.shape, "unsqueeze")?;
-        if dim + 2 > self.rank() {
-            return Err(refused(format!(
-                "unsqueeze({dim}) on a mask {:?}: its last two dims have to stay queries and keys",
-                self.dims()
-            ))
-            .into());
-        }
-        let mut dims = self.dims().to_vec();
-        dims.insert(dim, 1);
-        let source = match &self.source {
-            Source::Dense { data, view } => Source::Dense {
-                data: data.clone(),
-                view: view.unsqueeze(dim)?,
-            },
-            rule @ Source::Rule { .. } => rule.clone(),
-        };
-        Ok(Self {
-            source,
-            shape: dims.into(),
-            ..self.clone()
-        })
-    }
-
     /// The mask with its values cast, rounding included.
     ///
     /// # Errors
@@ -407,6 +362,43 @@ impl Mask {
         Ok(self.changed(Change::Select(on_true, on_false), dtype))
     }
 
+    /// `value` where this integer mask is non-zero (or zero), else `other`, a mask of the same making.
+    ///
+    /// # Errors
+    /// `AS0325` if the two do not come from one mask, or this one is no integer mask.
+    pub(crate) fn fill(
+        &self,
+        value: f64,
+        nonzero: bool,
+        other: &Self,
+    ) -> candle_core::Result<Self> {
+        let same = match (&self.source, &other.source) {
+            (Source::Rule { rule: a, .. }, Source::Rule { rule: b, .. }) => {
+                Arc::ptr_eq(a, b) && self.query == other.query
+            }
+            (Source::Dense { data: a, view: v }, Source::Dense { data: b, view: w }) => {
+                Arc::ptr_eq(a, b) && v.stride() == w.stride()
+            }
+            _ => false,
+        };
+        if !same || self.dims() != other.dims() || !self.is_select() {
+            return Err(refused(format!(
+                "where_cond: expected an integer mask and the same mask in another form, found {self:?} and {other:?}"
+            ))
+            .into());
+        }
+        let change = Change::Fill {
+            condition: self.changes.clone().into(),
+            nonzero,
+            value: cast(value, other.dtype),
+            other: other.changes.clone().into(),
+        };
+        Ok(Self {
+            changes: vec![change],
+            ..other.clone()
+        })
+    }
+
     fn changed(&self, change: Change, dtype: DType) -> Self {
         let mut mask = self.clone();
         mask.changes.push(change);
@@ -421,7 +413,7 @@ impl Mask {
 
     /// The value after all changes of a value that the source has.
     fn changed_value(&self, x: f64) -> f64 {
-        self.changes.iter().fold(x, |x, change| change.apply(x))
+        Change::all(&self.changes, x)
     }
 }
 

@@ -32,6 +32,15 @@ pub fn enter(function: &str, inputs: &[(&str, &Tensor, usize)]) -> Result<()> {
     Ok(scope::enter(function, inputs)?)
 }
 
+/// The batch of this forward is dim `dim` of `x`: what a site needs to know where rows and heads are merged in one dim.
+///
+/// # Errors
+/// Candle's error for a dim that is not there.
+pub fn batch(x: &Tensor, dim: usize) -> Result<()> {
+    scope::set_batch(x.dim(dim)?);
+    Ok(())
+}
+
 /// A tensor beside those that [`enter`] looked at: it has `rank` dims, as the compiler took it to have, and its dim `dim` is the
 /// sequence that is in progress.
 ///

@@ -59,6 +59,7 @@ pub struct Scope {
     sp: Sp,
     step: u64,
     shard: Option<Shard>,
+    batch: Option<usize>,
     /// Random operations so far: a copy of the scope goes on from where it was made.
     draws: u64,
 }
@@ -107,6 +108,7 @@ impl Scope {
             sp,
             step,
             shard: None,
+            batch: None,
             draws: 0,
         }
     }
@@ -132,6 +134,11 @@ impl Scope {
                 "expected a forward in progress, found a scope that no sharded tensor has entered",
             )
         })
+    }
+
+    /// Rows of the batch of the forward in progress, where the model merges them with its heads.
+    pub(crate) fn batch(&self) -> Option<usize> {
+        self.batch
     }
 
     /// Runs `f` in this scope, with its shard, whatever scope the thread is in. A backward that computes a block again uses this: by
@@ -181,6 +188,15 @@ pub(crate) fn enter(function: &str, inputs: &[(&str, &Tensor, usize)]) -> Result
         });
     }
     Ok(())
+}
+
+/// The rows of the batch that the forward in progress has.
+pub(crate) fn set_batch(rows: usize) {
+    CURRENT.with_borrow_mut(|current| {
+        if let Some(scope) = current {
+            scope.batch = Some(rows);
+        }
+    });
 }
 
 /// A further tensor that enters a model, of a known number of dims; it is the same shard as those before it.

@@ -6,22 +6,24 @@
 
 mod operators;
 mod recipe;
+mod view;
 
 use std::borrow::Borrow;
 use std::sync::Arc;
 
 use autosp_plan::codes;
-use candle_core::shape::Dim;
+use candle_core::shape::{Dim, ShapeWithOneHole};
 use candle_core::{DType, Device, Result, Shape, Tensor};
 
 use crate::error::Error;
-use crate::layout::Axes;
+use crate::layout::{Axes, Known};
 use crate::mask::{Action, Mask};
 use crate::schedule::Site;
 use crate::scope::{self, Scope, Shard};
 use crate::site::{self, SiteRef};
 pub use operators::{AsMask, Choice};
 use recipe::Recipe;
+pub(crate) use view::View;
 
 /// What q k^T was made from.
 #[derive(Debug)]
@@ -33,6 +35,8 @@ struct Origin {
     q: Tensor,
     k: Tensor,
     values: Axes,
+    /// Whether q and k are the operands of a matrix product, which says in which dims the output comes.
+    product: bool,
 }
 
 /// Scores q k^T of a site, with what was done to them since; a cheap handle.
@@ -40,6 +44,7 @@ struct Origin {
 pub struct Scores {
     origin: Arc<Origin>,
     recipe: Recipe,
+    view: View,
     shape: Shape,
     dtype: DType,
 }
@@ -56,8 +61,13 @@ pub fn scores<S: Site>(q: &Tensor, k: &Tensor) -> Result<Scores> {
     let layout = site.layout;
     let dtype = q.dtype();
     let (q, k) = (&before_cast(q)?, &before_cast(k)?);
-    let q = Axes::parse(layout.q)?.normalise("q", q)?;
-    let k = Axes::parse(layout.k)?.normalise("k", k)?;
+    let known = Known {
+        batch: scope.batch(),
+        len: shard.len,
+    };
+    let queries = Axes::parse(layout.q)?;
+    let q = queries.normalise("q", q, known)?;
+    let k = Axes::parse(layout.k)?.normalise("k", k, known)?;
     let values = Axes::parse(layout.v)?;
     let (batch, heads, len, d) = q.dims4()?;
     let (kv_batch, kv_heads, kv_len, kv_d) = k.dims4()?;
@@ -76,7 +86,10 @@ pub fn scores<S: Site>(q: &Tensor, k: &Tensor) -> Result<Scores> {
         );
         return Err(Error::new(codes::SITE_SHAPE, text).into());
     }
-    let shape = Shape::from((batch, heads, shard.valid, shard.valid));
+    let viewed = View::of(&queries, [batch, heads, shard.valid, shard.valid]);
+    let product = viewed.is_some();
+    let view = viewed.unwrap_or_else(|| View::plain(batch, heads, shard.valid));
+    let shape = Shape::from(view.dims());
     let origin = Origin {
         site,
         scope,
@@ -84,10 +97,12 @@ pub fn scores<S: Site>(q: &Tensor, k: &Tensor) -> Result<Scores> {
         q,
         k,
         values,
+        product,
     };
     Ok(Scores {
         origin: Arc::new(origin),
         recipe: Recipe::default(),
+        view,
         shape,
         dtype,
     })
@@ -107,7 +122,7 @@ pub fn softmax(scores: impl Borrow<Scores>) -> Result<Weights> {
 
 macro_rules! looks_like_a_tensor {
     ($($field:ident)?) => {
-        /// The global shape [b, H, S, S].
+        /// The global shape: [b, H, S, S], with the dims merged or in the order in which the model has them.
         pub fn shape(&self) -> &Shape {
             &self$(.$field)?.shape
         }
@@ -128,9 +143,17 @@ macro_rules! looks_like_a_tensor {
         /// The four dims.
         ///
         /// # Errors
-        /// None; the form is candle's.
+        /// Candle's error for another number of dims.
         pub fn dims4(&self) -> Result<(usize, usize, usize, usize)> {
             self.shape().dims4()
+        }
+
+        /// The three dims.
+        ///
+        /// # Errors
+        /// Candle's error for another number of dims.
+        pub fn dims3(&self) -> Result<(usize, usize, usize)> {
+            self.shape().dims3()
         }
 
         /// Number of dims.
@@ -199,6 +222,50 @@ impl Scores {
         self.with(self.recipe.capped())
     }
 
+    /// Merges or splits dims other than the keys.
+    ///
+    /// # Errors
+    /// AS0324 for dims that do not hold whole axes; candle's error for another element count.
+    pub fn reshape<S: ShapeWithOneHole>(&self, shape: S) -> Result<Self> {
+        let shape = shape.into_shape(self.shape.elem_count())?;
+        let Some(view) = self.view.reshape(shape.dims()) else {
+            let text = format!(
+                "scores of `{}`: expected dims of whole axes with the keys at the end, found {shape:?} from {:?}",
+                self.origin.site.name, self.shape
+            );
+            return Err(Error::new(codes::SCORES, text).into());
+        };
+        Ok(Self {
+            view,
+            shape,
+            ..self.clone()
+        })
+    }
+
+    /// Takes out a dim of size one; another one stays.
+    ///
+    /// # Errors
+    /// As [`reshape`](Self::reshape).
+    pub fn squeeze<D: Dim>(&self, dim: D) -> Result<Self> {
+        let at = dim.to_index(&self.shape, "squeeze")?;
+        let mut dims = self.dims().to_vec();
+        if dims[at] == 1 {
+            dims.remove(at);
+        }
+        self.reshape(dims)
+    }
+
+    /// Puts in a dim of size one.
+    ///
+    /// # Errors
+    /// As [`reshape`](Self::reshape).
+    pub fn unsqueeze<D: Dim>(&self, dim: D) -> Result<Self> {
+        let at = dim.to_index_plus_one(&self.shape, "unsqueeze")?;
+        let mut dims = self.dims().to_vec();
+        dims.insert(at, 1);
+        self.reshape(dims)
+    }
+
     /// Adds a mask; see [`AsMask`].
     ///
     /// # Errors
@@ -261,8 +328,7 @@ impl Scores {
 
     /// Applies a mask after checking that it fits.
     pub(crate) fn masked(&self, mask: &Mask, action: Action) -> Result<Self> {
-        let (batch, heads, length, _) = self.shape.dims4()?;
-        let term = crate::mask::Term::new(mask, action, batch, heads, length).map_err(|error| {
+        let term = crate::mask::Term::aligned(mask, action, &self.view).map_err(|error| {
             error.context(format_args!("scores of `{}`", self.origin.site.name))
         })?;
         Ok(Self {
@@ -282,16 +348,58 @@ pub struct Weights {
 impl Weights {
     looks_like_a_tensor!(scores);
 
+    /// As [`Scores::reshape`].
+    ///
+    /// # Errors
+    /// As [`Scores::reshape`].
+    pub fn reshape<S: ShapeWithOneHole>(&self, shape: S) -> Result<Self> {
+        Ok(Self {
+            scores: self.scores.reshape(shape)?,
+            dtype: self.dtype,
+        })
+    }
+
+    /// As [`Scores::squeeze`].
+    ///
+    /// # Errors
+    /// As [`Scores::reshape`].
+    pub fn squeeze<D: Dim>(&self, dim: D) -> Result<Self> {
+        Ok(Self {
+            scores: self.scores.squeeze(dim)?,
+            dtype: self.dtype,
+        })
+    }
+
+    /// As [`Scores::unsqueeze`].
+    ///
+    /// # Errors
+    /// As [`Scores::reshape`].
+    pub fn unsqueeze<D: Dim>(&self, dim: D) -> Result<Self> {
+        Ok(Self {
+            scores: self.scores.unsqueeze(dim)?,
+            dtype: self.dtype,
+        })
+    }
+
     /// The product with the values, which runs the site: exchange, attention, exchange back. `v` is this rank's shard as the model
     /// passes it to `weights.matmul(v)`, with the kv heads not repeated; the output has its axes, with query heads for kv heads.
     ///
     /// # Errors
     /// AS0321 if heads and ranks do not fit, AS0323 for shapes, AS0328 for a wrong schedule, an error of the collectives if the run fails.
     pub fn matmul(&self, v: &Tensor) -> Result<Tensor> {
-        let Scores { origin, recipe, .. } = &self.scores;
+        let Scores {
+            origin,
+            recipe,
+            view,
+            ..
+        } = &self.scores;
+        let known = Known {
+            batch: Some(view.sizes()[0]),
+            len: origin.shard.len,
+        };
         let dtype = v.dtype();
         let v = &before_cast(v)?;
-        let v = origin.values.normalise("v", v)?;
+        let v = origin.values.normalise("v", v, known)?;
         let [q, k, v] = one_type([&origin.q, &origin.k, &v])?;
         let (heads, kv_heads) = (q.dim(1)?, k.dim(1)?);
         let spec = recipe.spec(origin.shard.valid, heads, kv_heads);
@@ -307,7 +415,12 @@ impl Weights {
         } else {
             out
         };
-        Ok(origin.values.restore(&out)?)
+        let axes = if origin.product {
+            view.output()
+        } else {
+            origin.values.clone()
+        };
+        Ok(axes.restore(&out)?)
     }
 
     /// As [`matmul`](Self::matmul).

@@ -11,11 +11,14 @@ use std::{
 
 use clap::{Parser, Subcommand, ValueEnum};
 
+mod adopt;
 mod expand;
 mod explain;
 mod failure;
+mod metadata;
 mod plan;
 mod source;
+mod survey;
 
 use failure::Failure;
 
@@ -45,6 +48,10 @@ enum Command {
         /// A Rust file, annotated or not
         file: PathBuf,
     },
+    /// Copy a model file of a dependency into your crate, as an annotated module with its paths fixed
+    Adopt(adopt::Arguments),
+    /// Print what becomes of every model file of a folder or of a dependency
+    Survey(survey::Arguments),
     /// Print what an error code means and what to do; without a code, all of them
     Explain {
         /// An error code, such as AS0203
@@ -79,7 +86,18 @@ impl Outcome {
     }
 }
 
+/// Stack for the analysis of sources that nest deeply; only what is used is taken.
+const STACK: usize = 256 << 20;
+
 fn main() -> ExitCode {
+    let thread = std::thread::Builder::new().stack_size(STACK);
+    match thread.spawn(run).map(std::thread::JoinHandle::join) {
+        Ok(Ok(code)) => code,
+        _ => ExitCode::FAILURE,
+    }
+}
+
+fn run() -> ExitCode {
     let arguments = match Arguments::try_parse_from(command_line(std::env::args())) {
         Ok(arguments) => arguments,
         // clap's own exit code for wrong usage is 2, which means "refused" here.
@@ -95,6 +113,8 @@ fn main() -> ExitCode {
     let outcome = match arguments.command {
         Command::Plan { file, format } => plan::run(&file, format),
         Command::Expand { file } => expand::run(&file),
+        Command::Adopt(arguments) => adopt::run(&arguments),
+        Command::Survey(arguments) => survey::run(&arguments),
         Command::Explain { code, markdown } => explain::run(code.as_deref(), markdown),
     };
     let written = match &outcome {

@@ -3,6 +3,7 @@
 use askama::Template;
 
 pub mod plan;
+pub mod survey;
 
 /// One error code.
 #[derive(Debug, Clone, Copy)]

@@ -3,12 +3,15 @@
 mod blocks;
 mod loss;
 mod mask;
+mod reasons;
 mod repeat;
 mod twins;
 pub(crate) mod verify;
 
 use autosp_plan::codes;
 use autosp_plan::plan;
+
+use reasons::{in_the_way, recurrence};
 
 use crate::error::Refusal;
 use crate::ops::Table;
@@ -18,6 +21,7 @@ use crate::syntax::asserts::Kind;
 use crate::syntax::types::Ty;
 use crate::trace::Trace;
 use crate::trace::shape::{Dim, Shape, show};
+use crate::trace::size::AtomKind;
 use crate::trace::value::{Presence, Value};
 
 /// A plan, or every refusal. A module without attention is refused too.
@@ -63,7 +67,8 @@ pub(crate) fn decide(
                 .note("an attention is a product of queries and keys, a softmax over the keys, and a product with the values")
                 .help("annotate the module that holds the attention, or remove the attribute")
         };
-        let first = pairs.into_iter().chain(fallback).next();
+        let instead = || recurrence(scope, table);
+        let first = pairs.into_iter().chain(fallback).next().or_else(instead);
         refusals.push(first.unwrap_or_else(nothing));
     }
     // A loss was asked for: one function has to have it.
@@ -152,7 +157,10 @@ fn without_branches<'s, 'a>(
         };
         let known = untaken.len();
         // A call into another library may be anything; what is known to be wrong is wrong in every configuration.
-        let open = |p: &Refusal| p.branch.filter(|_| p.code == codes::UNKNOWN_CALL);
+        let open = |p: &Refusal| {
+            p.branch
+                .filter(|_| p.code == codes::UNKNOWN_CALL || p.elsewhere)
+        };
         for problem in &problems {
             if let Some(branch) = open(problem)
                 && untaken.iter().all(|(b, _)| *b != branch)
@@ -224,7 +232,7 @@ fn roots<'s, 'a>(scope: &'s Scope<'a>, table: &'static Table) -> Roots<'s, 'a> {
         let softmax = |n: &crate::trace::graph::Node| {
             n.row().is_some_and(|r| r.name().starts_with("softmax"))
         };
-        if trace.nodes.iter().any(softmax) {
+        if trace.nodes.iter().any(softmax) || trace.lost_softmax {
             candidates.push((id, trace));
         } else {
             pairs.extend(pairs_tokens(&trace));
@@ -301,7 +309,7 @@ fn lost_result(trace: &Trace<'_, '_>, root: usize) -> Option<Refusal> {
     Some(match result.lost() {
         Some(r) => Refusal::new(
             r.code,
-            span,
+            r.span.unwrap_or(span),
             format!("{}, which `{name}` depends on", r.message),
         )
         .help(r.help.clone()),
@@ -311,32 +319,6 @@ fn lost_result(trace: &Trace<'_, '_>, root: usize) -> Option<Refusal> {
             format!("cannot follow what `{name}` returns"),
         )
         .help("return a tensor that comes from the module's own functions and candle's operations"),
-    })
-}
-
-/// The first thing that could not be followed and that a softmax depends on: what stands in the way of an attention.
-fn in_the_way(trace: &Trace<'_, '_>) -> Option<Refusal> {
-    let softmax = |n: &usize| {
-        trace.nodes[*n]
-            .row()
-            .is_some_and(|r| r.name().starts_with("softmax"))
-    };
-    let mut stack: Vec<usize> = (0..trace.nodes.len()).filter(softmax).collect();
-    let mut seen = std::collections::BTreeSet::new();
-    while let Some(node) = stack.pop() {
-        if seen.insert(node) {
-            stack.extend(trace.nodes[node].inputs.iter().map(|i| i.node));
-        }
-    }
-    seen.into_iter().find_map(|n| match &trace.nodes[n].op {
-        crate::trace::graph::Op::Unknown(r) => {
-            let mut refusal = Refusal::new(r.code, trace.nodes[n].at.span, r.message.clone())
-                .note("no attention was found in this module; this stands in the way of one")
-                .help(r.help.clone());
-            refusal.branch = trace.nodes[n].branch;
-            Some(refusal)
-        }
-        _ => None,
     })
 }
 
@@ -404,6 +386,7 @@ fn add(
         line: f.line(),
         inputs: plain,
         beside,
+        batch: batch(trace, placed),
         offsets: trace.offsets.clone(),
         twin,
         loss,
@@ -523,6 +506,15 @@ fn entries(trace: &Trace<'_, '_>, placed: &Placed, root: usize) -> Result<Entrie
         }
     }
     Ok((plain, beside))
+}
+
+/// The parameter and dimension that is the batch, if a site needs to be told.
+fn batch(trace: &Trace<'_, '_>, placed: &Placed) -> Option<(String, usize)> {
+    let atom = placed.sites.iter().find_map(|s| s.layout.batch)?;
+    match trace.atoms.kind(atom) {
+        AtomKind::Dim(name, dim) => Some((name.clone(), *dim)),
+        _ => None,
+    }
 }
 
 /// The sequence dimension of a root's parameter, and its rank, if that is known.

@@ -173,6 +173,15 @@ impl Builder<'_, '_, '_> {
             )
             .help("compute it from the tensor's own dimension where it is used")
         };
+        if let Some((part, count)) = u.part {
+            let size = self.trace.atoms.normal(&u.size.poly);
+            let size = self.trace.atoms.without_offsets(&size, &mut Vec::new());
+            if !size.is_multiple_of(self.placed.sequence) {
+                return Err(refuse());
+            }
+            self.valid_part(u, part, count);
+            return Ok(());
+        }
         let numbers = &self.trace.scope.functions[self.trace.acts[u.act].function].numbers;
         let e = numbers.get(u.expr).ok_or_else(refuse)?;
         let mut out = Vec::new();
@@ -183,6 +192,22 @@ impl Builder<'_, '_, '_> {
             Ok(())
         } else {
             Err(refuse())
+        }
+    }
+
+    /// One more size of a tuple that is a valid one.
+    fn valid_part(&mut self, u: &SizeUse, part: usize, count: usize) {
+        let known = self.edits[u.act]
+            .iter_mut()
+            .filter(|e| e.expr == u.expr)
+            .find_map(|e| match &mut e.action {
+                Action::ValidParts(_, parts) => Some(parts),
+                _ => None,
+            });
+        match known {
+            Some(parts) if parts.contains(&part) => {}
+            Some(parts) => parts.push(part),
+            None => self.push(u.act, u.expr, Action::ValidParts(count, vec![part])),
         }
     }
 
@@ -217,6 +242,10 @@ impl Builder<'_, '_, '_> {
             syn::Expr::Paren(p) => self.wrap(act, &p.expr, out),
             syn::Expr::Cast(c) => self.wrap(act, &c.expr, out),
             syn::Expr::Reference(r) => self.wrap(act, &r.expr, out),
+            syn::Expr::Range(r) => {
+                let mut ends = r.start.iter().chain(&r.end);
+                ends.all(|e| self.wrap(act, e, out))
+            }
             syn::Expr::Lit(_) => true,
             _ => false,
         }

@@ -205,9 +205,15 @@ fn checks(sig: &syn::Signature, root: &Root, plan: &Plan, names: &Paths) -> Toke
         let name = format_ident!("{name}");
         Some(quote!(#rt::library::#name(#path)?;))
     });
+    let batch = root.batch.iter().map(|(name, dim)| {
+        let ident = format_ident!("{name}");
+        let dim = proc_macro2::Literal::usize_unsuffixed(*dim);
+        quote!(#rt::batch(&#ident, #dim)?;)
+    });
     quote! {
         #rt::enter(#function, &[#(#inputs),*])?;
         #(#beside)*
+        #(#batch)*
         #(#offsets)*
         #(#helpers)*
     }

@@ -146,14 +146,23 @@ impl Rewriter<'_> {
             }
             Action::Attend => *e = call(&quote!(#rt::Weights::matmul), e),
             Action::Valid => *e = parse_quote!(#rt::valid(#e)),
+            Action::ValidParts(count, parts) => *e = valid_parts(e, *count, parts, rt),
             Action::Slice(dim) => {
-                let dim = dimension(*dim, rt);
                 let operand: Expr = if matches!(e, Expr::Reference(_)) {
                     e.clone()
                 } else {
                     parse_quote!(&#e)
                 };
-                *e = parse_quote!(&#rt::slice(#operand, #dim)?);
+                *e = if let Ok(dim) = usize::try_from(*dim) {
+                    let dim = proc_macro2::Literal::usize_unsuffixed(dim);
+                    parse_quote!(&#rt::slice(#operand, #dim)?)
+                } else {
+                    let back = proc_macro2::Literal::u64_unsuffixed(dim.unsigned_abs());
+                    parse_quote!(&{
+                        let table = #operand;
+                        #rt::slice(table, table.rank() - #back)?
+                    })
+                };
             }
             Action::Pick(dim) => pick(e, *dim, rt),
             Action::Draw(rows, tokens) => draw(e, *rows, *tokens, rt),
@@ -320,15 +329,21 @@ fn tidy(e: &mut Expr) {
     }
 }
 
-fn dimension(dim: i64, rt: &syn::Ident) -> TokenStream {
-    match dim {
-        -1 => quote!(#rt::D::Minus1),
-        -2 => quote!(#rt::D::Minus2),
-        d => {
-            let d = proc_macro2::Literal::i64_unsuffixed(d);
-            quote!(#d)
+/// A tuple of sizes, of which some become valid ones.
+fn valid_parts(e: &Expr, count: usize, parts: &[usize], rt: &syn::Ident) -> Expr {
+    let tuple = strip(e);
+    let each = (0..count).map(|i| {
+        let place = syn::Index::from(i);
+        if parts.contains(&i) {
+            quote!(#rt::valid(sizes.#place))
+        } else {
+            quote!(sizes.#place)
         }
-    }
+    });
+    parse_quote!({
+        let sizes = #tuple;
+        (#(#each),*)
+    })
 }
 
 /// The expression below `&` and parentheses.
@@ -450,7 +465,9 @@ fn pick(e: &mut Expr, dim: usize, rt: &syn::Ident) {
     let (name, index) = if narrows {
         ("pick_narrow", args.get(1).copied())
     } else {
+        let by_dim = matches!(&*e, Expr::MethodCall(m) if m.method == "get_on_dim");
         let index = match args.first() {
+            _ if by_dim => args.get(1).copied(),
             Some(Expr::Tuple(t)) => t.elems.get(dim),
             other => other.copied(),
         };

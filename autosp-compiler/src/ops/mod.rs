@@ -53,6 +53,8 @@ rules! {
         Chunk = "chunk",
         /// To the sizes of the first argument, repeating dimensions of size one.
         Expand = "expand",
+        /// To the sizes of the first argument and then its own, repeating along new dimensions.
+        BroadcastLeft = "broadcast_left",
         /// A list of tensors put one behind the other along a dimension.
         Cat = "cat",
         /// A list of tensors along a new dimension.
@@ -73,6 +75,8 @@ rules! {
         RopeThd = "rope_thd",
         /// Indexing by numbers and ranges, one per dimension.
         Index = "index",
+        /// One index along the dimension of the first argument.
+        GetOnDim = "get_on_dim",
         /// A scalar tensor.
         Scalar = "scalar",
         /// The sizes of the first argument, all elements alike.

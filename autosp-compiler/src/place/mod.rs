@@ -11,7 +11,9 @@
 //! it. A rule says when an operation on shards gives the shard of the operation; where an operand is replicated and has the
 //! sequence in its shape, the runtime cuts this rank's rows out of it; a sum over the sequence is taken over all ranks.
 
+mod branches;
 mod keys;
+mod layout;
 mod rules;
 pub(crate) mod sites;
 
@@ -129,6 +131,13 @@ pub(crate) fn place(trace: &mut Trace<'_, '_>) -> Result<Placed, Vec<Refusal>> {
         }
         if !placer.first_round && placer.place == before {
             break;
+        }
+    }
+    let mut results = Vec::new();
+    trace.acts[0].result.tensors(&mut results);
+    for node in results {
+        if placer.place[node] == Place::Sharded && placer.copied(node) {
+            placer.behind_each_other(node, node);
         }
     }
     for site in &sites {
@@ -362,6 +371,9 @@ impl Placer<'_, '_, '_> {
 
     fn pick(&mut self, node: NodeId, dim: usize, sharded: bool) -> Place {
         let input = self.trace.nodes[node].inputs[0].node;
+        if sharded && self.copied(input) {
+            return self.behind_each_other(node, input);
+        }
         if self.place[input] == Place::Given {
             return self.cannot_tell(node, input);
         }

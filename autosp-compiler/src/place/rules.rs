@@ -65,10 +65,23 @@ impl Placer<'_, '_, '_> {
         if let Some(refused) = self.computes_along_tokens(node, row, inputs) {
             return refused;
         }
+        if let Some(refused) = self.uses_copies(node, row) {
+            return refused;
+        }
         for (i, input) in n.inputs.iter().enumerate() {
             if inputs[i] == Place::Replicated
                 && let Some(dim) = self.sequence_dims(input.node).first()
             {
+                if !self.rows_alone(input.node, *dim) {
+                    let operand = trace.nodes[input.node].text.clone();
+                    return self.refuse(
+                        node,
+                        codes::NOT_FOLLOWED,
+                        format!("cannot cut this rank's rows out of `{operand}`"),
+                        self.shape_note(input.node, *dim),
+                        "cut a table that has one row a token, before it is reshaped",
+                    );
+                }
                 self.conversions.push((
                     node,
                     Conversion::Slice {
@@ -146,7 +159,7 @@ impl Placer<'_, '_, '_> {
                 ShapeRule::Same | ShapeRule::Linear | ShapeRule::AlongLast
             ))
         {
-            return self.refuse(
+            let refused = self.refuse(
                 node,
                 codes::NOT_FOLLOWED,
                 format!(
@@ -156,6 +169,14 @@ impl Placer<'_, '_, '_> {
                 None,
                 "end the function in both branches",
             );
+            let either = n
+                .inputs
+                .iter()
+                .find(|i| self.place[i.node] == Place::Either);
+            if let Some(branch) = either.and_then(|i| self.whole_branch(i.node)) {
+                self.elsewhere(node, branch);
+            }
+            return refused;
         }
         Place::Either
     }
@@ -485,7 +506,12 @@ impl Placer<'_, '_, '_> {
                 "compute it for each token, or over another dimension",
             ),
         };
-        self.refuse(node, codes::MIXES_TOKENS, message, note, help)
+        let refused = self.refuse(node, codes::MIXES_TOKENS, message, note, help);
+        // A cache that the caller may give.
+        if let (ShapeRule::Cat, Some(branch)) = (row.shape, self.trace.nodes[node].branch) {
+            self.elsewhere(node, branch);
+        }
+        refused
     }
 
     /// The tables of a rotary embedding are cut where they meet the shard.

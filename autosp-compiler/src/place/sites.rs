@@ -4,6 +4,7 @@ use std::collections::HashSet;
 
 use autosp_plan::codes;
 
+use super::layout;
 use crate::error::Refusal;
 use crate::ops::{PlaceRule, ShapeRule};
 use crate::trace::graph::{Input, NodeId, Op};
@@ -38,6 +39,8 @@ pub(crate) struct Layout {
     pub(crate) q: String,
     pub(crate) k: String,
     pub(crate) v: String,
+    /// The batch, where a dimension merges it with heads.
+    pub(crate) batch: Option<AtomId>,
 }
 
 /// Tensors that are masks, and operands that become masks.
@@ -137,7 +140,7 @@ impl Finder<'_, '_, '_> {
             Op::Row(row) if row.shape == ShapeRule::Matmul => {
                 let dims = self.dims(node)?;
                 let [.., rows, keys] = dims else { return None };
-                let score_like = self.atom(rows).is_some()
+                let score_like = layout::token_axis(self.trace, rows).is_some()
                     && (self.atom(keys).is_some() || keys.anchored(&self.trace.atoms));
                 score_like.then(|| {
                     chain.nodes.push(node);
@@ -221,26 +224,9 @@ impl Finder<'_, '_, '_> {
         let matmul = self.scores(operand, &mut chain, &mut HashSet::new())?;
         let dims = self.dims(matmul)?.to_vec();
         let rank = dims.len();
-        let along = n.touches.first().map(|(_, d)| *d);
-        if along != Some(rank - 1) {
-            let which = along.map_or("another dimension".to_string(), |d| {
-                format!("dimension {d} of {}", show(&trace.atoms, &dims))
-            });
-            self.refusals.push(
-                Refusal::new(
-                    codes::SOFTMAX_AXIS,
-                    n.at.span,
-                    format!("`{}` normalises over {which}, not over the keys", n.text),
-                )
-                .note(format!(
-                    "the scores are `{}`; keys are the last dimension",
-                    trace.nodes[matmul].text
-                ))
-                .help("`candle_nn::ops::softmax_last_dim(&scores)`"),
-            );
-            return None;
-        }
-        let (rows, keys) = (self.atom(&dims[rank - 2]), self.atom(&dims[rank - 1]));
+        self.over_the_keys(softmax, matmul)?;
+        let rows = layout::token_axis(trace, &dims[rank - 2]);
+        let keys = self.atom(&dims[rank - 1]);
         let (Some(sequence), true) = (rows, rows == keys) else {
             self.refusals.push(
                 Refusal::new(
@@ -300,6 +286,57 @@ impl Finder<'_, '_, '_> {
             },
             sequence,
         ))
+    }
+
+    /// The softmax runs along the keys: the last dimension, whatever the model did to the others since the product.
+    fn over_the_keys(&mut self, softmax: NodeId, matmul: NodeId) -> Option<()> {
+        let trace = self.trace;
+        let n = &trace.nodes[softmax];
+        let operand = n.inputs.first()?.node;
+        let dims = self.dims(matmul)?.to_vec();
+        let rank = dims.len();
+        let along = n.touches.first().map(|(_, d)| *d);
+        // The model may have split or merged other dimensions since the product.
+        let last = match self.dims(operand).and_then(<[Dim]>::split_last) {
+            Some((keys, before)) if self.atom(keys) == self.atom(&dims[rank - 1]) => before.len(),
+            _ => rank,
+        };
+        if along.is_none() && self.dims(operand).is_none() {
+            let why = match &trace.nodes[operand].shape {
+                Shape::Unknown(why) => why.clone(),
+                Shape::Either(all) => {
+                    let all: Vec<String> = all.iter().map(|d| show(&trace.atoms, d)).collect();
+                    format!("it is {}, by a condition", all.join(" or "))
+                }
+                _ => "its dimensions are not known".to_string(),
+            };
+            let what = &trace.nodes[operand].text;
+            self.refusals.push(
+                Refusal::new(codes::NOT_FOLLOWED, n.at.span, format!("cannot follow the scores in `{}`: {why}", n.text))
+                    .note(format!("the softmax takes `{what}`"))
+                    .help("write what comes between the product and the softmax with operations that keep the scores' dimensions"),
+            );
+            return None;
+        }
+        if along != Some(last) {
+            let which = along.map_or("another dimension".to_string(), |d| {
+                format!("dimension {d} of {}", show(&trace.atoms, &dims))
+            });
+            self.refusals.push(
+                Refusal::new(
+                    codes::SOFTMAX_AXIS,
+                    n.at.span,
+                    format!("`{}` normalises over {which}, not over the keys", n.text),
+                )
+                .note(format!(
+                    "the scores are `{}`; keys are the last dimension",
+                    trace.nodes[matmul].text
+                ))
+                .help("`candle_nn::ops::softmax_last_dim(&scores)`"),
+            );
+            return None;
+        }
+        Some(())
     }
 
     /// The tensors that make up the masks: what is made from a rule or takes its sizes from the scores, and the operands
@@ -404,39 +441,10 @@ impl Finder<'_, '_, '_> {
     }
 
     fn layout(&mut self, matmul: NodeId, out: NodeId, sequence: AtomId) -> Option<Layout> {
-        let inputs = |n: NodeId, i: usize| self.trace.nodes[n].inputs.get(i).map(|i| i.node);
-        let axes = |node: Option<NodeId>, heads: &str, tail: [&str; 2]| -> Option<String> {
-            let dims = self.dims(node?)?;
-            let lead = dims.len().checked_sub(2)?;
-            let named: Option<Vec<String>> = dims[..lead]
-                .iter()
-                .map(|d| {
-                    let has_sequence =
-                        d.0.iter()
-                            .any(|f| self.trace.atoms.normal(&f.size).contains(sequence));
-                    let batch =
-                        d.0.iter()
-                            .filter(|f| self.trace.atoms.anchored(&f.size))
-                            .count();
-                    match (has_sequence, batch, d.0.len()) {
-                        (true, _, _) => None,
-                        (_, 0, _) => Some(heads.to_string()),
-                        (_, 1, 1) => Some("b".to_string()),
-                        _ => Some(format!("(b {heads})")),
-                    }
-                })
-                .collect();
-            let mut named = named?;
-            named.extend(tail.map(String::from));
-            Some(named.join(" "))
-        };
-        let layout = (
-            axes(inputs(matmul, 0), "h", ["s", "d"]),
-            axes(inputs(matmul, 1), "g", ["d", "s"]),
-            axes(inputs(out, 1), "g", ["s", "d"]),
-        );
-        if let (Some(q), Some(k), Some(v)) = layout {
-            return Some(Layout { q, k, v });
+        let input = |n: NodeId, i: usize| self.trace.nodes[n].inputs.get(i).map(|i| i.node);
+        let operands = [input(matmul, 0)?, input(matmul, 1)?, input(out, 1)?];
+        if let Some(layout) = layout::find(self.trace, operands, sequence) {
+            return Some(layout);
         }
         let n = &self.trace.nodes[matmul];
         self.refusals.push(

@@ -2,6 +2,7 @@
 
 pub(crate) mod args;
 pub(crate) mod asserts;
+pub(crate) mod depth;
 pub(crate) mod include;
 pub(crate) mod library;
 pub(crate) mod number;

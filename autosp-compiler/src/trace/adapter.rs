@@ -98,6 +98,7 @@ impl<'a> Trace<'_, 'a> {
                 code: autosp_plan::codes::ITEM,
                 message: format!("the field `{name}` of `{ty}` is declared outside of the annotated item"),
                 help: format!("put `{ty}` and its `impl`s into `mod model {{ .. }}` and the attribute on the module"),
+                span: None,
             }
             .into(),
         )

@@ -14,6 +14,8 @@ pub(super) struct Given {
     pub(super) target: Target,
     pub(super) size: Option<Size>,
     pub(super) at: At,
+    /// Which of how many sizes of a variable that holds a tuple.
+    pub(super) part: Option<(usize, usize)>,
 }
 
 impl<'a> Trace<'_, 'a> {
@@ -32,6 +34,7 @@ impl<'a> Trace<'_, 'a> {
         }
         for (value, e) in args {
             if let Some(r) = value.lost() {
+                self.lost_softmax |= row.name().starts_with("softmax");
                 return Value::Unknown(r.clone());
             }
             let mut tensors = Vec::new();
@@ -132,12 +135,23 @@ impl<'a> Trace<'_, 'a> {
         Value::Tensor(node)
     }
 
+    /// A size that a tensor gets.
+    pub(super) fn use_given(&mut self, given: &Given, node: NodeId) {
+        if let Some(size) = &given.size {
+            let before = self.sizes.len();
+            self.use_size(given.at, size, Role::SizeOf(node));
+            if let Some(new) = self.sizes.get_mut(before) {
+                new.part = given.part;
+            }
+        }
+    }
+
     /// Dimensions of a tensor that is made with these sizes.
     pub(super) fn filled(&mut self, node: NodeId, given: &[Given]) -> Vec<Dim> {
         let mut dims = Vec::new();
         for g in given {
             if let (Target::Size(_), Some(size)) = (&g.target, &g.size) {
-                self.use_size(g.at, size, Role::SizeOf(node));
+                self.use_given(g, node);
                 let poly = self.dimension(size);
                 dims.push(Dim::of(poly));
             }
@@ -252,6 +266,22 @@ impl<'a> Trace<'_, 'a> {
                         out.push(Dim::of(len));
                     }
                 }
+                Some((Value::From(start), e)) => {
+                    if let Some(e) = e {
+                        let at = self.at(at.act, e);
+                        self.use_size(at, &start.clone(), Role::Valid);
+                    }
+                    if start.poly == super::size::Poly::default() {
+                        out.push(dim.clone());
+                    } else {
+                        touches.push((0, d));
+                        let part = self.fresh_feature("part");
+                        if !dim.anchored(&self.atoms) {
+                            self.atoms.unseen(&part);
+                        }
+                        out.push(Dim::of(part));
+                    }
+                }
                 Some((Value::Size(s), Some(e))) => {
                     let at = self.at(at.act, e);
                     self.use_size(at, &s.clone(), Role::Valid);
@@ -311,18 +341,26 @@ impl<'a> Trace<'_, 'a> {
             _ => return None,
         };
         let mut out = Vec::new();
+        let written = exprs.len() == values.len() && values.len() > 1;
         for (i, value) in values.iter().enumerate() {
-            let at = exprs.get(i).map_or(own, |e| self.at(at.act, e));
+            let at = match exprs.get(i) {
+                Some(e) if written || values.len() == 1 => self.at(at.act, e),
+                _ => own,
+            };
+            let part = (!written && values.len() > 1 && matches!(arg.0, Value::Tuple(_)))
+                .then_some((i, values.len()));
             match value {
                 Value::Size(size) => out.push(Given {
                     target: Target::Size(self.dimension(size)),
                     size: Some(size.clone()),
                     at,
+                    part,
                 }),
                 Value::Tuple(v) if v.is_empty() => out.push(Given {
                     target: Target::Hole,
                     size: None,
                     at,
+                    part,
                 }),
                 _ => return None,
             }
@@ -342,6 +380,7 @@ impl<'a> Trace<'_, 'a> {
             code: codes::SHAPES,
             message,
             help: help.to_string(),
+            span: None,
         }
     }
 
@@ -350,6 +389,7 @@ impl<'a> Trace<'_, 'a> {
             code: codes::MIXES_TOKENS,
             message,
             help: help.to_string(),
+            span: None,
         }
     }
 }

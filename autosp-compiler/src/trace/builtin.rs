@@ -40,6 +40,16 @@ impl<'a> Trace<'_, 'a> {
                     Value::Unit
                 }
             }
+            // A list whose elements are known one by one, in a variable of this function.
+            (
+                Value::List {
+                    elems: Some(elems), ..
+                },
+                "push" | "pop",
+            ) if matches!(&*m.receiver, syn::Expr::Path(p) if p.path.get_ident().is_some()) => {
+                let elems = elems.clone();
+                self.list_step(act, elems, name, args, m, at)
+            }
             // An option or a list in a variable of this function.
             (Value::Option(..) | Value::List { .. }, _) if WRITERS.contains(&name) => {
                 if let syn::Expr::Path(p) = &*m.receiver
@@ -116,6 +126,42 @@ impl<'a> Trace<'_, 'a> {
         }
     }
 
+    /// `push` and `pop` of a list in a variable, whose elements are known one by one.
+    fn list_step(
+        &mut self,
+        act: ActId,
+        mut elems: Vec<Value>,
+        name: &str,
+        args: Vec<Arg<'a>>,
+        m: &'a syn::ExprMethodCall,
+        at: At,
+    ) -> Value {
+        let out = if name == "push" {
+            elems.extend(args.into_iter().map(|a| a.0));
+            Value::Unit
+        } else {
+            match elems.pop() {
+                Some(last) => Value::Option(Presence::Some, Box::new(last)),
+                None => Value::Option(Presence::None, Box::new(Value::Opaque)),
+            }
+        };
+        let mut any: Option<Value> = None;
+        for v in &elems {
+            any = Some(match any {
+                Some(any) => self.join(any, v.clone(), &Cond::Unknown, at),
+                None => v.clone(),
+            });
+        }
+        if let syn::Expr::Path(p) = &*m.receiver
+            && let Some(ident) = p.path.get_ident()
+        {
+            let any = Box::new(any.unwrap_or(Value::Opaque));
+            let elems = Some(elems);
+            self.assign(act, &ident.to_string(), Value::List { elems, any });
+        }
+        out
+    }
+
     /// Integer methods other than the four operations: the result has no name, so the operands must be valid sizes.
     fn size_method(&mut self, act: ActId, receiver: &Value, m: &'a syn::ExprMethodCall) -> Value {
         let all: Vec<&'a syn::Expr> = std::iter::once(&*m.receiver).chain(m.args.iter()).collect();
@@ -172,6 +218,20 @@ impl<'a> Trace<'_, 'a> {
             "dim" => {
                 let d = args.first().and_then(|a| dim_argument(&a.0));
                 Some(d.map_or(Value::Opaque, |d| self.dim_of(node, d, at)))
+            }
+            "to_vec" if matches!(receiver, Value::ShapeOf(_)) => {
+                let rank = self.nodes[node].shape.known().map(<[Dim]>::len);
+                let Some(rank) = rank else {
+                    return Some(receiver.clone());
+                };
+                let elems: Vec<Value> = (0..rank as i64)
+                    .map(|d| self.dim_with_rank(node, d, rank, at))
+                    .collect();
+                let any = Box::new(elems.first().cloned().unwrap_or(Value::Opaque));
+                Some(Value::List {
+                    elems: Some(elems),
+                    any,
+                })
             }
             "dims" | "shape" => Some(Value::ShapeOf(node)),
             "rank" | "len" => Some(match self.nodes[node].shape.known() {

@@ -461,6 +461,7 @@ impl<'a> Trace<'_, 'a> {
             help: format!(
                 "move `{name}` into the annotated module, or write it with candle's own operations"
             ),
+            span: Some(at.span),
         };
         let closure = args.iter().any(|(v, _)| matches!(v, Value::Closure(_)));
         let node = self.unknown(reason, inputs, at, what);

@@ -3,8 +3,8 @@
 use std::collections::HashMap;
 
 use super::graph::{ActId, At, Input, NodeId, Op};
-use super::shape::{Dim, Shape};
-use super::value::{Binding, Cmp, Cond, Presence, Size, Value};
+use super::shape::Shape;
+use super::value::{Binding, Cond, Size, Value};
 use super::{Fact, Loop, Role, Trace};
 use crate::syntax::number;
 
@@ -167,6 +167,9 @@ impl<'a> Trace<'_, 'a> {
             _ => {}
         }
         let open = self.may_leave(act) && self.settled(act, &i.cond, &cond);
+        if open {
+            self.settled.insert((self.acts[act].function, at.expr));
+        }
         let mut then = self.alternative(act, at, 0, open, |t| t.block(act, &i.then_branch));
         self.acts[act].scopes.pop();
         let after_then = std::mem::replace(&mut self.acts[act].scopes, before);
@@ -264,164 +267,6 @@ impl<'a> Trace<'_, 'a> {
             self.acts[act].scopes = vars;
         }
         result.unwrap_or(Value::Opaque)
-    }
-
-    /// The value where two ways meet. `cond` holds on the way of `a`.
-    pub(super) fn join(&mut self, a: Value, b: Value, cond: &Cond, at: At) -> Value {
-        match (a, b) {
-            (a, b) if a == b => a,
-            (Value::Never, x) | (x, Value::Never) => x,
-            (Value::Tensor(a), Value::Tensor(b)) => {
-                Value::Tensor(self.join_tensors(a, b, cond, at))
-            }
-            (Value::Size(a), Value::Size(b)) => {
-                if *cond != Cond::Unknown
-                    && a.poly.as_constant().is_some()
-                    && b.poly.as_constant().is_some()
-                {
-                    return select(cond, Value::Size(a), Value::Size(b));
-                }
-                if self.atoms.anchored(&a.poly) || self.atoms.anchored(&b.poly) {
-                    let reason = Self::reason(
-                        "a size depends on a condition",
-                        "write the two cases as two functions",
-                    );
-                    return Value::Unknown(reason.into());
-                }
-                let poly = self.fresh_feature("size");
-                Value::Size(a.with(&b, poly))
-            }
-            (Value::Num(Some(a)), Value::Num(Some(b))) => {
-                if *cond == Cond::Unknown {
-                    Value::Num(None)
-                } else {
-                    select(cond, Value::Num(Some(a)), Value::Num(Some(b)))
-                }
-            }
-            (a @ (Value::Num(_) | Value::Select(..)), b @ (Value::Num(_) | Value::Select(..)))
-                if *cond != Cond::Unknown =>
-            {
-                select(cond, a, b)
-            }
-            (Value::Num(_) | Value::Select(..), Value::Num(_) | Value::Select(..)) => {
-                Value::Num(None)
-            }
-            (Value::Bool(a), Value::Bool(b)) => Value::Bool(join_conditions(cond, a, b)),
-            (Value::Tuple(a), Value::Tuple(b)) if a.len() == b.len() => Value::Tuple(
-                a.into_iter()
-                    .zip(b)
-                    .map(|(a, b)| self.join(a, b, cond, at))
-                    .collect(),
-            ),
-            (Value::Option(p, a), Value::Option(q, b)) => match (p, q) {
-                (Presence::None, Presence::None) => Value::Option(Presence::None, a),
-                (Presence::None, _) => Value::Option(Presence::Maybe, b),
-                (_, Presence::None) => Value::Option(Presence::Maybe, a),
-                _ => {
-                    let presence = if p == q { p } else { Presence::Maybe };
-                    Value::Option(presence, Box::new(self.join(*a, *b, cond, at)))
-                }
-            },
-            (Value::Host(a), Value::Host(b)) if a.axes.len() == b.axes.len() => {
-                let among = [a.all(), b.all()].concat();
-                Value::Host(std::rc::Rc::new(super::value::Host {
-                    among,
-                    ..(*a).clone()
-                }))
-            }
-            (Value::Unknown(r), _) | (_, Value::Unknown(r)) => Value::Unknown(r),
-            (a @ (Value::HostRows(_) | Value::Rows(_)), _)
-            | (_, a @ (Value::HostRows(_) | Value::Rows(_))) => a
-                .lost()
-                .map_or(Value::Opaque, |r| Value::Unknown(r.clone())),
-            (Value::Tensor(_), _) | (_, Value::Tensor(_)) => {
-                Self::lost("one of two branches, which gives a tensor in the other")
-            }
-            _ => Value::Opaque,
-        }
-    }
-
-    fn join_tensors(&mut self, a: NodeId, b: NodeId, cond: &Cond, at: At) -> NodeId {
-        // `if n == 1 { x } else { repeat(x, n) }` is the second, of which the first is the case n = 1.
-        if let Some(repeated) = self.one_is_repeat(a, b, cond) {
-            return repeated;
-        }
-        let shape = self.join_shapes(a, b);
-        let inputs = vec![
-            Input {
-                node: a,
-                expr: None,
-            },
-            Input {
-                node: b,
-                expr: None,
-            },
-        ];
-        self.node(Op::Phi { carried: false }, inputs, shape, at, "if")
-    }
-
-    fn one_is_repeat(&self, a: NodeId, b: NodeId, cond: &Cond) -> Option<NodeId> {
-        let (factor, a, b) = match cond {
-            Cond::Compare(l, Cmp::Eq, r) if r.is_one() => (l, a, b),
-            Cond::Compare(l, Cmp::Ne | Cmp::Gt, r) if r.is_one() => (l, b, a),
-            _ => return None,
-        };
-        let (x, y) = (self.nodes[a].shape.known()?, self.nodes[b].shape.known()?);
-        let without: Vec<Dim> = y.iter().map(Dim::unrepeated).collect();
-        let repeats: Vec<_> = y.iter().flat_map(|d| &d.0).filter(|f| f.repeat).collect();
-        let only = repeats.len() == 1 && self.atoms.equal(&repeats[0].size, factor);
-        let base: Vec<Dim> = x.iter().map(Dim::unrepeated).collect();
-        (only && base == without && self.moves_only(b, a)).then_some(b)
-    }
-
-    /// Whether `to` is `from` moved about: reshaped, repeated, transposed.
-    fn moves_only(&self, mut to: NodeId, from: NodeId) -> bool {
-        while to != from {
-            let node = &self.nodes[to];
-            let moves = node
-                .row()
-                .is_some_and(|r| r.place == crate::ops::PlaceRule::Move);
-            match node.inputs.first() {
-                Some(input) if moves => to = input.node,
-                _ => return false,
-            }
-        }
-        true
-    }
-
-    fn join_shapes(&mut self, a: NodeId, b: NodeId) -> Shape {
-        // An input that nobody has read the sizes of is like what stands for it where it is not given.
-        for (x, y) in [(a, b), (b, a)] {
-            if let Some(rank) = self.nodes[y].shape.known().map(<[Dim]>::len) {
-                self.assume_rank(x, rank);
-            }
-        }
-        match (self.nodes[a].shape.clone(), self.nodes[b].shape.clone()) {
-            (Shape::Known(x), Shape::Known(y)) if x.len() == y.len() => {
-                let same = x.iter().zip(&y).all(|(p, q)| {
-                    let (p, q) = (p.size(&self.atoms), q.size(&self.atoms));
-                    self.atoms.unify(&p, &q)
-                });
-                if same {
-                    Shape::Known(x)
-                } else {
-                    Shape::Either(vec![x, y])
-                }
-            }
-            (Shape::Known(x), Shape::Known(y)) => Shape::Either(vec![x, y]),
-            (Shape::Either(mut all), Shape::Known(x))
-            | (Shape::Known(x), Shape::Either(mut all)) => {
-                if !all.contains(&x) {
-                    all.push(x);
-                }
-                Shape::Either(all)
-            }
-            (Shape::Partial(_), Shape::Known(x)) | (Shape::Known(x), Shape::Partial(_)) => {
-                Shape::Known(x)
-            }
-            (Shape::Unknown(r), _) | (_, Shape::Unknown(r)) => Shape::Unknown(r),
-            (x, _) => x,
-        }
     }
 
     pub(super) fn for_loop(&mut self, act: ActId, f: &'a syn::ExprForLoop, at: At) -> Value {
@@ -552,7 +397,7 @@ impl<'a> Trace<'_, 'a> {
     /// What a loop over a value binds in each round.
     pub(super) fn element(&mut self, iter: Value) -> Value {
         match iter {
-            Value::List { any, .. } => *any,
+            Value::List { any, .. } | Value::Copies(any, _) => *any,
             said @ Value::Asserted(_) => said,
             Value::Range(..) => Value::Size(Size::of(self.fresh_feature("round"))),
             other => other
@@ -560,6 +405,12 @@ impl<'a> Trace<'_, 'a> {
                 .map_or(Value::Opaque, |r| Value::Unknown(r.clone())),
         }
     }
+}
+
+pub(super) fn has_tensor(value: &Value) -> bool {
+    let mut tensors = Vec::new();
+    value.tensors(&mut tensors);
+    !tensors.is_empty()
 }
 
 fn has_object(value: &Value) -> bool {
@@ -570,12 +421,12 @@ fn has_object(value: &Value) -> bool {
     }
 }
 
-fn select(cond: &Cond, a: Value, b: Value) -> Value {
+pub(super) fn select(cond: &Cond, a: Value, b: Value) -> Value {
     Value::Select(Box::new(cond.clone()), Box::new(a), Box::new(b))
 }
 
 /// `if c { a } else { b }` for conditions.
-fn join_conditions(cond: &Cond, a: Cond, b: Cond) -> Cond {
+pub(super) fn join_conditions(cond: &Cond, a: Cond, b: Cond) -> Cond {
     match (a, b) {
         (a, Cond::Known(false)) if *cond != Cond::Unknown => {
             Cond::And(Box::new(cond.clone()), Box::new(a))

@@ -3,10 +3,10 @@
 use super::graph::{ActId, At};
 use super::size::Poly;
 use super::value::{Closure, Cmp, Cond, Presence, Size, Value};
-use super::{DEPTH, Fact, Role, STEPS, Trace};
+use super::{DEPTH, NESTING, Role, STEPS, Trace};
 use crate::syntax::asserts::Kind;
+use crate::syntax::text;
 use crate::syntax::types::Ty;
-use crate::syntax::{number, text};
 
 /// Macros that give no tensor and write to no variable.
 pub(super) const SPEAKING: &[&str] = &[
@@ -45,7 +45,21 @@ impl<'a> Trace<'_, 'a> {
             return Self::lost("a program of this size");
         }
         let at = self.at(act, e);
-        let value = self.eval_inner(act, e, at);
+        if self.nesting > NESTING {
+            return Self::lost("an expression nested so deeply");
+        }
+        self.nesting += 1;
+        let mut value = self.eval_inner(act, e, at);
+        self.nesting -= 1;
+        if let Value::Unknown(reason) = &value
+            && reason.span.is_none()
+        {
+            let reason = super::graph::Reason {
+                span: Some(at.span),
+                ..(**reason).clone()
+            };
+            value = Value::Unknown(reason.into());
+        }
         if at.expr != u32::MAX && !matches!(value, Value::Opaque | Value::Unit | Value::Closure(_))
         {
             self.acts[act].values.insert(at.expr, value.clone());
@@ -69,10 +83,14 @@ impl<'a> Trace<'_, 'a> {
             syn::Expr::Array(a) => self.list(act, a.elems.iter(), at),
             syn::Expr::Repeat(r) => {
                 let any = self.eval(act, &r.expr);
-                self.eval(act, &r.len);
-                Value::List {
-                    elems: None,
-                    any: Box::new(any),
+                match self.eval(act, &r.len) {
+                    Value::Size(count) if any.tensor().is_some() => {
+                        Value::Copies(Box::new(any), Box::new(count))
+                    }
+                    _ => Value::List {
+                        elems: None,
+                        any: Box::new(any),
+                    },
                 }
             }
             syn::Expr::Cast(c) => self.cast(act, c),
@@ -163,6 +181,18 @@ impl<'a> Trace<'_, 'a> {
             .last()
             .map(|s| s.ident.to_string())
             .unwrap_or_default();
+        // A variant of a library's type that is a layer, such as `Activation::Gelu`.
+        if let [.., _, _] = p.path.segments.iter().collect::<Vec<_>>().as_slice() {
+            let full = self.scope.names.resolve(&p.path);
+            if let Some((ty, _)) = full.rsplit_once("::")
+                && self.table.get(&format!("{ty}::forward")).is_some()
+            {
+                return Value::Object {
+                    ty: Ty::Lib(ty.to_string()),
+                    path: text(p),
+                };
+            }
+        }
         match last.as_str() {
             "Minus1" => Value::FromEnd(-1),
             "Minus2" => Value::FromEnd(-2),
@@ -277,13 +307,15 @@ impl<'a> Trace<'_, 'a> {
             _ => None,
         };
         if let Some(cmp) = compare {
+            for (e, value) in [(&b.left, &left), (&b.right, &right)] {
+                if let Value::Size(size) = value {
+                    let at = self.at(act, e);
+                    self.use_size(at, size, Role::Valid);
+                }
+            }
             let (Value::Size(l), Value::Size(r)) = (&left, &right) else {
                 return Value::Bool(Cond::Unknown);
             };
-            for (e, size) in [(&b.left, l), (&b.right, r)] {
-                let at = self.at(act, e);
-                self.use_size(at, size, Role::Valid);
-            }
             return Value::Bool(self.compare(&l.poly, cmp, &r.poly));
         }
         match (left, right) {
@@ -309,6 +341,10 @@ impl<'a> Trace<'_, 'a> {
                 _ => None,
             })),
             (Value::Num(_), _) | (_, Value::Num(_)) => Value::Num(None),
+            (Value::Size(size), _) | (_, Value::Size(size)) => {
+                self.use_size(at, &size, Role::Unclassified(text(b)));
+                Value::Opaque
+            }
             _ => Value::Opaque,
         }
     }
@@ -440,6 +476,18 @@ impl<'a> Trace<'_, 'a> {
                 .as_constant()
                 .and_then(|k| elems.get(k as usize).cloned())
                 .unwrap_or(*any),
+            (Value::ShapeOf(node), Value::Range(start, end, _)) => {
+                let ends = (start.poly.as_constant(), end.poly.as_constant());
+                let (Some(start), Some(end)) = ends else {
+                    return Self::lost("a part of a tensor's sizes");
+                };
+                let elems: Vec<Value> = (start..end).map(|k| self.dim_of(node, k, at)).collect();
+                let any = Box::new(elems.first().cloned().unwrap_or(Value::Opaque));
+                let elems = Some(elems);
+                Value::List { elems, any }
+            }
+            // The whole of it
+            (base, Value::Tuple(all)) if all.is_empty() => base,
             (Value::List { elems: None, any }, _) => self.any_element(*any),
             (Value::ShapeOf(node), Value::Size(s)) => match s.poly.as_constant() {
                 Some(k) => self.dim_of(node, k, at),
@@ -461,26 +509,6 @@ impl<'a> Trace<'_, 'a> {
         }
     }
 
-    fn assignment(&mut self, act: ActId, a: &'a syn::ExprAssign, at: At) -> Value {
-        let value = self.eval(act, &a.right);
-        if let syn::Expr::Path(p) = &*a.left
-            && let Some(ident) = p.path.get_ident()
-        {
-            self.assign(act, &ident.to_string(), value);
-            return Value::Unit;
-        }
-        if let Some(field) = number::place_field(&a.left) {
-            let mut tensors = Vec::new();
-            value.tensors(&mut tensors);
-            if self.written.contains(&field)
-                && (!tensors.is_empty() || matches!(value, Value::Option(..)))
-            {
-                self.acts[act].facts.push((at.expr, Fact::Write));
-            }
-        }
-        Value::Unit
-    }
-
     fn range(&mut self, act: ActId, r: &'a syn::ExprRange) -> Value {
         let bound = |this: &mut Self, e: Option<&'a syn::Expr>| -> Option<Size> {
             match e.map(|e| this.eval(act, e)) {
@@ -498,6 +526,7 @@ impl<'a> Trace<'_, 'a> {
                 let at = self.at(act, end_expr);
                 Value::Range(Box::new(start), Box::new(end), at.expr)
             }
+            (Some(_), None, Some(start), _) => Value::From(Box::new(start)),
             (None, Some(end_expr), _, Some(end)) => {
                 let at = self.at(act, end_expr);
                 Value::Range(Box::new(Size::constant(0)), Box::new(end), at.expr)
@@ -519,46 +548,6 @@ impl<'a> Trace<'_, 'a> {
         Value::List {
             elems: Some(values),
             any: Box::new(any),
-        }
-    }
-
-    fn macro_call(&mut self, act: ActId, mac: &'a syn::Macro, at: At) -> Value {
-        let name = mac
-            .path
-            .segments
-            .last()
-            .map(|s| s.ident.to_string())
-            .unwrap_or_default();
-        match name.as_str() {
-            "bail" | "panic" | "unreachable" | "unimplemented" | "todo" => Value::Never,
-            "vec" => self.vec_macro(act, mac, at),
-            name if SPEAKING.contains(&name) => Value::Opaque,
-            _ => Self::lost(&text(mac)),
-        }
-    }
-
-    /// `vec![a, b]` and `vec![a; n]`. What stands in a macro has no number of its own, so that no edit can reach it.
-    fn vec_macro(&mut self, act: ActId, mac: &'a syn::Macro, at: At) -> Value {
-        let known = self.macros.get(&std::ptr::from_ref(mac)).copied();
-        let array = known.or_else(|| {
-            let tokens = &mac.tokens;
-            let parsed = syn::parse2::<syn::Expr>(quote::quote!([#tokens])).ok()?;
-            // Once for each `vec!` of the source; the process ends with the expansion.
-            let leaked: &'static syn::Expr = Box::leak(Box::new(parsed));
-            self.macros.insert(std::ptr::from_ref(mac), leaked);
-            Some(leaked)
-        });
-        match array {
-            Some(array) => {
-                let value = self.eval(act, array);
-                if let syn::Expr::Repeat(r) = array
-                    && let Value::Size(len) = self.eval(act, &r.len)
-                {
-                    self.use_size(at, &len, Role::Unclassified(text(mac)));
-                }
-                value
-            }
-            None => Self::lost(&text(mac)),
         }
     }
 }

@@ -42,11 +42,19 @@ pub(crate) enum Op {
 }
 
 /// Why a value cannot be followed.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone)]
 pub(crate) struct Reason {
     pub(crate) code: autosp_plan::codes::Code,
     pub(crate) message: String,
     pub(crate) help: String,
+    /// The expression that was lost first.
+    pub(crate) span: Option<Span>,
+}
+
+impl PartialEq for Reason {
+    fn eq(&self, other: &Self) -> bool {
+        (self.code.id, &self.message) == (other.code.id, &other.message)
+    }
 }
 
 /// One tensor operand.

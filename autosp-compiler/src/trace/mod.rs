@@ -5,12 +5,16 @@
 
 mod adapter;
 mod apply;
+mod assign;
 pub(crate) mod branch;
 mod builtin;
 mod call;
 mod control;
 mod eval;
 pub(crate) mod graph;
+mod join;
+mod macros;
+mod origin;
 mod partial;
 mod parts;
 mod pattern;
@@ -18,6 +22,7 @@ pub(crate) mod rows;
 pub(crate) mod shape;
 mod shapes;
 pub(crate) mod size;
+mod tables;
 pub(crate) mod value;
 
 use std::collections::{HashMap, HashSet};
@@ -36,6 +41,8 @@ use value::{Binding, Presence, Size, Value};
 
 /// Calls nested deeper than this are not followed (models stay below ten).
 const DEPTH: usize = 32;
+/// Expressions inside expressions, through all calls; deeper ones would run out of stack (models stay below 100).
+const NESTING: usize = 100;
 /// Expressions evaluated in one trace; more means a program that this interpreter was not made for.
 const STEPS: usize = 200_000;
 
@@ -90,6 +97,8 @@ pub(crate) struct SizeUse {
     pub(crate) size: Size,
     pub(crate) role: Role,
     pub(crate) span: Span,
+    /// Which of how many sizes, where the expression is a tuple of them.
+    pub(crate) part: Option<(usize, usize)>,
     pub(crate) branch: Option<branch::Branch>,
 }
 
@@ -115,6 +124,8 @@ pub(crate) struct Trace<'s, 'a> {
     pub(crate) offsets: Vec<String>,
     /// Tensors that are read to the host: what follows depends on them in ways that are not seen.
     pub(crate) reads: Vec<NodeId>,
+    /// A softmax was to be computed of something that was lost.
+    pub(crate) lost_softmax: bool,
     /// Counters of loops over the tokens.
     counters: Vec<size::AtomId>,
     /// Inputs whose rank was taken from their uses.
@@ -132,12 +143,15 @@ pub(crate) struct Trace<'s, 'a> {
     /// What stands in a `vec!`, parsed once.
     macros: HashMap<*const syn::Macro, &'static syn::Expr>,
     depth: usize,
+    nesting: usize,
     steps: usize,
     fresh: u32,
     /// The branches that evaluation is in and that may be left untaken.
     branches: Vec<branch::Branch>,
     /// Branches that are known to be untaken, and why.
     pub(crate) untaken: Vec<(branch::Branch, String)>,
+    /// The `if`s whose question the configuration settles: function and expression.
+    pub(crate) settled: HashSet<(usize, u32)>,
     /// Closures that evaluation is in: a branch there cannot leave its function.
     closures: usize,
 }
@@ -158,6 +172,7 @@ impl<'s, 'a> Trace<'s, 'a> {
             sizes: Vec::new(),
             offsets: Vec::new(),
             reads: Vec::new(),
+            lost_softmax: false,
             counters: Vec::new(),
             assumed_ranks: Vec::new(),
             helpers: Vec::new(),
@@ -168,10 +183,12 @@ impl<'s, 'a> Trace<'s, 'a> {
             fields: HashMap::new(),
             macros: HashMap::new(),
             depth: 0,
+            nesting: 0,
             steps: 0,
             fresh: 0,
             branches: Vec::new(),
             untaken,
+            settled: HashSet::new(),
             closures: 0,
         };
         let function = &scope.functions[root];
@@ -419,6 +436,7 @@ impl<'s, 'a> Trace<'s, 'a> {
                 size: size.clone(),
                 role,
                 span: at.span,
+                part: None,
                 branch: self.branches.last().copied(),
             });
         }
@@ -480,11 +498,19 @@ impl<'s, 'a> Trace<'s, 'a> {
                 self.with_rank(source, rank)?
             }
             (Op::Phi { .. }, Some(source)) => self.with_rank(source, rank)?,
-            _ => (0..rank)
-                .map(|d| {
-                    Dim::of(self.feature(format!("{}.dim({d})", self.nodes[node].text.clone())))
-                })
-                .collect(),
+            _ => {
+                let table = self.is_table(node);
+                (0..rank)
+                    .map(|d| {
+                        let size =
+                            self.feature(format!("{}.dim({d})", self.nodes[node].text.clone()));
+                        if table {
+                            self.atoms.unseen(&size);
+                        }
+                        Dim::of(size)
+                    })
+                    .collect()
+            }
         };
         for (d, dim) in known {
             if let Some(slot) = dims.get_mut(d) {
@@ -493,21 +519,6 @@ impl<'s, 'a> Trace<'s, 'a> {
         }
         self.nodes[node].shape = Shape::Known(dims.clone());
         Some(dims)
-    }
-
-    /// The input that a tensor is, or is element by element, as long as nobody has said how many dimensions it has.
-    pub(crate) fn unread_input(&self, mut node: NodeId) -> Option<(NodeId, &str)> {
-        loop {
-            let n = &self.nodes[node];
-            match (&n.op, &n.shape) {
-                (_, Shape::Known(_) | Shape::Either(_) | Shape::Unknown(_)) => return None,
-                (Op::Param(name), _) => return Some((node, name)),
-                (Op::Row(row), _) if row.shape == crate::ops::ShapeRule::Same => {
-                    node = n.inputs.first()?.node;
-                }
-                _ => return None,
-            }
-        }
     }
 
     /// Takes an input to have `rank` dimensions, which is compared when the model is entered.
@@ -539,33 +550,13 @@ impl<'s, 'a> Trace<'s, 'a> {
         }
     }
 
-    /// The layer that a tensor comes out of, if it does and nothing detaches it.
-    pub(crate) fn learned(&self, node: NodeId) -> Option<NodeId> {
-        let mut stack = vec![node];
-        let mut seen = HashSet::new();
-        while let Some(n) = stack.pop() {
-            let row = self.nodes[n].row();
-            if !seen.insert(n) || row.is_some_and(|r| r.name() == "detach") {
-                continue;
-            }
-            let layer = |r: &crate::ops::Row| {
-                let own = r.path.starts_with("candle_core::Tensor::");
-                !own && !r.path.starts_with("candle_nn::ops::")
-            };
-            if row.is_some_and(layer) {
-                return Some(n);
-            }
-            stack.extend(self.nodes[n].inputs.iter().map(|i| i.node));
-        }
-        None
-    }
-
     /// A reason with the code for what the analysis cannot follow.
     fn reason(message: impl Into<String>, help: impl Into<String>) -> Reason {
         Reason {
             code: codes::NOT_FOLLOWED,
             message: message.into(),
             help: help.into(),
+            span: None,
         }
     }
 }

@@ -69,6 +69,7 @@ impl<'a> Trace<'_, 'a> {
             code: autosp_plan::codes::SCAN,
             message: format!("`{what}` takes one token in each round of a loop over the tokens"),
             help: "compute all tokens at once, with operations on the whole tensor".to_string(),
+            span: None,
         }
     }
 
@@ -96,6 +97,12 @@ impl<'a> Trace<'_, 'a> {
                 "give the dimension as a literal or `D::Minus1`",
             ));
         };
+        if let Some((Value::Copies(_, count), _)) = args.first() {
+            // n times the same: the copies are the outer factor of the dimension.
+            let copies = Dim::repeated(count.poly.clone());
+            dims[d].0.splice(0..0, copies.0);
+            return Ok((Shape::Known(dims), Vec::new()));
+        }
         let mut total = Poly::default();
         for input in inputs {
             match &self.nodes[*input].shape {

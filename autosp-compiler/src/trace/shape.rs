@@ -95,6 +95,7 @@ pub(crate) fn reshape(
     atoms: &Atoms,
     input: &[Dim],
     targets: &[Target],
+    rest: &Poly,
 ) -> Result<Vec<Dim>, String> {
     let factors: Vec<Factor> = input.iter().flat_map(|d| d.0.iter().cloned()).collect();
     let hole = targets.iter().position(|t| matches!(t, Target::Hole));
@@ -123,6 +124,9 @@ pub(crate) fn reshape(
             Err(leftover(atoms, &factors[used..]))
         };
     };
+    if let Some(dims) = widths_round(atoms, &factors, targets, hole, rest) {
+        return Ok(dims);
+    }
     // What stands right of the hole is taken from the right.
     let (left, used_left) = consume(
         atoms,
@@ -140,6 +144,62 @@ pub(crate) fn reshape(
         .rev()
         .map(|d| Dim(d.0.into_iter().rev().collect()));
     Ok(left.into_iter().chain([Dim(middle)]).chain(right).collect())
+}
+
+/// A hole beside named widths in one run of widths, as in `(b, s, 3, (), width)` of `[b, s, projected]`: the names are the new
+/// factors, and the hole is the rest.
+fn widths_round(
+    atoms: &Atoms,
+    factors: &[Factor],
+    targets: &[Target],
+    hole: usize,
+    rest: &Poly,
+) -> Option<Vec<Dim>> {
+    let width = |t: &&Target| matches!(t, Target::Size(p) if !atoms.anchored(p));
+    let before = targets[..hole].iter().rev().take_while(width).count();
+    let after = targets[hole + 1..].iter().take_while(width).count();
+    if before == 0 {
+        return None;
+    }
+    let sizes = |range: &[Target]| -> Vec<Poly> {
+        let size = |t: &Target| match t {
+            Target::Size(p) => Some(atoms.normal(p)),
+            Target::Hole => None,
+        };
+        range.iter().filter_map(size).collect()
+    };
+    let mut assumed = 0;
+    let first = sizes(&targets[..hole - before]);
+    let (left, used) = consume(atoms, factors, &first, false, &mut assumed).ok()?;
+    let reversed: Vec<Factor> = factors[used..].iter().rev().cloned().collect();
+    let last: Vec<Poly> = sizes(&targets[hole + 1 + after..])
+        .into_iter()
+        .rev()
+        .collect();
+    let (right, used_right) = consume(atoms, &reversed, &last, false, &mut assumed).ok()?;
+    let middle = &factors[used..factors.len() - used_right];
+    let plain = |f: &Factor| !f.repeat && !atoms.anchored(&f.size);
+    // Widths that are named one by one are matched as they stand.
+    let named = sizes(&targets[hole - before..hole]);
+    if assumed > 0
+        || middle.is_empty()
+        || !middle.iter().all(plain)
+        || product_of(atoms, middle, named.first()?).is_some()
+    {
+        return None;
+    }
+    let right = right
+        .into_iter()
+        .rev()
+        .map(|d| Dim(d.0.into_iter().rev().collect()));
+    let after = sizes(&targets[hole + 1..hole + 1 + after]);
+    let dims = left
+        .into_iter()
+        .chain(named.into_iter().map(Dim::of))
+        .chain([Dim::of(rest.clone())])
+        .chain(after.into_iter().map(Dim::of))
+        .chain(right);
+    Some(dims.collect())
 }
 
 fn leftover(atoms: &Atoms, left: &[Factor]) -> String {
@@ -271,6 +331,10 @@ pub(crate) fn broadcast(atoms: &mut Atoms, a: &[Dim], b: &[Dim]) -> Result<Vec<D
             (Some(l), Some(r)) if l.is_one() => r.clone(),
             (Some(l), Some(r)) => {
                 let (p, q) = (l.size(atoms), r.size(atoms));
+                if let Some(dim) = one_or_all(atoms, (l, &p), (r, &q)) {
+                    out.push(dim);
+                    continue;
+                }
                 if !atoms.unify(&p, &q) {
                     return Err(format!(
                         "expected size `{}` in dimension {i}, found `{}`",
@@ -296,6 +360,33 @@ pub(crate) fn broadcast(atoms: &mut Atoms, a: &[Dim], b: &[Dim]) -> Result<Vec<D
     Ok(out)
 }
 
+/// Sizes that differ can still be broadcast if one of them is one, which is checked when the program runs: rows of a batch
+/// beside rows and heads, or a table whose sizes nobody has named.
+fn one_or_all(atoms: &mut Atoms, (l, p): (&Dim, &Poly), (r, q): (&Dim, &Poly)) -> Option<Dim> {
+    let anchored = (atoms.anchored(p), atoms.anchored(q));
+    let wide = match anchored {
+        (true, false) if atoms.is_unseen(q) => l,
+        (false, true) if atoms.is_unseen(p) => r,
+        (true, true) if !atoms.equal(p, q) => {
+            if divide(&atoms.normal(p), &atoms.normal(q)).is_some_and(|x| !atoms.anchored(&x)) {
+                l
+            } else if divide(&atoms.normal(q), &atoms.normal(p))
+                .is_some_and(|x| !atoms.anchored(&x))
+            {
+                r
+            } else {
+                return None;
+            }
+        }
+        _ => return None,
+    };
+    let factors = wide.0.iter().map(|f| Factor {
+        size: f.size.clone(),
+        repeat: false,
+    });
+    Some(Dim(factors.collect()))
+}
+
 /// A shape as a person would write it: `[x.dim(0), heads, x.dim(1), head_dim]`.
 pub(crate) fn show(atoms: &Atoms, dims: &[Dim]) -> String {
     let names: Vec<String> = dims
@@ -319,6 +410,10 @@ pub(crate) fn show(atoms: &Atoms, dims: &[Dim]) -> String {
 mod tests {
     use super::super::size::AtomKind;
     use super::*;
+
+    fn reshape(atoms: &Atoms, input: &[Dim], targets: &[Target]) -> Result<Vec<Dim>, String> {
+        super::reshape(atoms, input, targets, &Poly::constant(7))
+    }
 
     struct World {
         atoms: Atoms,

@@ -46,7 +46,7 @@ impl<'a> Trace<'_, 'a> {
         let first = inputs.first().map(|n| self.nodes[*n].shape.clone());
         let plain = |shape: Shape| Ok((shape, Vec::new()));
         match (row.shape, first) {
-            (ShapeRule::Scalar, _) => plain(Shape::Known(Vec::new())),
+            (ShapeRule::Scalar, _) => plain(self.data_shape(args, at)),
             (ShapeRule::Filled, _) => match args.first().and_then(|a| self.sizes(a, at)) {
                 Some(given) => {
                     let dims = self.filled(node, &given);
@@ -62,6 +62,9 @@ impl<'a> Trace<'_, 'a> {
                 None => plain(Shape::Partial(Vec::new())),
             },
             (ShapeRule::Arange, _) => plain(self.arange(args, at)),
+            (ShapeRule::BroadcastLeft, Some(first)) => {
+                plain(self.broadcast_left(node, first, args, at))
+            }
             (ShapeRule::Opaque, _) | (_, None) => plain(Shape::Partial(Vec::new())),
             (ShapeRule::Broadcast, Some(first)) => self.broadcast_rule(&inputs, first, &what),
             (ShapeRule::Select, Some(_)) => {
@@ -111,11 +114,25 @@ impl<'a> Trace<'_, 'a> {
                 }
                 plain(Shape::Partial(known))
             }
-            (ShapeRule::Reshape | ShapeRule::Expand, Some(Shape::Partial(_))) => {
+            (ShapeRule::Reshape | ShapeRule::Expand, Some(Shape::Partial(known))) => {
                 match args.get(1).and_then(|a| self.sizes(a, at)) {
                     Some(given) if given.iter().all(|g| matches!(g.target, Target::Size(_))) => {
                         let dims = self.filled(node, &given);
                         plain(Shape::Known(dims))
+                    }
+                    Some(given) if self.rows_stay(inputs[0], &known, &given) => {
+                        for g in &given {
+                            self.use_given(g, node);
+                        }
+                        let dims = given.into_iter().map(|g| match g.target {
+                            Target::Size(size) => Dim::of(size),
+                            Target::Hole => {
+                                let rest = self.fresh_feature("rest");
+                                self.atoms.unseen(&rest);
+                                Dim::of(rest)
+                            }
+                        });
+                        plain(Shape::Known(dims.collect()))
                     }
                     _ => plain(Shape::Partial(Vec::new())),
                 }
@@ -324,6 +341,18 @@ impl<'a> Trace<'_, 'a> {
                 Shape::Known(Vec::new()),
                 (0..rank).map(|d| (0, d)).collect(),
             )),
+            ShapeRule::GetOnDim => {
+                let along = d(1).ok_or_else(|| lost(what))?;
+                if let Some((Value::Size(index), Some(e))) = arg(2) {
+                    let (index, at) = (index.clone(), self.at(at.act, e));
+                    self.use_size(at, &index, Role::Valid);
+                }
+                if dims[along].anchored(&self.atoms) {
+                    self.nodes[node].op = super::graph::Op::Pick { dim: along };
+                }
+                dims.remove(along);
+                Ok((Shape::Known(dims), vec![(0, along)]))
+            }
             ShapeRule::Transpose => {
                 let (Some(i), Some(j)) = (d(1), d(2)) else {
                     return Err(lost(what));
@@ -419,12 +448,11 @@ impl<'a> Trace<'_, 'a> {
             ));
         };
         for g in &given {
-            if let Some(size) = &g.size {
-                self.use_size(g.at, size, Role::SizeOf(node));
-            }
+            self.use_given(g, node);
         }
         let targets: Vec<Target> = given.into_iter().map(|g| g.target).collect();
-        match shape::reshape(&self.atoms, dims, &targets) {
+        let rest = self.fresh_feature("rest");
+        match shape::reshape(&self.atoms, dims, &targets, &rest) {
             Ok(dims) => Ok((Shape::Known(dims), Vec::new())),
             Err(why) => {
                 let from = shape::show(&self.atoms, dims);
@@ -454,9 +482,7 @@ impl<'a> Trace<'_, 'a> {
             return Ok((Shape::Partial(Vec::new()), Vec::new()));
         };
         for g in &given {
-            if let Some(size) = &g.size {
-                self.use_size(g.at, size, Role::SizeOf(node));
-            }
+            self.use_given(g, node);
         }
         let rank = given.len();
         let Some(offset) = rank.checked_sub(dims.len()) else {
@@ -482,6 +508,11 @@ impl<'a> Trace<'_, 'a> {
                 out.push(Dim::repeated(target.clone()));
             } else if self.atoms.unify(&size, target) {
                 out.push(own);
+            } else if let Some(times) = self.atoms.ratio(target, &size) {
+                // Only a size of one can be repeated, which is checked when the program runs.
+                let mut dim = own;
+                dim.0.extend(Dim::repeated(times).0);
+                out.push(dim);
             } else {
                 let (a, b) = (self.atoms.show(&size), self.atoms.show(target));
                 return Err(Self::misfit(

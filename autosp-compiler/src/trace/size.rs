@@ -140,6 +140,8 @@ pub(crate) struct Atoms {
     same: Vec<AtomId>,
     /// Dimensions of the input that turned out to be widths: a layer runs along them.
     widths: Vec<AtomId>,
+    /// Widths of tables that nobody has named.
+    unseen: Vec<AtomId>,
 }
 
 impl Atoms {
@@ -271,6 +273,14 @@ impl Atoms {
         if self.anchored(&a) || self.anchored(&b) {
             return false;
         }
+        // A quotient may be one of the very size that it would stand for.
+        let whole = |p: &Poly| {
+            let atom = p.as_atom();
+            atom.is_none_or(|atom| !matches!(self.kind(atom), AtomKind::Quotient(..)))
+        };
+        if !whole(&a) || !whole(&b) {
+            return true;
+        }
         match (a.as_atom(), b.as_atom()) {
             (Some(x), _)
                 if (matches!(self.kind(x), AtomKind::Feature(_))) && b.as_atom().is_some() =>
@@ -328,6 +338,43 @@ impl Atoms {
         }
         let id = self.intern(AtomKind::Quotient(a, b));
         Poly::atom(id)
+    }
+
+    /// How many times larger one product is than another, once what they have in common is left out; None where batch or
+    /// sequence remain on either side.
+    pub(crate) fn ratio(&mut self, large: &Poly, small: &Poly) -> Option<Poly> {
+        let (large, small) = (self.normal(large), self.normal(small));
+        let ((mut l, lc), (mut s, sc)) = match (large.monomial(), small.monomial()) {
+            (Some((l, lc)), Some((s, sc))) => ((l.clone(), lc), (s.clone(), sc)),
+            _ => return None,
+        };
+        s.retain(|atom| match l.iter().position(|other| other == atom) {
+            Some(at) => {
+                l.remove(at);
+                false
+            }
+            None => true,
+        });
+        let (l, s) = (
+            Poly(BTreeMap::from([(l, lc)])),
+            Poly(BTreeMap::from([(s, sc)])),
+        );
+        if self.anchored(&l) || self.anchored(&s) {
+            return None;
+        }
+        Some(self.div(&l, &s))
+    }
+
+    /// A width of a table that nobody has named: it may be one, or the size that it meets.
+    pub(crate) fn unseen(&mut self, p: &Poly) {
+        self.unseen.extend(p.as_atom());
+    }
+
+    /// Whether a size is such a width.
+    pub(crate) fn is_unseen(&self, p: &Poly) -> bool {
+        self.normal(p)
+            .as_atom()
+            .is_some_and(|atom| self.unseen.contains(&atom))
     }
 
     /// Drops the integer parameters that are added to a batch or sequence dimension (offsets into a cache, zero while

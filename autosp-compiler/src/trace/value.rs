@@ -148,6 +148,8 @@ pub(crate) enum Value {
         elems: Option<Vec<Value>>,
         any: Box<Value>,
     },
+    /// `vec![x; n]`: one value, n times.
+    Copies(Box<Value>, Box<Size>),
     /// `(index, element)` pairs and other adapters keep the element only.
     Option(Presence, Box<Value>),
     /// An instance of a struct: its type and the path to it.
@@ -156,6 +158,8 @@ pub(crate) enum Value {
         path: String,
     },
     Range(Box<Size>, Box<Size>, u32),
+    /// `start..`
+    From(Box<Size>),
     Closure(Closure),
     Host(Rc<Host>),
     /// `tensor.shape()` or `tensor.dims()`.
@@ -209,7 +213,7 @@ impl Value {
             } => elems.iter().find_map(Self::lost),
             Self::List { any, .. } => any.lost(),
             Self::Option(Presence::None, _) => None,
-            Self::Option(_, v) => v.lost(),
+            Self::Option(_, v) | Self::Copies(v, _) => v.lost(),
             _ => None,
         }
     }
@@ -224,7 +228,7 @@ impl Value {
                 None => any.tensors(out),
             },
             Self::Option(Presence::None, _) => {}
-            Self::Option(_, v) => v.tensors(out),
+            Self::Option(_, v) | Self::Copies(v, _) => v.tensors(out),
             _ => {}
         }
     }

@@ -10,11 +10,11 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use autosp_plan::codes;
-use candle_core::Tensor;
 
 use super::{Change, Declared, Mask, Rule, Source};
 use crate::attention::real::Real;
 use crate::error::{Error, Result};
+use crate::scores::View;
 
 /// What a mask does to the scores.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -112,6 +112,14 @@ impl Term {
         heads: usize,
         length: usize,
     ) -> Result<Self> {
+        Self::aligned(mask, action, &View::plain(batch, heads, length))
+    }
+
+    /// Resolves a mask against scores in the dims that the model gave them.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub(crate) fn aligned(mask: &Mask, action: Action, view: &View) -> Result<Self> {
         let refused = |message: String| Error::new(codes::SITE_MASK, message);
         match action {
             Action::Fill { .. } if !mask.is_select() => {
@@ -128,18 +136,15 @@ impl Term {
             }
             _ => {}
         }
-        let scores = [batch, heads, length, length];
-        let dims = mask.dims();
-        let fits = dims.len() <= 4
-            && dims
-                .iter()
-                .rev()
-                .zip(scores.iter().rev())
-                .all(|(&m, &s)| m == s || m == 1);
-        if !fits {
-            return Err(refused(format!("expected a mask that broadcasts to the scores {scores:?}, found {dims:?}"))
+        let query = match &mask.source {
+            Source::Rule { .. } => Some(mask.query),
+            Source::Dense { .. } => None,
+        };
+        if !view.takes(mask.dims(), query) {
+            return Err(refused(format!("expected a mask that broadcasts to the scores {:?}, found {:?}", view.dims(), mask.dims()))
                 .with_help("masks are over the global sequence: build them from the length that the model computes"));
         }
+        let length = view.sizes()[2];
         let values = match &mask.source {
             Source::Rule { rows, cols, .. } if (*rows, *cols) != (length, length) => {
                 return Err(refused(format!(
@@ -160,7 +165,11 @@ impl Term {
                 outside: mask.changed_value(*outside),
             }),
             Source::Rule { rule, .. } => Values::Rule(rule.clone(), mask.changes.clone()),
-            Source::Dense { data, view } => dense(data, view, &mask.changes),
+            Source::Dense { data, view: values } => Values::Dense {
+                data: data.clone(),
+                strides: view.strides(values.dims(), values.stride()),
+                changes: mask.changes.clone(),
+            },
         };
         Ok(Self {
             values: Arc::new(values),
@@ -300,20 +309,6 @@ fn gathered(values: Vec<f64>, stride: usize) -> Part {
             Part::Uniform(*first)
         }
         _ => Part::Values { values, stride },
-    }
-}
-
-/// Dense values; dims that the mask does not have, or has of size 1, are not stepped along.
-fn dense(data: &Arc<Vec<f64>>, view: &Tensor, changes: &[Change]) -> Values {
-    let mut strides = [0; 4];
-    let dims = view.dims().iter().zip(view.stride());
-    for (stride, (&size, &step)) in strides.iter_mut().rev().zip(dims.rev()) {
-        *stride = if size == 1 { 0 } else { step };
-    }
-    Values::Dense {
-        data: data.clone(),
-        strides,
-        changes: changes.to_vec(),
     }
 }
 

@@ -67,7 +67,13 @@ fn sizes_change_as_those_of_a_tensor() {
     assert!(mask.broadcast_as((5, 6)).is_err() && mask.broadcast_as(5).is_err());
     let refused =
         |result: candle_core::Result<Mask>| crate::Error::from(result.unwrap_err()).code().id;
-    assert_eq!(refused(mask.unsqueeze(1)), "AS0325");
+    assert_eq!(mask.unsqueeze(1).unwrap().dims(), [5, 1, 5]);
+    let wide = mask.broadcast_left((2, 1)).unwrap();
+    assert_eq!(wide.dims(), [2, 1, 5, 5]);
+    assert_eq!(wide.squeeze(1).unwrap().dims(), [2, 5, 5]);
+    assert_eq!(mask.reshape((1, 1, 5, 5)).unwrap().dims(), [1, 1, 5, 5]);
+    assert_eq!(refused(mask.unsqueeze(2)), "AS0325");
+    assert_eq!(refused(mask.reshape((25, 1))), "AS0325");
     let host = mask_rule(4, 4, |_, _| 0u8);
     assert_eq!(refused(Mask::from_slice(&host, (2, 8), &CPU)), "AS0325");
     assert!(Mask::from_slice(&host, (4, 5), &CPU).is_err());

@@ -78,9 +78,25 @@ impl Choice<Tensor> for Tensor {
     }
 }
 
+impl Choice<Mask> for Tensor {
+    type Output = Mask;
+
+    fn choose(mask: &Mask, on_true: &Self, on_false: &Mask) -> Result<Mask> {
+        mask.fill(scalar(on_true)?, true, on_false)
+    }
+}
+
+impl Choice<Tensor> for Mask {
+    type Output = Mask;
+
+    fn choose(mask: &Mask, on_true: &Self, on_false: &Tensor) -> Result<Mask> {
+        mask.fill(scalar(on_false)?, false, on_true)
+    }
+}
+
 impl Mask {
     /// As `Tensor::where_cond`: with scores on one side and one number on the other the scores with a fill, with two numbers a float
-    /// mask. A number is a scalar tensor, or one that was broadcast.
+    /// mask, with one number and another form of the same mask that mask with a fill. A number is a scalar tensor, or one that was broadcast.
     ///
     /// # Errors
     /// AS0330 for a fill of several values, AS0325 for a float mask or one that does not broadcast to the scores.

@@ -322,3 +322,5 @@ fn sizes_are_global_and_types_are_what_the_model_asked_for() {
     })
     .unwrap();
 }
+
+mod merged;

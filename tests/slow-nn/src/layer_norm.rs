@@ -92,6 +92,11 @@ impl RmsNorm {
     pub fn eps(&self) -> f64 {
         self.0.eps()
     }
+
+    /// The layer norm that it is, without mean and shift.
+    pub fn into_inner(self) -> LayerNorm {
+        LayerNorm(self.0.into_inner())
+    }
 }
 
 impl RmsNorm {

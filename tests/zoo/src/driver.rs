@@ -45,6 +45,8 @@ pub struct Zoo {
     pub seq_len: usize,
     /// Tokens are below this; at most the width of the result.
     pub vocabulary: usize,
+    /// Rows of the batch.
+    pub rows: usize,
 }
 
 impl Default for Zoo {
@@ -59,6 +61,7 @@ impl Default for Zoo {
             // Neither two nor four ranks divide it, and it is more than three windows of 5.
             seq_len: 19,
             vocabulary: 24,
+            rows: 2,
         }
     }
 }
@@ -70,9 +73,6 @@ struct Found {
     gradients: Tensors,
 }
 
-/// Rows of a batch.
-const ROWS: usize = 2;
-
 impl Zoo {
     /// Everything that is asked of a model.
     ///
@@ -80,7 +80,7 @@ impl Zoo {
     /// With what differs.
     pub fn check(&self, name: &str, annotated: Model, plain: Model) {
         let start = self.start(plain);
-        let tokens = tokens(ROWS, self.seq_len, self.vocabulary, 3);
+        let tokens = tokens(self.rows, self.seq_len, self.vocabulary, 3);
         let expected = self
             .on_one(&start, plain, &tokens)
             .unwrap_or_else(|e| panic!("{name}, one device: {e}"));
@@ -107,7 +107,7 @@ impl Zoo {
     /// With what differs.
     pub fn check_loss(&self, name: &str, annotated: Loss, plain: Model) {
         let start = self.start(plain);
-        let tokens = tokens(ROWS, self.seq_len, self.vocabulary, 3);
+        let tokens = tokens(self.rows, self.seq_len, self.vocabulary, 3);
         let expected = self
             .every_beginning(&start, plain, &tokens)
             .unwrap_or_else(|e| panic!("{name}, one device: {e}"));
@@ -185,7 +185,7 @@ impl Zoo {
             .iter()
             .flat_map(|row| (0..s).map(|i| label(row, i)))
             .collect();
-        Tensor::from_vec(all, (ROWS, s), &Device::Cpu)
+        Tensor::from_vec(all, (self.rows, s), &Device::Cpu)
     }
 
     fn on_one(&self, start: &Tensors, plain: Model, tokens: &Tensor) -> Result<Found> {
@@ -230,7 +230,7 @@ impl Zoo {
                     // Every rank has the row; one of them owns it.
                     Kind::Last => {
                         let label = labels.narrow(1, self.seq_len - 1, 1)?.squeeze(1)?;
-                        let none = Tensor::full(IGNORE, ROWS, &Device::Cpu)?;
+                        let none = Tensor::full(IGNORE, self.rows, &Device::Cpu)?;
                         cross_entropy(
                             &rows_of(&out)?,
                             if sp.sp_rank() == 0 { &label } else { &none },
