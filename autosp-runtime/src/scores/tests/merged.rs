@@ -20,6 +20,9 @@ macro_rules! site {
             fn forward(io: &mut impl Forward) -> Result<()> {
                 <Here as Schedule<Ulysses>>::forward(io)
             }
+            fn replay(io: &mut impl Forward) -> Result<()> {
+                <Here as Schedule<Ulysses>>::replay(io)
+            }
             fn backward(io: &mut impl Backward) -> Result<()> {
                 <Here as Schedule<Ulysses>>::backward(io)
             }
