@@ -246,6 +246,7 @@ impl Scores {
     ///
     /// # Errors
     /// As [`reshape`](Self::reshape).
+    #[expect(clippy::needless_pass_by_value, reason = "as candle's")]
     pub fn squeeze<D: Dim>(&self, dim: D) -> Result<Self> {
         let at = dim.to_index(&self.shape, "squeeze")?;
         let mut dims = self.dims().to_vec();
@@ -259,6 +260,7 @@ impl Scores {
     ///
     /// # Errors
     /// As [`reshape`](Self::reshape).
+    #[expect(clippy::needless_pass_by_value, reason = "as candle's")]
     pub fn unsqueeze<D: Dim>(&self, dim: D) -> Result<Self> {
         let at = dim.to_index_plus_one(&self.shape, "unsqueeze")?;
         let mut dims = self.dims().to_vec();

@@ -18,7 +18,7 @@ use crate::{Failure, Outcome, REFUSED, plan, source};
 pub(crate) struct Arguments {
     /// The dependency that has the model, such as candle-transformers
     dependency: String,
-    /// The module that holds it, such as qwen2 or models::qwen2
+    /// The module that holds it, such as `qwen2` or `models::qwen2`
     module: String,
     /// The file to write
     #[arg(long)]

@@ -68,28 +68,8 @@ impl Placer<'_, '_, '_> {
         if let Some(refused) = self.uses_copies(node, row) {
             return refused;
         }
-        for (i, input) in n.inputs.iter().enumerate() {
-            if inputs[i] == Place::Replicated
-                && let Some(dim) = self.sequence_dims(input.node).first()
-            {
-                if !self.rows_alone(input.node, *dim) {
-                    let operand = trace.nodes[input.node].text.clone();
-                    return self.refuse(
-                        node,
-                        codes::NOT_FOLLOWED,
-                        format!("cannot cut this rank's rows out of `{operand}`"),
-                        self.shape_note(input.node, *dim),
-                        "cut a table that has one row a token, before it is reshaped",
-                    );
-                }
-                self.conversions.push((
-                    node,
-                    Conversion::Slice {
-                        input: i,
-                        dim: *dim as i64,
-                    },
-                ));
-            }
+        if let Some(refused) = self.cut_tables(node, inputs) {
+            return refused;
         }
         if let Some(refused) = self.rows_of_the_batch(node) {
             return refused;
@@ -121,6 +101,36 @@ impl Placer<'_, '_, '_> {
             ),
             _ => Place::Sharded,
         }
+    }
+
+    /// Cuts this rank's rows out of the tables that meet a shard.
+    fn cut_tables(&mut self, node: NodeId, inputs: &[Place]) -> Option<Place> {
+        let trace = self.trace;
+        let n = &trace.nodes[node];
+        for (i, input) in n.inputs.iter().enumerate() {
+            if inputs[i] == Place::Replicated
+                && let Some(dim) = self.sequence_dims(input.node).first()
+            {
+                if !self.rows_alone(input.node, *dim) {
+                    let operand = trace.nodes[input.node].text.clone();
+                    return Some(self.refuse(
+                        node,
+                        codes::NOT_FOLLOWED,
+                        format!("cannot cut this rank's rows out of `{operand}`"),
+                        self.shape_note(input.node, *dim),
+                        "cut a table that has one row a token, before it is reshaped",
+                    ));
+                }
+                self.conversions.push((
+                    node,
+                    Conversion::Slice {
+                        input: i,
+                        dim: *dim as i64,
+                    },
+                ));
+            }
+        }
+        None
     }
 
     /// Numbers of rows that a rank counts from its own first one, used for anything but its own rows.

@@ -6,7 +6,7 @@ use super::graph::{At, Input, NodeId, Op};
 use super::shape::{Dim, Shape};
 use super::value::{Cmp, Cond, Presence, Value};
 
-impl<'a> Trace<'_, 'a> {
+impl Trace<'_, '_> {
     /// The value where two ways meet. `cond` holds on the way of `a`.
     pub(super) fn join(&mut self, a: Value, b: Value, cond: &Cond, at: At) -> Value {
         match (a, b) {
