@@ -76,6 +76,7 @@ impl Trainer {
                 step: self.steps,
                 optimizer_steps: self.updater.steps,
                 scopes: self.sp.scopes(),
+                seed: self.sp.seed(),
                 optimizer: kind(self.settings.optimizer).to_owned(),
                 note: note.to_owned(),
                 files: std::iter::once(PARAMETERS.to_owned())
@@ -130,6 +131,7 @@ impl Trainer {
         self.updater.steps = manifest.optimizer_steps;
         self.steps = manifest.step;
         self.sp.set_scopes(manifest.scopes);
+        self.sp.set_seed(manifest.seed);
         self.mark = self.sp.ledger().snapshot();
         tracing::info!(path = %place.display(), step = self.steps, "checkpoint resumed");
         Ok(Some(Resumed {

@@ -35,6 +35,8 @@ pub(super) struct Manifest {
     pub(super) optimizer_steps: u64,
     /// Scopes that the run has opened.
     pub(super) scopes: u64,
+    /// Of what models draw while they run.
+    pub(super) seed: u64,
     pub(super) optimizer: String,
     pub(super) note: String,
     /// Names and sizes in bytes.
@@ -48,6 +50,7 @@ impl Manifest {
             "step": self.step,
             "optimizer_steps": self.optimizer_steps,
             "scopes": self.scopes,
+            "seed": self.seed,
             "optimizer": self.optimizer,
             "note": self.note,
             "files": self.files,
@@ -66,6 +69,7 @@ impl Manifest {
             step: number("step")?,
             optimizer_steps: number("optimizer_steps")?,
             scopes: number("scopes")?,
+            seed: number("seed")?,
             optimizer: text("optimizer")?,
             note: text("note")?,
             files: files

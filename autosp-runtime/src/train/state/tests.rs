@@ -7,6 +7,8 @@ use candle_core::{DType, Module};
 use proptest::prelude::*;
 
 use super::*;
+use crate::ops::dropout;
+use crate::scope::{self, Shard};
 use crate::train::{Schedule, TrainSettings};
 use crate::{Parameters, loss, run_with};
 
@@ -37,6 +39,8 @@ struct How {
     dtype: DType,
     /// Width of the hidden layer.
     width: usize,
+    /// The seed of the dropout after the first layer, where there is one. Its tokens are the rows, so that there is one copy (dp = 1).
+    dropout: Option<u64>,
 }
 
 const HOW: How = How {
@@ -45,6 +49,7 @@ const HOW: How = How {
     optimizer: Optimizer::adamw(),
     dtype: DType::F32,
     width: 7,
+    dropout: None,
 };
 
 impl How {
@@ -66,6 +71,9 @@ impl How {
                 ..TrainSettings::default()
             };
             let mut trainer = Trainer::new(sp, parameters, how)?;
+            if let Some(seed) = self.dropout {
+                sp.set_seed(seed);
+            }
             let resumed = trainer.resume(&folder.0)?;
             let mut losses = Vec::new();
             for _ in 0..steps {
@@ -77,8 +85,16 @@ impl How {
                 let first_row = (sp.rank() * len) as i64;
                 let labels: Vec<i64> = (first_row..).map(|row| row % 3).take(len).collect();
                 let labels = Tensor::from_vec(labels, len, &Device::Cpu)?;
+                if self.dropout.is_some() {
+                    let shard = Shard::new(ROWS, sp.sp_rank(), sp.mesh().sp);
+                    sp.register_shard(x.id(), shard)?;
+                }
                 let report = trainer.step(|| {
-                    let hidden = first.forward(&x)?.silu()?;
+                    let mut hidden = first.forward(&x)?.silu()?;
+                    if self.dropout.is_some() {
+                        scope::enter("test", &[("x", &x, 0)])?;
+                        hidden = dropout(&hidden, 0.3, [None, Some(0)])?;
+                    }
                     loss::cross_entropy(&second.forward(&hidden)?, &labels)
                 })?;
                 losses.push(report.loss);
@@ -143,6 +159,30 @@ fn copy(from: &Path, to: &Path) {
         fs::create_dir_all(to.parent().unwrap()).unwrap();
         fs::copy(from, to).unwrap();
     }
+}
+
+/// Draws go on where they stopped, with the seed that they began with.
+#[test]
+fn dropout_goes_on_as_if_it_had_not_stopped() {
+    let seeded = |mesh, seed| How {
+        mesh,
+        dropout: Some(seed),
+        ..HOW
+    };
+    let (whole, parts) = (Folder::new("draws-whole"), Folder::new("draws-parts"));
+    let (expected, _) = seeded((1, 2), 5).train(&whole, 5).unwrap();
+    let (first, _) = seeded((1, 2), 5).train(&parts, 2).unwrap();
+    let other = Folder::new("draws-other");
+    copy(&parts.0, &other.0);
+    let (second, _) = seeded((1, 2), 6).train(&parts, 3).unwrap();
+    assert_eq!(bits(&[first.clone(), second].concat()), bits(&expected));
+    let (second, _) = seeded((1, 3), 6).train(&other, 3).unwrap();
+    for (found, expected) in [first, second].concat().iter().zip(&expected) {
+        assert!((found / expected - 1.0).abs() < 1e-5, "{found} {expected}");
+    }
+    let fresh = Folder::new("draws-fresh");
+    let (drawn, _) = seeded((1, 2), 6).train(&fresh, 5).unwrap();
+    assert_ne!(bits(&drawn), bits(&expected), "the seed says what is drawn");
 }
 
 #[test]
