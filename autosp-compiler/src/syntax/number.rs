@@ -143,21 +143,7 @@ pub(crate) fn assigned_locals(block: &syn::Block) -> Vec<String> {
         fn visit_expr(&mut self, e: &'a syn::Expr) {
             let place = match e {
                 syn::Expr::Assign(a) => Some(&*a.left),
-                syn::Expr::Binary(b)
-                    if matches!(
-                        b.op,
-                        syn::BinOp::AddAssign(_)
-                            | syn::BinOp::SubAssign(_)
-                            | syn::BinOp::MulAssign(_)
-                            | syn::BinOp::DivAssign(_)
-                            | syn::BinOp::RemAssign(_)
-                            | syn::BinOp::BitAndAssign(_)
-                            | syn::BinOp::BitOrAssign(_)
-                            | syn::BinOp::BitXorAssign(_)
-                    ) =>
-                {
-                    Some(&*b.left)
-                }
+                syn::Expr::Binary(b) if is_assignment(&b.op) => Some(&*b.left),
                 syn::Expr::MethodCall(m) if WRITERS.contains(&m.method.to_string().as_str()) => {
                     Some(&*m.receiver)
                 }
@@ -175,4 +161,21 @@ pub(crate) fn assigned_locals(block: &syn::Block) -> Vec<String> {
     let mut find = Find(Vec::new());
     find.visit_block(block);
     find.0
+}
+
+/// Whether the operation writes to its left side.
+pub(super) fn is_assignment(op: &syn::BinOp) -> bool {
+    matches!(
+        op,
+        syn::BinOp::AddAssign(_)
+            | syn::BinOp::SubAssign(_)
+            | syn::BinOp::MulAssign(_)
+            | syn::BinOp::DivAssign(_)
+            | syn::BinOp::RemAssign(_)
+            | syn::BinOp::BitAndAssign(_)
+            | syn::BinOp::BitOrAssign(_)
+            | syn::BinOp::BitXorAssign(_)
+            | syn::BinOp::ShlAssign(_)
+            | syn::BinOp::ShrAssign(_)
+    )
 }

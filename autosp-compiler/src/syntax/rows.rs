@@ -237,7 +237,7 @@ impl<'a> Visit<'a> for Body<'_> {
                 self.write(&a.left, e);
                 self.visit_expr(&a.right);
             }
-            syn::Expr::Binary(b) if is_assignment(&b.op) => {
+            syn::Expr::Binary(b) if super::number::is_assignment(&b.op) => {
                 self.write(&b.left, e);
                 self.visit_expr(&b.right);
             }
@@ -322,22 +322,6 @@ impl<'a> Visit<'a> for Body<'_> {
             _ => visit::visit_expr(self, e),
         }
     }
-}
-
-fn is_assignment(op: &syn::BinOp) -> bool {
-    matches!(
-        op,
-        syn::BinOp::AddAssign(_)
-            | syn::BinOp::SubAssign(_)
-            | syn::BinOp::MulAssign(_)
-            | syn::BinOp::DivAssign(_)
-            | syn::BinOp::RemAssign(_)
-            | syn::BinOp::BitAndAssign(_)
-            | syn::BinOp::BitOrAssign(_)
-            | syn::BinOp::BitXorAssign(_)
-            | syn::BinOp::ShlAssign(_)
-            | syn::BinOp::ShrAssign(_)
-    )
 }
 
 /// The variable that an expression reaches into.

@@ -25,21 +25,10 @@ impl<'a> Trace<'_, 'a> {
                         value
                     }
                 }
+                syn::Stmt::Macro(m) if super::macros::never_returns(&m.mac) => Value::Never,
                 syn::Stmt::Macro(m) => {
-                    let name = m
-                        .mac
-                        .path
-                        .segments
-                        .last()
-                        .map(|s| s.ident.to_string())
-                        .unwrap_or_default();
-                    match name.as_str() {
-                        "bail" | "panic" | "unreachable" | "unimplemented" | "todo" => Value::Never,
-                        _ => {
-                            self.macro_statement(act, &m.mac);
-                            Value::Unit
-                        }
-                    }
+                    self.macro_statement(act, &m.mac);
+                    Value::Unit
                 }
                 syn::Stmt::Item(_) => Value::Unit,
             };

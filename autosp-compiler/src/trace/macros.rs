@@ -6,16 +6,25 @@ use super::value::Value;
 use super::{Role, Trace};
 use crate::syntax::text;
 
+fn name(mac: &syn::Macro) -> String {
+    let last = mac.path.segments.last();
+    last.map(|s| s.ident.to_string()).unwrap_or_default()
+}
+
+/// Whether nothing after this macro runs.
+pub(super) fn never_returns(mac: &syn::Macro) -> bool {
+    matches!(
+        name(mac).as_str(),
+        "bail" | "panic" | "unreachable" | "unimplemented" | "todo"
+    )
+}
+
 impl<'a> Trace<'_, 'a> {
     pub(super) fn macro_call(&mut self, act: ActId, mac: &'a syn::Macro, at: At) -> Value {
-        let name = mac
-            .path
-            .segments
-            .last()
-            .map(|s| s.ident.to_string())
-            .unwrap_or_default();
-        match name.as_str() {
-            "bail" | "panic" | "unreachable" | "unimplemented" | "todo" => Value::Never,
+        if never_returns(mac) {
+            return Value::Never;
+        }
+        match name(mac).as_str() {
             "vec" => self.vec_macro(act, mac, at),
             name if SPEAKING.contains(&name) => Value::Opaque,
             _ => Self::lost(&text(mac)),
