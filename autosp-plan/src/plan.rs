@@ -225,6 +225,8 @@ pub enum Action {
     Softmax,
     /// The product of weights and values, where it is written as a function call.
     Attend,
+    /// An operation of a block, which goes on the block's tape.
+    Recorded,
     /// A size of the shard becomes the valid length of the sequence.
     Valid,
     /// A tuple of so many sizes, of which these become valid ones.

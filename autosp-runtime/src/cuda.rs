@@ -10,6 +10,7 @@
 pub(crate) mod attention;
 mod cudnn;
 mod device;
+mod elementwise;
 mod failure;
 mod kernels;
 mod library;

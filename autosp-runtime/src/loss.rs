@@ -12,7 +12,7 @@ use rayon::prelude::*;
 
 use crate::comm::{Tag, all_gather};
 use crate::ops::{
-    Kernel, Real, Rows, Visit, compute, max, owned, per_row, record1, sum, tensor, visit,
+    Kernel, Real, Rows, Visit, compute, max, owned, per_row, record, sum, tensor, visit,
 };
 use crate::{Error, scope};
 
@@ -57,11 +57,11 @@ pub fn cross_entropy(logits: &Tensor, labels: &Tensor) -> Result<Tensor> {
     let Sums { lse, total } = visit(&Forward { classes: &classes }, [logits])?;
     let (total, count) = over_ranks(total, valid)?;
     let value = Tensor::new(total / count, &Device::Cpu)?.to_dtype(dtype)?;
-    record1(
+    record(
         "cross-entropy",
-        logits,
+        [logits],
         owned(&value)?,
-        move |[logits], _, grad| {
+        move |[logits], grad| {
             let scale = grad.to_dtype(DType::F64)?.to_scalar::<f64>()? / count;
             Ok([Some(tensor(compute(
                 &Backward {
@@ -255,11 +255,11 @@ fn on_gpu(logits: &Tensor, classes: &[Option<u32>], valid: usize) -> Result<Opti
     let total = losses.to_dtype(DType::F64)?.sum_all()?.to_scalar::<f64>()?;
     let (total, count) = over_ranks(total, valid)?;
     let value = Tensor::new((total / count) as f32, logits.device())?;
-    let loss = record1(
+    let loss = record(
         "cross-entropy",
-        logits,
+        [logits],
         owned(&value)?,
-        move |[logits], _, grad| {
+        move |[logits], grad| {
             let scale = grad.to_dtype(DType::F64)?.to_scalar::<f64>()? / count;
             let dx = ops::loss_backward(&flat(logits)?, &classes, &lse, scale)?;
             Ok([Some(dx.reshape(logits.shape())?)])

@@ -1,21 +1,22 @@
 //! What a forward keeps for its backward.
 //!
-//! Under the policy `all` candle's graph keeps every activation. Under the others a [`checkpoint`] keeps the input of a block and
-//! computes the block again in the backward; of each attention site in the block it keeps what the policy says, so that under `qkv`
-//! and `attention` attention itself never runs twice. [`Ledger::held`](crate::Ledger::held) counts the bytes, and
-//! [`autosp_plan::cost`] has the formula.
+//! A [`checkpoint`] is a block of the model. Under the policy `all` its tape ([`crate::ops::tape`]) keeps what the backward of each
+//! operation needs. Under the others the input of the block is kept, and the block is computed again in the backward; of each
+//! attention site in the block it keeps what the policy says, so that under `qkv` and `attention` attention itself never runs twice.
+//! [`Ledger::held`](crate::Ledger::held) counts the bytes, and [`autosp_plan::cost`] has the formula.
 
-pub(crate) mod tape;
+pub(crate) mod replay;
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
 
 use autosp_plan::settings::Policy;
 use candle_core::backprop::GradStore;
-use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, TensorId, Var};
+use candle_core::{Result, Tensor, TensorId, Var};
 
 use crate::Sp;
-use crate::ops::{owned, record1, tracked};
+use crate::ops::{owned, record_gradient, taken, tape, tracked};
 use crate::scope::{self, Scope};
 use crate::site;
 
@@ -27,13 +28,16 @@ thread_local! {
     static FORWARD_ONLY: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Runs `f(x)` and, under other policies than `all`, keeps `x` and what the policy says of the attention sites inside, in place of all
-/// that happens there.
+/// Runs a block, `f(x)`, as one operation of candle's graph, with a tape of its own inside.
 ///
-/// In the backward, `f` runs again on the same `x`, in the scope of the forward, collectives included, and gives the same bits; a site
-/// whose result was kept runs its `replay` in place of its forward. The gradients of the variables that `f` captures do not pass
-/// through candle's gradient store: a trainer collects them, and [`Sp::reduce_gradients`](crate::Sp::reduce_gradients) does for own
-/// loops. Outside a sharded scope, under the policy `all`, and inside another checkpoint, this is `f(x)`.
+/// Under the policy `all` the tape of the forward is kept, and each operation's part of it freed in the backward. Under the others `x`
+/// and what the policy says of the attention sites inside are kept in place of all that happens there: in the backward, `f` runs
+/// again on the same `x`, in the scope of the forward, collectives included, and gives the same bits; a site whose result was kept
+/// runs its `replay` in place of its forward. So it does also where a backward is asked for a second time.
+///
+/// The gradients of the variables that `f` captures do not pass through candle's gradient store: a trainer collects them, and
+/// [`Sp::reduce_gradients`](crate::Sp::reduce_gradients) does for own loops. Outside a sharded scope and inside another checkpoint,
+/// this is `f(x)`.
 ///
 /// # Errors
 /// Those of `f`.
@@ -42,11 +46,11 @@ where
     F: Fn(&Tensor) -> Result<Tensor> + Send + Sync + 'static,
 {
     match scope::current() {
-        Some(_) if FORWARD_ONLY.get() => Ok(f(&x.detach())?.detach()),
-        Some(scope) if !tape::is_running() => match scope.sp().settings().policy() {
-            Policy::All => f(x),
-            policy => recomputed(x, scope, policy, f),
-        },
+        Some(_) if FORWARD_ONLY.get() => Ok(tape::values(|| f(&x.detach()))?.detach()),
+        Some(scope) if !replay::is_running() && !tape::is_recording() => {
+            let policy = scope.sp().settings().policy();
+            block(x, scope, policy, f)
+        }
         _ => f(x),
     }
 }
@@ -81,62 +85,67 @@ impl Drop for Held {
     }
 }
 
-fn recomputed<F>(x: &Tensor, scope: Scope, policy: Policy, f: F) -> Result<Tensor>
+/// Runs a block and makes one operation of it.
+fn block<F>(x: &Tensor, scope: Scope, policy: Policy, f: F) -> Result<Tensor>
 where
     F: Fn(&Tensor) -> Result<Tensor> + Send + Sync + 'static,
 {
-    // The graph of the block dies with this statement, except where nothing in it is tracked.
-    let (y, memos) = tape::first(policy, || f(&x.detach()));
-    let y = y?.detach();
-    // A block whose input is not tracked still has variables: a variable in the input's place makes candle call the backward.
-    let x = if tracked(x) {
+    let (result, tape, memos, bytes) = if policy == Policy::All {
+        let (y, tape) = tape::record(x, tracked(x), &f)?;
+        let result = if tape.movable {
+            (taken(&y)?, y.shape().clone())
+        } else {
+            owned(&y)?
+        };
+        (result, Some(tape), replay::Memos::default(), 0)
+    } else {
+        let (y, memos) = replay::first(policy, || tape::values(|| f(&x.detach())));
+        let bytes = site::bytes(x) + memos.iter().map(|memo| memo.bytes()).sum::<u64>();
+        (owned(&y?)?, None, memos, bytes)
+    };
+    let held = Held::new(scope.sp(), bytes);
+    // A block whose input is not tracked still has variables: one in the input's place makes candle call the backward.
+    let input = if tracked(x) {
         x.clone()
     } else {
-        Var::from_tensor(&x.detach())?.into_inner()
+        Var::zeros((), x.dtype(), x.device())?.into_inner()
     };
-    let bytes = site::bytes(&x) + memos.iter().map(|memo| memo.bytes()).sum::<u64>();
-    let held = Held::new(scope.sp(), bytes);
-    record1("checkpoint", &x, owned(&y)?, move |[x], _, grad| {
+    let (wanted, x, tape) = (tracked(x), x.detach(), Mutex::new(tape));
+    record_gradient("block", [&input], result, move |grad| {
         let _held = &held;
-        scope.run(|| backward(&f, x, &memos, grad))
+        let tape = tape.lock().unwrap_or_else(PoisonError::into_inner).take();
+        scope.run(|| {
+            let tape = match tape {
+                Some(tape) => tape,
+                None => again(&f, &x, wanted, &memos)?,
+            };
+            Ok([tape.backward(grad, &mut sink)?])
+        })
     })
 }
 
-/// Computes the block again and walks it back from `grad`: the gradient of x is returned, those of variables go to the sink.
-fn backward(
+/// Computes a block again: one that kept less than all, or whose record a first backward has used up.
+fn again(
     f: &dyn Fn(&Tensor) -> Result<Tensor>,
     x: &Tensor,
-    memos: &tape::Memos,
-    grad: &Tensor,
-) -> Result<[Option<Tensor>; 1]> {
+    wanted: bool,
+    memos: &replay::Memos,
+) -> Result<tape::Block> {
     let _span = tracing::debug_span!("recomputation").entered();
-    let x = Var::from_tensor(x)?;
-    let y = tape::again(memos, || f(x.as_tensor()))?;
-    if !tracked(&y) {
-        return Ok([None]);
-    }
-    let seed = y.apply_op1(Seed(grad.clone()))?;
-    drop(y);
-    let variables: Vec<Tensor> = seed
-        .sorted_nodes()
-        .into_iter()
-        .filter(|node| node.is_variable() && node.id() != x.id())
-        .cloned()
-        .collect();
-    let mut grads = seed.backward()?;
-    SINK.with_borrow_mut(|sink| -> Result<()> {
-        for variable in &variables {
-            if let Some(grad) = grads.remove(variable) {
-                let grad = match sink.remove(&variable.id()) {
-                    None => grad,
-                    Some(earlier) => (earlier + grad)?,
-                };
-                sink.insert(variable.id(), grad.detach());
-            }
-        }
+    let (_, tape) = replay::again(memos, || tape::record(x, wanted, f))?;
+    Ok(tape)
+}
+
+/// Takes one gradient of a variable.
+fn sink(variable: &Tensor, grad: Tensor) -> Result<()> {
+    SINK.with_borrow_mut(|sink| {
+        let grad = match sink.remove(&variable.id()) {
+            None => grad,
+            Some(earlier) => (earlier + grad)?,
+        };
+        sink.insert(variable.id(), grad.detach());
         Ok(())
-    })?;
-    Ok([grads.remove(&x)])
+    })
 }
 
 /// Moves the gradients that recomputed blocks found on this thread into candle's store.
@@ -154,35 +163,6 @@ pub(crate) fn collect(grads: &mut GradStore) -> Result<()> {
 /// Forgets what an abandoned backward has left.
 pub(crate) fn forget() {
     SINK.take();
-}
-
-/// A scalar zero whose backward hands its operand a given gradient, where candle's `backward` would begin with ones.
-struct Seed(Tensor);
-
-impl CustomOp1 for Seed {
-    fn name(&self) -> &'static str {
-        "seed"
-    }
-
-    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
-        Ok((CpuStorage::F32(vec![0.0]), Shape::from(())))
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        like: &candle_core::CudaStorage,
-        _: &Layout,
-    ) -> Result<(candle_core::CudaStorage, Shape)> {
-        let device = like.device.clone();
-        let zero = device.alloc_zeros::<f32>(1)?;
-        let zero = candle_core::CudaStorage::wrap_cuda_slice(zero, device);
-        Ok((zero, Shape::from(())))
-    }
-
-    fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
-        Ok(Some(self.0.clone()))
-    }
 }
 
 #[cfg(test)]

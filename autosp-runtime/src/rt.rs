@@ -9,6 +9,7 @@ pub use crate::loss::token_loss;
 pub use crate::mask::{Band, HostMask, Mask, key_mask, mask, mask_rule};
 pub use crate::memory::checkpoint;
 pub use crate::ops;
+pub use crate::ops::Recorded;
 pub use crate::ops::{fold, pick, pick_narrow, sequence, slice};
 pub use crate::schedule::{Backward, Forward, HeadMap, Schedule, Site, Ulysses};
 pub use crate::scores::{Scores, Weights, scores, softmax};

@@ -8,7 +8,7 @@ use autosp_plan::plan::{Action, Edit, Kind, Plan, Twin};
 use super::blocks::Found;
 use super::mask;
 use crate::error::Refusal;
-use crate::ops::Row;
+use crate::ops::{Recorded, Row};
 use crate::place::{Conversion, Place, Placed};
 use crate::syntax::number;
 use crate::trace::graph::{ActId, Node, NodeId, Op};
@@ -33,6 +33,7 @@ pub(super) fn build(
     };
     builder.facts();
     builder.nodes(site_ids)?;
+    builder.recorded(blocks, elided);
     for u in &placed.valid {
         builder.valid(u)?;
     }
@@ -152,6 +153,63 @@ impl Builder<'_, '_, '_> {
             }
         }
         Ok(())
+    }
+
+    /// The operations of blocks that have a form for a block's tape.
+    fn recorded(&mut self, blocks: &[Found], elided: &[(ActId, u32, u32)]) {
+        let trace = self.trace;
+        let calls = blocks.iter().filter_map(|block| block.scope.as_ref());
+        let inside: Vec<ActId> = calls
+            .flat_map(|(act, call, _)| {
+                let calls = trace.acts[*act].calls.iter();
+                calls
+                    .filter(move |(e, _)| e == call)
+                    .map(|(_, callee)| *callee)
+            })
+            .collect();
+        for (node, n) in trace.nodes.iter().enumerate() {
+            let Some(how) = n.row().and_then(|row| row.recorded) else {
+                continue;
+            };
+            let mut within = Some(n.at.act);
+            while let Some(act) = within.filter(|act| !inside.contains(act)) {
+                within = trace.acts[act]
+                    .parent
+                    .filter(|(parent, call)| !self.left_out(elided, *parent, *call))
+                    .map(|(parent, _)| parent);
+            }
+            let lazy = |node: NodeId| self.placed.place[node].lazy();
+            if within.is_none()
+                || lazy(node)
+                || n.inputs.iter().any(|input| lazy(input.node))
+                || self.left_out(elided, n.at.act, n.at.expr)
+            {
+                continue;
+            }
+            let fits = match (self.expr(n.at.act, n.at.expr), how) {
+                (Some(syn::Expr::MethodCall(m)), Recorded::Method) => {
+                    n.row().is_some_and(|row| m.method == row.name())
+                }
+                (Some(syn::Expr::MethodCall(_) | syn::Expr::Binary(_)), Recorded::Operator) => {
+                    n.inputs.len() == 2
+                }
+                _ => false,
+            };
+            if fits {
+                self.push(n.at.act, n.at.expr, Action::Recorded);
+            }
+        }
+    }
+
+    /// Whether the expression is in one that is left out.
+    fn left_out(&self, elided: &[(ActId, u32, u32)], act: ActId, expr: u32) -> bool {
+        let numbers = &self.trace.scope.functions[self.trace.acts[act].function].numbers;
+        let holds = |outer: u32| {
+            let outer = numbers.get(outer);
+            outer.is_some_and(|e| number::within(numbers, e).contains(&expr))
+        };
+        let mut here = elided.iter().filter(|(of, ..)| *of == act);
+        here.any(|(_, outer, inner)| holds(*outer) && !holds(*inner))
     }
 
     fn expr(&self, act: ActId, expr: u32) -> Option<&syn::Expr> {

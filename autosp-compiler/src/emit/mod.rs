@@ -6,7 +6,7 @@ mod signature;
 
 use std::collections::HashMap;
 
-use autosp_plan::plan::{Plan, Root, Twin, Unsharded};
+use autosp_plan::plan::{Action, Plan, Root, Twin, Unsharded};
 use proc_macro2::TokenStream;
 use quote::{ToTokens, format_ident, quote};
 
@@ -324,6 +324,12 @@ fn twin_fn(sig: &syn::Signature, block: &syn::Block, twin: &Twin, names: &Paths)
     let twin_sig = signature::twin(sig, twin, &names.full);
     let mut block = rewrite::block(block, twin, rt);
     block.stmts.insert(0, names.import());
+    if twin.edits.iter().any(|e| e.action == Action::Recorded) {
+        let full = &names.full;
+        block
+            .stmts
+            .insert(1, syn::parse_quote!(use #full::Recorded as _;));
+    }
     let doc = format!(
         " [`{}`] on one rank's shard of the sequence.",
         sig_name(twin)

@@ -131,6 +131,7 @@ impl Rewriter<'_> {
                     syn::parse_str(path).unwrap_or_else(|_| parse_quote!(unknown));
                 *e = call(&quote!(#rt::#path), e);
             }
+            Action::Recorded => recorded(e, rt),
             Action::Twin(name) => twin_call(e, name),
             Action::Scores(site) => {
                 let site = format_ident!("Site{site}");
@@ -384,6 +385,37 @@ fn call(callee: &TokenStream, e: &Expr) -> Expr {
             parse_quote!(#callee(#(#args),*))
         }
         other => other.clone(),
+    }
+}
+
+/// The form of an operation that a block's tape takes.
+fn recorded(e: &mut Expr, rt: &syn::Ident) {
+    match e {
+        Expr::Binary(b) => {
+            let operator = match b.op {
+                syn::BinOp::Add(_) => format_ident!("add"),
+                syn::BinOp::Mul(_) => format_ident!("mul"),
+                _ => return,
+            };
+            let (left, right) = (bare(&b.left), bare(&b.right));
+            *e = parse_quote!(#rt::ops::#operator(#left, #right));
+        }
+        Expr::MethodCall(m) if m.method == "add" || m.method == "mul" => {
+            let name = m.method.clone();
+            *e = call(&quote!(#rt::ops::#name), e);
+        }
+        Expr::MethodCall(m) => {
+            m.method = format_ident!("{}__sp", m.method, span = m.method.span());
+        }
+        _ => {}
+    }
+}
+
+/// Without the parentheses that an operator needed.
+fn bare(e: &Expr) -> &Expr {
+    match e {
+        Expr::Paren(p) => &p.expr,
+        other => other,
     }
 }
 

@@ -2,7 +2,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use autosp_plan::Settings;
-use candle_core::{DType, Device};
+use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Shape};
 
 use super::*;
 use crate::{Parameters, run_with};

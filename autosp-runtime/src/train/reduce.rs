@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use super::flat::{Bucket, buckets, wide};
 use crate::comm::{Tag, all_gather, reduce_scatter_as};
-use crate::ops::{Real, Rows, Visit, visit};
+use crate::ops::{cast, Real, Rows, Visit, visit};
 use crate::{Error, Result, Sp, memory, scope};
 
 /// Bytes of gradients that [`Sp::reduce_gradients`] sums at once.
@@ -147,7 +147,7 @@ pub(crate) fn reduce(
     let mut flat = Vec::with_capacity(bucket.vars.len());
     for (var, grad) in vars[bucket.vars.clone()].iter().zip(grads) {
         flat.push(match grad {
-            Some(grad) => grad.to_dtype(dtype)?.flatten_all()?,
+            Some(grad) => cast(&grad, dtype)?.flatten_all()?,
             None => Tensor::zeros(var.elem_count(), dtype, var.device())?,
         });
     }
