@@ -261,6 +261,18 @@ pub enum Action {
     Untyped,
     /// The call is a block: its input is kept and the rest can be computed again.
     Checkpoint(Checkpoint),
+    /// The call computes each token by itself and can run on a few at a time.
+    Tiled(Tiled),
+}
+
+/// A call of a part of the model with one sharded tensor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+pub struct Tiled {
+    /// The dimension of the tensor that is the sequence.
+    pub dim: usize,
+    /// Whether it takes a reference.
+    pub by_ref: bool,
 }
 
 /// A block's call.
@@ -273,6 +285,8 @@ pub struct Checkpoint {
     pub input: u32,
     /// Variables that the block needs: name, and whether a reference is passed.
     pub captures: Vec<(String, bool)>,
+    /// Whether the loop reads the input nowhere else.
+    pub last: bool,
 }
 
 /// A mask as a rule over (query, key).

@@ -331,6 +331,11 @@ impl Settings {
         self.count("groups")
     }
 
+    /// Tokens that the parts of a block which compute each token by itself take at a time.
+    pub fn tile(&self) -> usize {
+        self.count("tile")
+    }
+
     /// How long a rank waits for the others before it gives up.
     pub fn deadline(&self) -> Duration {
         match self.get("deadline").0 {

@@ -6,23 +6,30 @@
 //! [`Ledger::held`](crate::Ledger::held) counts the bytes, and [`autosp_plan::cost`] has the formula.
 
 pub(crate) mod replay;
+mod tiles;
+
+pub use tiles::tiled;
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 
+use autosp_plan::codes;
 use autosp_plan::settings::Policy;
 use candle_core::backprop::GradStore;
-use candle_core::{Result, Tensor, TensorId, Var};
+use candle_core::{DType, Result, Tensor, TensorId, Var};
 
-use crate::Sp;
-use crate::ops::{owned, record_gradient, taken, tape, tracked};
+use crate::ops::{accumulate, cast, owned, record_gradient, taken, tape, tensor, tracked};
 use crate::scope::{self, Scope};
 use crate::site;
+use crate::{Error, Sp};
 
 thread_local! {
     /// Gradients of variables that recomputed blocks have found on this thread, which is this rank.
-    static SINK: RefCell<HashMap<TensorId, Tensor>> = RefCell::new(HashMap::new());
+    static SINK: RefCell<HashMap<TensorId, (Tensor, DType)>> = RefCell::new(HashMap::new());
+
+    /// The result of the last block.
+    static LAST: Cell<Option<TensorId>> = const { Cell::new(None) };
 
     /// Whether there will be no backward.
     static FORWARD_ONLY: Cell<bool> = const { Cell::new(false) };
@@ -45,11 +52,31 @@ pub fn checkpoint<F>(x: &Tensor, f: F) -> Result<Tensor>
 where
     F: Fn(&Tensor) -> Result<Tensor> + Send + Sync + 'static,
 {
+    entered(x, false, f)
+}
+
+/// As [`checkpoint`], where nobody reads `x` afterwards: if it is the result of another block, its memory is taken, and no copy is
+/// made of it.
+///
+/// # Errors
+/// As [`checkpoint`]; AS0351 if a backward is asked for a second time.
+pub fn checkpoint_last<F>(x: &Tensor, f: F) -> Result<Tensor>
+where
+    F: Fn(&Tensor) -> Result<Tensor> + Send + Sync + 'static,
+{
+    entered(x, LAST.get() == Some(x.id()), f)
+}
+
+fn entered<F>(x: &Tensor, own: bool, f: F) -> Result<Tensor>
+where
+    F: Fn(&Tensor) -> Result<Tensor> + Send + Sync + 'static,
+{
     match scope::current() {
         Some(_) if FORWARD_ONLY.get() => Ok(tape::values(|| f(&x.detach()))?.detach()),
         Some(scope) if !replay::is_running() && !tape::is_recording() => {
-            let policy = scope.sp().settings().policy();
-            block(x, scope, policy, f)
+            let result = block(x, own, scope, f)?;
+            LAST.set(Some(result.id()));
+            Ok(result)
         }
         _ => f(x),
     }
@@ -85,39 +112,63 @@ impl Drop for Held {
     }
 }
 
-/// Runs a block and makes one operation of it.
-fn block<F>(x: &Tensor, scope: Scope, policy: Policy, f: F) -> Result<Tensor>
+/// Runs a block and makes one operation of it. Where the memory of `x` is its `own`, it is taken.
+fn block<F>(x: &Tensor, own: bool, scope: Scope, f: F) -> Result<Tensor>
 where
     F: Fn(&Tensor) -> Result<Tensor> + Send + Sync + 'static,
 {
-    let (result, tape, memos, bytes) = if policy == Policy::All {
-        let (y, tape) = tape::record(x, tracked(x), &f)?;
+    let policy = scope.sp().settings().policy();
+    let wanted = tracked(x);
+    let taken_from = |x: &Tensor| Ok::<_, candle_core::Error>((taken(x)?, x.shape().clone()));
+    let (result, tape, memos, kept) = if policy == Policy::All {
+        let input = match (own, wanted) {
+            (true, true) => tape::variable(taken_from(x)?),
+            (false, true) => tape::variable(owned(x)?),
+            (_, false) => x.detach(),
+        };
+        let (y, tape) = tape::record(&input, &f)?;
         let result = if tape.movable {
-            (taken(&y)?, y.shape().clone())
+            taken_from(&y)?
         } else {
             owned(&y)?
         };
-        (result, Some(tape), replay::Memos::default(), 0)
+        let kept = (!own).then(|| x.detach());
+        (result, Some(tape), replay::Memos::default(), kept)
     } else {
         let (y, memos) = replay::first(policy, || tape::values(|| f(&x.detach())));
-        let bytes = site::bytes(x) + memos.iter().map(|memo| memo.bytes()).sum::<u64>();
-        (owned(&y?)?, None, memos, bytes)
+        let result = owned(&y?)?;
+        let kept = if own {
+            tensor(taken_from(x)?)
+        } else {
+            x.detach()
+        };
+        (result, None, memos, Some(kept))
+    };
+    let bytes = match policy {
+        Policy::All => 0,
+        _ => site::bytes(x) + memos.iter().map(|memo| memo.bytes()).sum::<u64>(),
     };
     let held = Held::new(scope.sp(), bytes);
     // A block whose input is not tracked still has variables: one in the input's place makes candle call the backward.
-    let input = if tracked(x) {
+    let input = if wanted {
         x.clone()
     } else {
         Var::zeros((), x.dtype(), x.device())?.into_inner()
     };
-    let (wanted, x, tape) = (tracked(x), x.detach(), Mutex::new(tape));
+    let tape = Mutex::new(tape);
     record_gradient("block", [&input], result, move |grad| {
         let _held = &held;
         let tape = tape.lock().unwrap_or_else(PoisonError::into_inner).take();
         scope.run(|| {
-            let tape = match tape {
-                Some(tape) => tape,
-                None => again(&f, &x, wanted, &memos)?,
+            let tape = match (tape, &kept) {
+                (Some(tape), _) => tape,
+                (None, Some(x)) => again(&f, x, wanted, &memos)?,
+                (None, None) => {
+                    let text = "a block: expected one backward, found a second one, for which nothing was kept";
+                    return Err(Error::new(codes::REPLAY, text)
+                        .with_help("AUTOSP_POLICY=input")
+                        .into());
+                }
             };
             Ok([tape.backward(grad, &mut sink)?])
         })
@@ -132,25 +183,39 @@ fn again(
     memos: &replay::Memos,
 ) -> Result<tape::Block> {
     let _span = tracing::debug_span!("recomputation").entered();
-    let (_, tape) = replay::again(memos, || tape::record(x, wanted, f))?;
+    let input = if wanted {
+        tape::variable(owned(x)?)
+    } else {
+        x.clone()
+    };
+    let (_, tape) = replay::again(memos, || tape::record(&input, f))?;
     Ok(tape)
 }
 
-/// Takes one gradient of a variable.
+/// Takes one gradient of a variable. Several of half precision are added in `f32`.
 fn sink(variable: &Tensor, grad: Tensor) -> Result<()> {
     SINK.with_borrow_mut(|sink| {
         let grad = match sink.remove(&variable.id()) {
             None => grad,
-            Some(earlier) => (earlier + grad)?,
+            Some((earlier, _)) => {
+                let wide = match variable.dtype() {
+                    DType::BF16 | DType::F16 => DType::F32,
+                    same => same,
+                };
+                // What was cast, now or for an earlier sum, is nobody else's.
+                let own = wide != variable.dtype();
+                accumulate(cast(&earlier, wide)?, own, &cast(&grad, wide)?)?
+            }
         };
-        sink.insert(variable.id(), grad.detach());
+        sink.insert(variable.id(), (grad.detach(), variable.dtype()));
         Ok(())
     })
 }
 
 /// Moves the gradients that recomputed blocks found on this thread into candle's store.
 pub(crate) fn collect(grads: &mut GradStore) -> Result<()> {
-    for (id, grad) in SINK.take() {
+    for (id, (grad, dtype)) in SINK.take() {
+        let grad = cast(&grad, dtype)?;
         let sum = match grads.get_id(id) {
             None => grad,
             Some(earlier) => (earlier + grad)?.detach(),

@@ -7,7 +7,7 @@ pub use crate::layout::Layout;
 pub use crate::library;
 pub use crate::loss::token_loss;
 pub use crate::mask::{Band, HostMask, Mask, key_mask, mask, mask_rule};
-pub use crate::memory::checkpoint;
+pub use crate::memory::{checkpoint, checkpoint_last, tiled};
 pub use crate::ops;
 pub use crate::ops::Recorded;
 pub use crate::ops::{fold, pick, pick_narrow, sequence, slice};

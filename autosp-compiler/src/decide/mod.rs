@@ -5,6 +5,7 @@ mod loss;
 mod mask;
 mod reasons;
 mod repeat;
+mod tiles;
 mod twins;
 pub(crate) mod verify;
 

@@ -40,6 +40,9 @@ pub(super) fn build(
     for (act, outer, inner) in elided {
         builder.push(*act, *outer, Action::Inner(*inner));
     }
+    for (act, call, tiled) in super::tiles::find(trace, placed, blocks) {
+        builder.push(act, call, Action::Tiled(tiled));
+    }
     for block in blocks {
         if let Some((act, call, checkpoint)) = &block.scope {
             builder.push(*act, *call, Action::Checkpoint(checkpoint.clone()));
@@ -431,7 +434,12 @@ impl Builder<'_, '_, '_> {
         let mut edits = std::mem::take(&mut self.edits[act]);
         drop_moved(&mut edits, &f.numbers);
         // A call is renamed before it is put into a scope.
-        edits.sort_by_key(|e| (e.expr, matches!(e.action, Action::Checkpoint(_))));
+        edits.sort_by_key(|e| {
+            (
+                e.expr,
+                matches!(e.action, Action::Checkpoint(_) | Action::Tiled(_)),
+            )
+        });
         let params = a
             .params
             .iter()

@@ -1,5 +1,6 @@
 //! The fifth room: the module with its twins, from the source and the plan alone.
 
+mod blocks;
 mod rewrite;
 mod schedule;
 mod signature;

@@ -92,6 +92,13 @@ pub static KEYS: &[Key] = &[
         read: ReadAt::Forward,
     },
     Key {
+        name: "tile",
+        kind: Kind::Count,
+        default: Value::Count(65_536),
+        doc: "tokens of a rank that the parts of a block which compute each token by itself (its MLP) take at a time, where the policy keeps less than `all`; what is large inside them is never there for more",
+        read: ReadAt::Forward,
+    },
+    Key {
         name: "zero",
         kind: Kind::Choice(&["0", "1"]),
         default: Value::Choice("0"),

@@ -137,20 +137,20 @@ where
 }
 
 /// An operand that a backward needs.
-enum Kept {
+pub(crate) enum Kept {
     Tensor(Tensor),
     Again(Arc<Recipe>),
 }
 
 impl Kept {
-    fn new(x: &Tensor) -> Self {
+    pub(crate) fn new(x: &Tensor) -> Self {
         match tape::hint(x) {
             Some(Hint::Again(recipe)) => Self::Again(recipe),
             _ => Self::Tensor(x.detach()),
         }
     }
 
-    fn get(&self) -> Result<Tensor> {
+    pub(crate) fn get(&self) -> Result<Tensor> {
         match self {
             Self::Tensor(x) => Ok(x.clone()),
             Self::Again(recipe) => recipe.get(),

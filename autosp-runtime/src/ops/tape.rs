@@ -210,26 +210,20 @@ pub(crate) struct Block {
     pub(crate) movable: bool,
 }
 
-/// Runs `f` on `x` (on a copy, if a gradient is `wanted` for it) and records it. The result is `f`'s, and belongs to no graph of
-/// candle's that anybody should follow.
+/// Runs `f` on `input` and records it. The input is a [`variable`] if a gradient is wanted for it. The result is `f`'s, and belongs to
+/// no graph of candle's that anybody should follow.
 ///
 /// # Errors
 /// Those of `f`.
 pub(crate) fn record(
-    x: &Tensor,
-    wanted: bool,
+    input: &Tensor,
     f: impl FnOnce(&Tensor) -> Result<Tensor>,
 ) -> Result<(Tensor, Block)> {
-    let input = if wanted {
-        variable(super::owned(x)?)
-    } else {
-        x.detach()
-    };
     let mut tape = Tape::default();
     let none: Backward = Box::new(|_| Ok(Vec::new()));
-    tape.push(&input, Vec::new(), (None, false), none);
+    tape.push(input, Vec::new(), (None, false), none);
     let restore = Restore(MODE.replace(Some(Mode::Tape(tape))));
-    let result = f(&input)?;
+    let result = f(input)?;
     let tape = MODE.take();
     drop(restore);
     let Some(Mode::Tape(mut tape)) = tape else {

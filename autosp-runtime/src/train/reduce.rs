@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use super::flat::{Bucket, buckets, wide};
 use crate::comm::{Tag, all_gather, reduce_scatter_as};
-use crate::ops::{cast, Real, Rows, Visit, visit};
+use crate::ops::{Real, Rows, Visit, cast, visit};
 use crate::{Error, Result, Sp, memory, scope};
 
 /// Bytes of gradients that [`Sp::reduce_gradients`] sums at once.

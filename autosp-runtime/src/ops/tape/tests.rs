@@ -117,7 +117,7 @@ fn by_tape(
     x: &Tensor,
     grad: &Tensor,
 ) -> Result<Found> {
-    let (y, block) = record(x, true, |x| program(model, steps, x))?;
+    let (y, block) = record(&variable(ops::owned(x)?), |x| program(model, steps, x))?;
     let mut sums: HashMap<TensorId, Tensor> = HashMap::new();
     let of_x = block.backward(grad, &mut |variable, grad| {
         let sum = match sums.remove(&variable.id()) {
@@ -179,7 +179,7 @@ proptest! {
 fn nothing_is_kept_that_no_backward_needs() {
     let model = Model::new();
     let x = numbers(7, &[ROWS, WIDTH]);
-    let (_, block) = record(&x, true, |x| {
+    let (_, block) = record(&variable(ops::owned(&x).unwrap()), |x| {
         let y = ops::add(x, &x.t__sp()?.contiguous__sp()?.reshape__sp((ROWS, WIDTH))?)?;
         assert!(is_recording());
         ops::linear(&model.square, &y)
@@ -194,6 +194,6 @@ fn nothing_is_kept_that_no_backward_needs() {
 #[test]
 fn an_error_in_a_block_ends_its_tape() {
     let x = numbers(7, &[ROWS, WIDTH]);
-    assert!(record(&x, true, |x| x.reshape__sp(5)).is_err());
+    assert!(record(&variable(ops::owned(&x).unwrap()), |x| x.reshape__sp(5)).is_err());
     assert!(!is_recording() && !is_for_values());
 }
