@@ -39,10 +39,10 @@ impl Operand for Result<Tensor> {
 /// Those of candle's operator.
 pub fn add(a: impl Operand, b: impl Operand) -> Result<Tensor> {
     let (a, b) = (a.operand()?, b.operand()?);
-    if !tape::is_recording() || a.dims() != b.dims() || !(tracked(&a) || tracked(&b)) {
+    if a.dims() != b.dims() || !(tape::holds(&a) || tape::holds(&b)) {
         return &a + &b;
     }
-    let sum = tape::variable((taken(&sum(&a, &b)?)?, a.shape().clone()));
+    let sum = tape::result((taken(&sum(&a, &b)?)?, a.shape().clone()), None);
     let both = tracked(&a) && tracked(&b);
     tape::push(&[&a, &b], &sum, (None, true), move |grad| {
         Ok(if both {
@@ -61,7 +61,7 @@ pub fn add(a: impl Operand, b: impl Operand) -> Result<Tensor> {
 /// Those of candle's operator.
 pub fn mul(a: impl Operand, b: impl Operand) -> Result<Tensor> {
     let (a, b) = (a.operand()?, b.operand()?);
-    if !tape::is_recording() || a.dims() != b.dims() || !(tracked(&a) || tracked(&b)) {
+    if a.dims() != b.dims() || !(tape::holds(&a) || tape::holds(&b)) {
         return &a * &b;
     }
     let silu = |x: &Tensor| match tape::hint(x) {
@@ -122,7 +122,7 @@ pub fn silu(xs: &Tensor) -> Result<Tensor> {
             Ok(crate::cuda::ops::silu_backward(x, grad)?)
         });
     }
-    if !tape::is_recording() || !xs.device().is_cpu() {
+    if !tape::holds(xs) || !xs.device().is_cpu() {
         return candle_nn::ops::silu(xs);
     }
     let y = candle_nn::ops::silu(&xs.detach())?;
@@ -136,7 +136,7 @@ fn record_silu(
     result: (candle_core::Storage, candle_core::Shape),
     backward: impl Fn(&Tensor, &Tensor) -> Result<Option<Tensor>> + Send + Sync + 'static,
 ) -> Result<Tensor> {
-    let hint = tracked(xs).then(|| Hint::Silu(xs.clone()));
+    let hint = tape::holds(xs).then(|| Hint::Silu(xs.clone()));
     let backward = move |[x]: [&Tensor; 1], grad: &Tensor| Ok([backward(x, grad)?]);
     recorded(
         "silu",

@@ -14,7 +14,7 @@ use super::{owned, record_gradient, taken, tape, tracked};
 /// # Errors
 /// Those of candle's layer.
 pub fn linear(layer: &Linear, x: &Tensor) -> Result<Tensor> {
-    if x.rank() >= 2 && (x.device().is_cuda() || tape::is_recording()) {
+    if x.rank() >= 2 && (x.device().is_cuda() || tape::holds(x) || tape::holds(layer.weight())) {
         return product(layer, x);
     }
     let weight = layer.weight();

@@ -4,7 +4,7 @@ use candle_core::shape::{Dim, Dims, ShapeWithOneHole};
 use candle_core::{DType, Result, Tensor};
 
 use super::tape::{self, Gradient, Hint};
-use super::{cast, taken, tracked};
+use super::{cast, taken};
 
 /// The methods of candle's tensors under their names with `__sp`. Outside a block they are candle's own.
 #[allow(non_snake_case, missing_docs, clippy::missing_errors_doc)]
@@ -26,7 +26,7 @@ pub trait Recorded {
 impl Recorded for Tensor {
     fn reshape__sp<S: ShapeWithOneHole>(&self, shape: S) -> Result<Tensor> {
         let shape = shape.into_shape(self.elem_count())?;
-        if !on_tape(self) {
+        if !tape::holds(self) {
             return self.reshape(shape);
         }
         let dims = shape.dims().to_vec();
@@ -102,11 +102,11 @@ impl Recorded for Tensor {
         if self.is_contiguous() {
             return Ok(self.clone());
         }
-        if !on_tape(self) {
+        if !tape::holds(self) {
             return self.contiguous();
         }
         let copy = contiguous(self)?;
-        let copy = tape::variable((taken(&copy)?, self.shape().clone()));
+        let copy = tape::result((taken(&copy)?, self.shape().clone()), None);
         let hint = tape::hint(self).filter(|hint| matches!(hint, Hint::Cast(_)));
         tape::push(&[self], &copy, (hint, true), |grad| Ok(vec![Some(grad)]));
         Ok(copy)
@@ -114,7 +114,7 @@ impl Recorded for Tensor {
 
     fn to_dtype__sp(&self, dtype: DType) -> Result<Tensor> {
         let from = self.dtype();
-        if dtype == from || !on_tape(self) || !from.is_float() || !dtype.is_float() {
+        if dtype == from || !tape::holds(self) || !from.is_float() || !dtype.is_float() {
             return self.to_dtype(dtype);
         }
         if let Some(Hint::Cast(narrow)) = tape::hint(self)
@@ -122,7 +122,7 @@ impl Recorded for Tensor {
         {
             return Ok(narrow);
         }
-        let cast = tape::variable((taken(&cast(self, dtype)?)?, self.shape().clone()));
+        let cast = tape::result((taken(&cast(self, dtype)?)?, self.shape().clone()), None);
         let wider = dtype.size_in_bytes() > from.size_in_bytes();
         let hint = wider.then(|| Hint::Cast(self.clone()));
         tape::push(&[self], &cast, (hint, true), move |grad| {
@@ -133,10 +133,6 @@ impl Recorded for Tensor {
         });
         Ok(cast)
     }
-}
-
-fn on_tape(x: &Tensor) -> bool {
-    tape::is_recording() && tracked(x)
 }
 
 /// A contiguous tensor with the same values, detached.
@@ -159,7 +155,7 @@ enum Back {
 
 /// The same memory in another way. What was cast before is known to be so after.
 fn view(x: &Tensor, see: impl Fn(&Tensor) -> Result<Tensor>, back: Back) -> Result<Tensor> {
-    if !on_tape(x) {
+    if !tape::holds(x) {
         return see(x);
     }
     let hint = match tape::hint(x) {

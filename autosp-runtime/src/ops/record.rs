@@ -99,7 +99,10 @@ pub(crate) fn recorded<const N: usize>(
 where
     Node<N>: Graph<N>,
 {
-    if tape::is_for_values() || !operands.iter().any(|x| tracked(x)) {
+    if tape::is_for_values() {
+        return Ok(tape::result(result, hint));
+    }
+    if !operands.iter().any(|x| tracked(x)) {
         return Ok(tensor(result));
     }
     if !tape::is_recording() {

@@ -20,8 +20,8 @@ use super::accumulate;
 
 /// What happens to the gradients of what this thread computes.
 enum Mode {
-    /// There will be none.
-    Values,
+    /// There will be none. What a tape would know of results decides what they are, so that it is known here too.
+    Values(HashMap<TensorId, Hint>),
     /// They are written down here.
     Tape(Tape),
 }
@@ -295,7 +295,7 @@ fn give(
 
 /// Runs `f` for its values alone: nothing is recorded, and nothing kept.
 pub(crate) fn values<R>(f: impl FnOnce() -> R) -> R {
-    let _restore = Restore(MODE.replace(Some(Mode::Values)));
+    let _restore = Restore(MODE.replace(Some(Mode::Values(HashMap::new()))));
     f()
 }
 
@@ -306,30 +306,59 @@ pub(crate) fn is_recording() -> bool {
 
 /// Whether this thread wants no gradients.
 pub(crate) fn is_for_values() -> bool {
-    MODE.with_borrow(|mode| matches!(mode, Some(Mode::Values)))
+    MODE.with_borrow(|mode| matches!(mode, Some(Mode::Values(_))))
+}
+
+/// Whether this thread runs a block and `x` has a place on its tape, or would have one.
+pub(crate) fn holds(x: &Tensor) -> bool {
+    MODE.with_borrow(|mode| match mode {
+        Some(Mode::Tape(_)) => x.track_op(),
+        Some(Mode::Values(_)) => true,
+        None => false,
+    })
 }
 
 /// What the tape knows of `x`.
 pub(crate) fn hint(x: &Tensor) -> Option<Hint> {
     MODE.with_borrow(|mode| match mode {
         Some(Mode::Tape(tape)) => tape.made.get(&x.id())?.hint.clone(),
-        _ => None,
+        Some(Mode::Values(hints)) => hints.get(&x.id()).cloned(),
+        None => None,
     })
 }
 
-/// Writes down that `result` was made from `operands`. `own` says that its memory is its own.
+/// Writes down that `result` was made from `operands`. `own` says that its memory is its own. Without a tape the hint alone is noted.
 pub(crate) fn push(
     operands: &[&Tensor],
     result: &Tensor,
     (hint, own): (Option<Hint>, bool),
     backward: impl FnOnce(Gradient) -> Result<Vec<Option<Gradient>>> + Send + 'static,
 ) {
-    MODE.with_borrow_mut(|mode| {
-        if let Some(Mode::Tape(tape)) = mode {
+    MODE.with_borrow_mut(|mode| match mode {
+        Some(Mode::Tape(tape)) => {
             let slots = operands.iter().map(|x| tape.slot(x)).collect();
             tape.push(result, slots, (hint, own), Box::new(backward));
         }
+        Some(Mode::Values(_)) | None => note(mode, result, hint),
     });
+}
+
+/// Notes what decides about other results.
+fn note(mode: &mut Option<Mode>, result: &Tensor, hint: Option<Hint>) {
+    if let (Some(Mode::Values(hints)), Some(hint @ (Hint::Cast(_) | Hint::Silu(_)))) = (mode, hint)
+    {
+        hints.insert(result.id(), hint);
+    }
+}
+
+/// A result in the block that this thread runs: a [`variable`] on a tape, else values alone.
+pub(crate) fn result(result: (Storage, Shape), hint: Option<Hint>) -> Tensor {
+    if is_recording() {
+        return variable(result);
+    }
+    let result = super::tensor(result);
+    MODE.with_borrow_mut(|mode| note(mode, &result, hint));
+    result
 }
 
 /// A result on the tape.
