@@ -306,6 +306,12 @@ impl Settings {
         self.program("policy", Value::Choice(policy.name()))
     }
 
+    /// Sets how many tokens the parts of a block which compute each token by itself take at a time.
+    #[must_use]
+    pub fn with_tile(self, tokens: usize) -> Self {
+        self.program("tile", Value::Count(tokens))
+    }
+
     /// Sets what ranks divide of the optimizer.
     #[must_use]
     pub fn with_zero(self, zero: Zero) -> Self {

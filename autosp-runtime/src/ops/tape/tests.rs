@@ -197,3 +197,41 @@ fn an_error_in_a_block_ends_its_tape() {
     assert!(record(&variable(ops::owned(&x).unwrap()), |x| x.reshape__sp(5)).is_err());
     assert!(!is_recording() && !is_for_values());
 }
+
+/// Attention takes queries and keys in the type that they were cast from; both runs of a block have to know it.
+#[test]
+fn casts_are_known_in_both_runs_of_a_block() {
+    let half = numbers(7, &[2, ROWS, WIDTH]).to_dtype(DType::BF16).unwrap();
+    let seen = |x: &Tensor| -> Result<Tensor> {
+        let wide = x.to_dtype__sp(DType::F32)?;
+        let turned = wide.reshape__sp((1, 2, ROWS, WIDTH))?.t__sp()?;
+        for (y, dims) in [
+            (&wide, vec![2, ROWS, WIDTH]),
+            (&turned, vec![1, 2, WIDTH, ROWS]),
+            (&turned.contiguous__sp()?, vec![1, 2, WIDTH, ROWS]),
+        ] {
+            let Some(Hint::Cast(narrow)) = hint(y) else {
+                panic!("the cast of {:?} is not known", y.dims())
+            };
+            assert_eq!(
+                (narrow.dtype(), narrow.dims()),
+                (DType::BF16, dims.as_slice())
+            );
+            assert_eq!(y.to_dtype__sp(DType::BF16)?.id(), narrow.id());
+        }
+        Ok(turned)
+    };
+    record(&variable(ops::owned(&half).unwrap()), seen).unwrap();
+    values(|| seen(&half)).unwrap();
+}
+
+/// The gated product is made in one way, whether it is recorded or not.
+#[test]
+fn gates_have_the_same_bits_in_both_runs_of_a_block() {
+    let x = numbers(7, &[ROWS, WIDTH]).to_dtype(DType::BF16).unwrap();
+    let gated = |x: &Tensor| ops::mul(ops::silu(x)?, ops::add(x, x)?);
+    let (recorded, _) = record(&variable(ops::owned(&x).unwrap()), gated).unwrap();
+    let alone = values(|| gated(&x)).unwrap();
+    let bits = |x: &Tensor| x.to_dtype(DType::F32).unwrap().to_vec2::<f32>().unwrap();
+    assert_eq!(bits(&recorded), bits(&alone));
+}
