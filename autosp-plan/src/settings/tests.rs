@@ -45,8 +45,9 @@ fn typed_setters_reach_their_row() {
         .with_attention(Attention::Reference)
         .with_policy(Policy::Input)
         .with_device(Device::CudaShared)
+        .with_tile(512)
         .with_zero(Zero::Stage1);
-    assert_eq!(settings.zero(), Zero::Stage1);
+    assert_eq!((settings.tile(), settings.zero()), (512, Zero::Stage1));
     assert_eq!(settings.device(), Device::CudaShared);
     assert_eq!(
         Settings::default().with_device(Device::Cuda).device(),
@@ -111,7 +112,7 @@ fn an_unknown_name_lists_the_known_ones() {
         .unwrap_err();
     assert_eq!(
         error.to_string(),
-        "unknown setting `gruops` (autosp.toml:2:2), expected one of `sp`, `dp`, `groups`, `deadline`, `attention`, `device`, `policy`, `zero`\n  \
+        "unknown setting `gruops` (autosp.toml:2:2), expected one of `sp`, `dp`, `groups`, `deadline`, `attention`, `device`, `policy`, `tile`, `zero`\n  \
          help: did you mean `groups`? [AS0308]"
     );
     let far = Settings::default().with("colour", "red").unwrap_err();

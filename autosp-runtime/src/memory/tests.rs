@@ -2,7 +2,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use autosp_plan::Settings;
-use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Shape};
+use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Shape, Storage};
 
 use super::*;
 use crate::{Parameters, run_with};
@@ -191,14 +191,17 @@ fn tiles_change_nothing_but_how_many_tokens_run_at_once() {
     for policy in [Policy::Attention, Policy::Input] {
         for (tile, largest) in [(4, 4), (6, 6), (1, 1)] {
             let (found, tiles, most) = block_of_tiles(policy, tile);
-            assert_eq!((&found, most), (&y, largest));
-            for ((name, found), (_, expected)) in tiles.iter().zip(&gradients) {
+            assert_eq!(most, largest);
+            // Products of fewer rows add up in another order.
+            let near = |name: &str, found: &[f32], expected: &[f32]| {
                 for (a, b) in found.iter().zip(expected) {
-                    assert!(
-                        (a - b).abs() <= 1e-4 * (1.0 + b.abs()),
-                        "{name}: {a} for {b}"
-                    );
+                    let apart = (a - b).abs();
+                    assert!(apart <= 1e-4 * (1.0 + b.abs()), "{name}: {a} for {b}");
                 }
+            };
+            near("result", &found, &y);
+            for ((name, found), (_, expected)) in tiles.iter().zip(&gradients) {
+                near(name, found, expected);
             }
         }
     }
@@ -218,7 +221,10 @@ fn the_memory_of_a_blocks_input_is_taken_where_nobody_reads_it() {
                 let b = checkpoint_last(&a, double)?;
                 let c = checkpoint(&b, double)?;
                 assert_eq!(x.sum_all()?.to_scalar::<f32>()?, 66.0);
-                assert!(a.sum_all().is_err() || a.to_vec2::<f32>().is_err());
+                assert!(matches!(
+                    &*a.storage_and_layout().0,
+                    Storage::Cpu(CpuStorage::U8(rest)) if rest.is_empty()
+                ));
                 assert_eq!(b.sum_all()?.to_scalar::<f32>()?, 264.0);
                 let loss = c.sum_all()?;
                 for round in 0..2 {
