@@ -222,6 +222,9 @@ pub(crate) fn record(
     let mut tape = Tape::default();
     let none: Backward = Box::new(|_| Ok(Vec::new()));
     tape.push(input, Vec::new(), (None, false), none);
+    if !input.track_op() {
+        tape.made.clear();
+    }
     let restore = Restore(MODE.replace(Some(Mode::Tape(tape))));
     let result = f(input)?;
     let tape = MODE.take();

@@ -235,3 +235,23 @@ fn gates_have_the_same_bits_in_both_runs_of_a_block() {
     let bits = |x: &Tensor| x.to_dtype(DType::F32).unwrap().to_vec2::<f32>().unwrap();
     assert_eq!(bits(&recorded), bits(&alone));
 }
+
+/// An input that needs no gradient gets none, through whatever operation.
+#[test]
+fn an_input_without_a_gradient_gets_none() {
+    let (model, x) = (Model::new(), numbers(7, &[ROWS, WIDTH]));
+    let (y, block) = record(&x, |x| {
+        let y = ops::add(x, ops::linear(&model.square, x)?)?;
+        ops::mul(ops::mul(&y, x)?, ops::silu(x)?)
+    })
+    .unwrap();
+    let mut variables = 0;
+    let of_x = block
+        .backward(&y.detach(), &mut |_, _| {
+            variables += 1;
+            Ok(())
+        })
+        .unwrap();
+    assert!(of_x.is_none());
+    assert_eq!(variables, 1);
+}
