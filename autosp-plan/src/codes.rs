@@ -39,6 +39,8 @@ codes! {
         "The file that the annotated module includes does not parse. The message has the line and column.";
     ASSERTION = "AS0106", "something is said that cannot be so",
         "`tokenwise`, `replicated` and `sharded` say what the analysis cannot see of a function or field, as an attribute on it, a list in the attribute of the module, or a list in `[build]` of the settings file. What is said of nothing, wrongly, twice or without need is reported, since it would otherwise hide a mistake.";
+    NESTING = "AS0107", "a source that nests too deeply",
+        "Brackets, chains of calls and branches inside one another are followed to a depth that code written by people stays far below; beyond it the compiler would run out of stack. Usually a macro or a generator wrote it.";
 
     NO_ATTENTION = "AS0201", "no attention found",
         "An attention is a product of queries and keys, a softmax over the keys and a product with the values, over the same sequence. A module without one has nothing that could be trained in parallel, and running it unsharded in silence would be worse than an error.";
@@ -218,6 +220,8 @@ codes! {
     CHECKPOINT = "AS0561", "a checkpoint is of another model or optimizer",
         "A run goes on with the variables and the optimizer that wrote the checkpoint; mesh, ZeRO stage, policy, learning rate and data may change. The message names what differs. To begin a new run with the same parameters, load `parameters.safetensors` of the checkpoint with `load_trainable`.";
 
+    RATES = "AS0611", "a file of measured rates that cannot be used",
+        "`cargo autosp estimate --rates FILE` reads rates in FLOP/s and bytes/s, as numbers above 0 under the names that `doctor` writes. Leave the file out to plan with the rates of an H200.";
     UNREADABLE_FILE = "AS0601", "a file named on the command line cannot be read",
         "The path does not exist, is a folder, is not UTF-8 text, or may not be read. The message says which. `plan` and `expand` take one Rust source file.";
     UNPARSABLE_FILE = "AS0602", "a file named on the command line is not Rust",
