@@ -25,8 +25,11 @@ use crate::site;
 use crate::{Error, Sp};
 
 thread_local! {
-    /// Gradients of variables that recomputed blocks have found on this thread, which is this rank.
+    /// Gradients of variables that blocks have found on this thread, which is this rank, with the types of the variables.
     static SINK: RefCell<HashMap<TensorId, (Tensor, DType)>> = RefCell::new(HashMap::new());
+
+    /// The scope in which they were found.
+    static FOUND_IN: Cell<u64> = const { Cell::new(0) };
 
     /// The result of the last block.
     static LAST: Cell<Option<TensorId>> = const { Cell::new(None) };
@@ -117,6 +120,7 @@ fn block<F>(x: &Tensor, own: bool, scope: Scope, f: F) -> Result<Tensor>
 where
     F: Fn(&Tensor) -> Result<Tensor> + Send + Sync + 'static,
 {
+    expect_collected(&scope)?;
     let policy = scope.sp().settings().policy();
     let wanted = tracked(x);
     let taken_from = |x: &Tensor| Ok::<_, candle_core::Error>((taken(x)?, x.shape().clone()));
@@ -159,6 +163,7 @@ where
     record_gradient("block", [&input], result, move |grad| {
         let _held = &held;
         let tape = tape.lock().unwrap_or_else(PoisonError::into_inner).take();
+        FOUND_IN.set(scope.step());
         scope.run(|| {
             let tape = match (tape, &kept) {
                 (Some(tape), _) => tape,
@@ -173,6 +178,24 @@ where
             Ok([tape.backward(grad, &mut sink)?])
         })
     })
+}
+
+/// Gradients of an earlier scope that nobody has collected would be taken for this one's, or were never used.
+///
+/// # Errors
+/// AS0518, once, if there are such.
+fn expect_collected(scope: &Scope) -> Result<()> {
+    let left = SINK.with_borrow(HashMap::len);
+    if left == 0 || FOUND_IN.get() == scope.step() {
+        return Ok(());
+    }
+    forget();
+    let text = format!(
+        "expected the gradients of the last backward to be collected, found those of {left} variables of blocks left behind"
+    );
+    Err(Error::new(codes::UNCOLLECTED, text)
+        .with_help("sp.reduce_gradients(&mut grads, &vars)? after `backward`")
+        .into())
 }
 
 /// Computes a block again: one that kept less than all, or whose record a first backward has used up.

@@ -246,3 +246,28 @@ fn the_memory_of_a_blocks_input_is_taken_where_nobody_reads_it() {
         .unwrap();
     }
 }
+
+/// An own loop that forgets the gradients of blocks is told before it goes on.
+#[test]
+fn gradients_that_nobody_collects_are_an_error_of_the_next_scope() {
+    run_with(Settings::default(), |sp| {
+        let w = Var::from_tensor(&Tensor::arange(0f32, 4., &Device::Cpu)?)?;
+        let step = || {
+            sp.scope(|| {
+                let (x, w) = (Tensor::ones(4, DType::F32, &Device::Cpu)?, w.clone());
+                let y = checkpoint(&x, move |x| crate::ops::mul(x, w.as_tensor()))?;
+                y.sum_all()?.backward()
+            })
+        };
+        let mut grads = step()?;
+        assert!(grads.get(&w).is_none());
+        sp.reduce_gradients(&mut grads, std::slice::from_ref(&w))?;
+        assert!(grads.get(&w).is_some());
+        step()?;
+        let error = step().err().expect("gradients were left behind");
+        assert!(error.to_string().contains("AS0518"), "{error}");
+        step()?;
+        Ok(())
+    })
+    .unwrap();
+}

@@ -220,10 +220,14 @@ pub(crate) fn record(
     f: impl FnOnce(&Tensor) -> Result<Tensor>,
 ) -> Result<(Tensor, Block)> {
     let mut tape = Tape::default();
-    let none: Backward = Box::new(|_| Ok(Vec::new()));
-    tape.push(input, Vec::new(), (None, false), none);
-    if !input.track_op() {
-        tape.made.clear();
+    // The first entry is the input's, which nothing has made.
+    tape.entries.push(Entry {
+        slots: Vec::new(),
+        backward: Box::new(|_| Ok(Vec::new())),
+    });
+    if input.track_op() {
+        let (entry, hint, last) = (0, None, false);
+        tape.made.insert(input.id(), Made { entry, hint, last });
     }
     let restore = Restore(MODE.replace(Some(Mode::Tape(tape))));
     let result = f(input)?;
