@@ -11,6 +11,7 @@ pub(crate) mod attention;
 mod cudnn;
 mod device;
 mod failure;
+pub(crate) mod gemm;
 mod kernels;
 mod library;
 mod memory;

@@ -65,6 +65,16 @@ pub(crate) fn forward_only<R>(f: impl FnOnce() -> R) -> R {
     f()
 }
 
+/// Whether there will be no backward.
+pub(crate) fn is_forward_only() -> bool {
+    FORWARD_ONLY.get()
+}
+
+/// A scalar zero whose backward hands `y` the gradient `grad`.
+pub(crate) fn seeded(y: &Tensor, grad: Tensor) -> Result<Tensor> {
+    y.apply_op1(Seed(grad))
+}
+
 /// Bytes that a scope holds, in the ledger of its rank while it does.
 struct Held(Sp, u64);
 

@@ -5,7 +5,7 @@ pub use candle_nn;
 
 pub use crate::layout::Layout;
 pub use crate::library;
-pub use crate::loss::token_loss;
+pub use crate::loss::{Logits, head, token_loss};
 pub use crate::mask::{Band, HostMask, Mask, key_mask, mask, mask_rule};
 pub use crate::memory::checkpoint;
 pub use crate::ops;
