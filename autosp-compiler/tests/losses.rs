@@ -151,6 +151,15 @@ fn a_kept_token_has_a_loss_whatever_follows() {
         "x.i((.., seq_len - 1, ..))?",
     );
     assert_eq!(head(&last).as_deref(), Some("head::linear"));
+    // The token may be taken of the logits.
+    let late = edit(&last, "let x = x.i((.., seq_len - 1, ..))?;", "");
+    let late = edit(
+        &late,
+        END,
+        "self.lm_head.forward(&x)?.i((.., seq_len - 1, ..))?.to_dtype(DType::F32)",
+    );
+    assert_eq!(head(&late).as_deref(), Some("head::linear"));
+    assert!(emitted(&late).contains("rt::fold(&rt::head::linear(&self.lm_head, &x)?, 1, false)?"));
     let squared = edit(&last, END, "self.lm_head.forward(&x)?.sqr()");
     let plan = plan(&squared);
     let twin = &plan.twins[plan.roots[0].loss.expect("a loss")];

@@ -16,7 +16,10 @@ mod kernels;
 mod library;
 mod memory;
 pub(crate) mod nccl;
+mod nvrtc;
 pub(crate) mod ops;
+#[doc(hidden)]
+pub mod probe;
 mod watch;
 
 pub(crate) use device::{Gpu, open};

@@ -70,11 +70,6 @@ pub(crate) fn is_forward_only() -> bool {
     FORWARD_ONLY.get()
 }
 
-/// A scalar zero whose backward hands `y` the gradient `grad`.
-pub(crate) fn seeded(y: &Tensor, grad: Tensor) -> Result<Tensor> {
-    y.apply_op1(Seed(grad))
-}
-
 /// Bytes that a scope holds, in the ledger of its rank while it does.
 struct Held(Sp, u64);
 

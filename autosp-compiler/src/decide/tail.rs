@@ -6,7 +6,7 @@
 use std::collections::{HashMap, HashSet};
 
 use crate::ops::{Row, ShapeRule};
-use crate::place::{Place, Placed};
+use crate::place::{Conversion, Place, Placed};
 use crate::trace::graph::{NodeId, Op};
 use crate::trace::shape::Shape;
 use crate::trace::value::Value;
@@ -43,6 +43,8 @@ pub(super) fn find(trace: &Trace<'_, '_>, placed: &Placed) -> Result<Tail, Strin
         match &n.op {
             Op::Phi { carried: false } => stack.extend(n.inputs.iter().map(|i| i.node)),
             Op::Row(row) if passes(trace, node, row) => stack.push(n.inputs[0].node),
+            // A token is taken of the logits: in the loss, all of them as rows.
+            Op::Pick { .. } if picked(placed, node) => stack.push(n.inputs[0].node),
             Op::Row(_) => {
                 return Err(format!("`{}` stands behind the last linear layer", n.text));
             }
@@ -72,6 +74,14 @@ pub(super) fn find(trace: &Trace<'_, '_>, placed: &Placed) -> Result<Tail, Strin
         Some(n) => Err(format!("the sizes of `{}` are read", trace.nodes[*n].text)),
         None => Ok(tail),
     }
+}
+
+fn picked(placed: &Placed, node: NodeId) -> bool {
+    let pick = |c: &Conversion| matches!(c, Conversion::Pick { .. });
+    placed
+        .conversions
+        .iter()
+        .any(|(n, c)| *n == node && pick(c))
 }
 
 /// What stands in the place of a product with a weight.

@@ -279,6 +279,43 @@ pub fn matmul(x: &Tensor, weight: &Tensor) -> Result<Logits> {
     Logits::weighted(x, weight, true, None)
 }
 
+/// What [`fold`] takes.
+pub trait Rows: Sized {
+    /// As [`crate::ops::fold`].
+    ///
+    /// # Errors
+    /// Those of candle.
+    fn fold(&self, dim: usize, keep: bool) -> Result<Self>;
+}
+
+impl Rows for Tensor {
+    fn fold(&self, dim: usize, keep: bool) -> Result<Self> {
+        crate::ops::fold(self, dim, keep)
+    }
+}
+
+impl Rows for Logits {
+    fn fold(&self, dim: usize, keep: bool) -> Result<Self> {
+        let mut dims = self.leading.clone();
+        dims.push(self.x.dim(D::Minus1)?);
+        // Each token has its own logits, so that rows of the one are rows of the other.
+        let x = self.x.reshape(dims)?.fold(dim, keep)?;
+        Ok(Self {
+            leading: x.dims()[..x.rank() - 1].to_vec(),
+            x,
+            ..self.clone()
+        })
+    }
+}
+
+/// All tokens as rows of the batch; see [`crate::ops::fold`].
+///
+/// # Errors
+/// Those of candle.
+pub fn fold<T: Rows>(x: &T, dim: usize, keep: bool) -> Result<T> {
+    x.fold(dim, keep)
+}
+
 /// The mean cross-entropy of a shard's tokens, in the order of the labels `[b, s]`, whatever the dims of the logits.
 ///
 /// # Errors

@@ -265,8 +265,8 @@ impl<'a> Tiles<'a> {
                 if !tracked(&y) {
                     return Ok(());
                 }
-                let seed = memory::seeded(&y, dy)?;
-                drop(y);
+                // A scalar whose gradient of y is dy.
+                let seed = (y * dy)?.sum_all()?;
                 let variables: Vec<Tensor> = seed
                     .sorted_nodes()
                     .into_iter()

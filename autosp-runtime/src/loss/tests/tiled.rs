@@ -320,6 +320,20 @@ fn what_does_not_fit_is_refused() {
     let logits = Logits::new(&x, &w, None).unwrap();
     assert!(logits.unsqueeze(3).is_err() && logits.unsqueeze(2).is_ok());
     assert!(logits.squeeze(9).is_err());
+    // Rows of logits are those of the hidden states, in the order of the batch, sequence first or not.
+    let folded = |dim: usize, keep: bool| head::fold(&logits, dim, keep).unwrap();
+    let rows = Tensor::new(&[0i64, 1, 2, 3, 4, 0], &Device::Cpu).unwrap();
+    let value =
+        |logits: &Logits, t: &Tensor| logits.cross_entropy(t).unwrap().to_scalar::<f64>().unwrap();
+    let whole = value(&logits, &rows.reshape((2, 3)).unwrap());
+    assert_eq!(value(&folded(1, false), &rows), whole);
+    assert_eq!(value(&folded(1, true), &rows.unsqueeze(1).unwrap()), whole);
+    let first = head::fold(
+        &Logits::new(&x.transpose(0, 1).unwrap(), &w, None).unwrap(),
+        0,
+        false,
+    );
+    assert!((value(&first.unwrap(), &rows) - whole).abs() < 1e-14);
     let odd = logits.unsqueeze(1).unwrap().squeeze(1).unwrap();
     assert!(odd.cross_entropy(&targets((2, 3), 1)).is_ok());
 }
