@@ -1,7 +1,7 @@
 //! The command line of AutoSP: what the attribute would do to a file, without building it.
 //!
 //! Works as `cargo autosp X` and as `cargo-autosp X`. Exit codes: 0 done, 1 the input could not be read or parsed, 2 the
-//! model is refused.
+//! model is refused, or does not fit.
 
 use std::{
     io::{self, ErrorKind, Write},
@@ -12,6 +12,7 @@ use std::{
 use clap::{Parser, Subcommand, ValueEnum};
 
 mod adopt;
+mod estimate;
 mod expand;
 mod explain;
 mod failure;
@@ -52,6 +53,8 @@ enum Command {
     Adopt(adopt::Arguments),
     /// Print what becomes of every model file of a folder or of a dependency
     Survey(survey::Arguments),
+    /// Print what training a model needs in memory and time, the choices that fit, and the longest sequence
+    Estimate(estimate::Arguments),
     /// Print what an error code means and what to do; without a code, all of them
     Explain {
         /// An error code, such as AS0203
@@ -115,6 +118,7 @@ fn run() -> ExitCode {
         Command::Expand { file } => expand::run(&file),
         Command::Adopt(arguments) => adopt::run(&arguments),
         Command::Survey(arguments) => survey::run(&arguments),
+        Command::Estimate(arguments) => estimate::run(&arguments),
         Command::Explain { code, markdown } => explain::run(code.as_deref(), markdown),
     };
     let written = match &outcome {
