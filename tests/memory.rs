@@ -162,8 +162,8 @@ fn loss_peak(s: usize, tiled: bool) -> usize {
     bytes.unwrap()[0]
 }
 
-const VOCABULARY: usize = 8192;
-const TILE: usize = 1 << 20;
+const VOCABULARY: usize = 4096;
+const TILE: usize = 1 << 18;
 
 /// Everything is in one test: the allocator counts the whole process.
 #[test]
@@ -220,7 +220,7 @@ fn memory_grows_with_the_length() {
 
 /// Neither logits nor their gradient exist: what a loss holds beyond the model's own activations is a tile and gradients of weights.
 fn losses_hold_no_logits() {
-    let s = 2048;
+    let s = 1024;
     let logits = s * VOCABULARY * 4;
     let (tiled, whole) = (loss_peak(s, true), loss_peak(s, false));
     println!("logits of {logits} bytes: {whole} at most where they are whole, {tiled} in tiles");

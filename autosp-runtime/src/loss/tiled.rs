@@ -99,13 +99,15 @@ fn rows_of_a_tile(rows: usize, bytes_of_a_row: usize) -> usize {
         most
     };
     let even = rows.div_ceil(rows.div_ceil(most).max(1));
-    even.next_multiple_of(ROWS).min(most)
+    even.next_multiple_of(ROWS).clamp(1, most)
 }
 
 /// `gradient` times a factor, rounded once.
 fn scaled(gradient: &Tensor, factor: f64) -> Result<Tensor> {
-    // Of equality: the factor is one, and not about one, where the loss itself is walked back.
-    #[allow(clippy::float_cmp, reason = "exactly one is no product")]
+    #[allow(
+        clippy::float_cmp,
+        reason = "it is one, and not about one, where the loss itself is walked back"
+    )]
     if factor == 1.0 {
         return Ok(gradient.clone());
     }
@@ -556,5 +558,24 @@ impl InplaceOp1 for Overwrite<'_> {
             _ => bail!("cross-entropy in place: expected floating point logits"),
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tiles_stay_within_the_bound_and_are_of_one_size() {
+        let row = BYTES / 1000;
+        assert_eq!(rows_of_a_tile(0, row), 1);
+        assert_eq!(rows_of_a_tile(1, row), 128);
+        assert_eq!(rows_of_a_tile(900, row), 512);
+        // 1025 rows in two tiles, not one of 896 and one of 129.
+        assert_eq!(rows_of_a_tile(1025, row), 640);
+        assert_eq!(rows_of_a_tile(1 << 20, row), 896);
+        assert_eq!(rows_of_a_tile(5, BYTES), 1);
+        assert_eq!(rows_of_a_tile(5, 2 * BYTES), 1);
+        assert_eq!(rows_of_a_tile(100, BYTES / 7), 7);
     }
 }
