@@ -131,7 +131,7 @@ pub struct Root {
     pub offsets: Vec<String>,
     /// Index into [`Plan::twins`].
     pub twin: usize,
-    /// The twin that gives a row for every token where the function keeps one, if a loss was asked for.
+    /// The twin that gives a row for every token, if a loss was asked for and can be had.
     pub loss: Option<usize>,
 }
 
@@ -195,6 +195,8 @@ pub enum Kind {
     Weights,
     /// A mask, likewise.
     Mask,
+    /// Logits that a loss computes for some tokens at a time.
+    Logits,
 }
 
 /// One change to a function body.

@@ -263,6 +263,12 @@ impl Settings {
         self.program("dp", Value::Count(dp))
     }
 
+    /// Sets the bytes of logits that a loss without whole logits makes at a time.
+    #[must_use]
+    pub fn with_loss_bytes(self, bytes: usize) -> Self {
+        self.program("loss_bytes", Value::Count(bytes))
+    }
+
     /// Sets the number of head groups of each site.
     #[must_use]
     pub fn with_groups(self, groups: usize) -> Self {
@@ -340,6 +346,11 @@ impl Settings {
     /// Tokens that the parts of a block which compute each token by itself take at a time.
     pub fn tile(&self) -> usize {
         self.count("tile")
+    }
+
+    /// Bytes of logits that a loss without whole logits makes at a time.
+    pub fn loss_bytes(&self) -> usize {
+        self.count("loss_bytes")
     }
 
     /// How long a rank waits for the others before it gives up.

@@ -9,6 +9,8 @@ pub mod config;
 pub mod cuda;
 pub mod data;
 pub mod error;
+#[cfg(any(feature = "cuda", test))]
+mod kernel_cache;
 pub mod layout;
 pub mod ledger;
 pub mod library;

@@ -99,6 +99,11 @@ pub(crate) fn forward_only<R>(f: impl FnOnce() -> R) -> R {
     f()
 }
 
+/// Whether there will be no backward.
+pub(crate) fn is_forward_only() -> bool {
+    FORWARD_ONLY.get()
+}
+
 /// Bytes that a scope holds, in the ledger of its rank while it does.
 struct Held(Sp, u64);
 

@@ -344,15 +344,9 @@ extern "C" __global__ void rope(const T* x, const T* cosine, const T* sine, T* y
 
 // ---- Cross-entropy of rows of logits against classes; 0xffffffff is no class. loss = lse - x[class], both 0 without a class.
 
-extern "C" __global__ void loss_forward(const T* x, const u32* classes, float* lse, float* loss, i64 n) {
+// log(sum(exp(x))) of a row, in thread 0.
+__device__ float log_sum_exp(const T* x, i64 n) {
     __shared__ float tops[WARP], totals[WARP];
-    i64 row = blockIdx.x;
-    u32 c = classes[row];
-    if (c == 0xffffffffu) {
-        if (threadIdx.x == 0) lse[row] = loss[row] = 0.f;
-        return;
-    }
-    x += row * n;
     float top = NEGATIVE_INFINITY, total = 0.f;
     for (i64 i = threadIdx.x * PACK; i < n; i += blockDim.x * PACK) {
         float v[PACK], most = top;
@@ -373,13 +367,50 @@ extern "C" __global__ void loss_forward(const T* x, const u32* classes, float* l
     }
     if (threadIdx.x % WARP == 0) { tops[threadIdx.x / WARP] = top; totals[threadIdx.x / WARP] = total; }
     __syncthreads();
-    if (threadIdx.x > 0) return;
+    if (threadIdx.x > 0) return 0.f;
     float most = NEGATIVE_INFINITY, sum = 0.f;
     for (int w = 0; w < blockDim.x / WARP; w++) most = fmaxf(most, tops[w]);
     for (int w = 0; w < blockDim.x / WARP; w++) sum += totals[w] * __expf(tops[w] - most);
-    float log = most + logf(sum);
+    return most + logf(sum);
+}
+
+extern "C" __global__ void loss_forward(const T* x, const u32* classes, float* lse, float* loss, i64 n) {
+    i64 row = blockIdx.x;
+    u32 c = classes[row];
+    if (c == 0xffffffffu) {
+        if (threadIdx.x == 0) lse[row] = loss[row] = 0.f;
+        return;
+    }
+    float log = log_sum_exp(x + row * n, n);
+    if (threadIdx.x > 0) return;
     lse[row] = log;
-    loss[row] = log - up(x[c]);
+    loss[row] = log - up(x[row * n + c]);
+}
+
+// Both at once: the losses, and logits that become scale (softmax - onehot) in their own memory.
+extern "C" __global__ void loss_tile(T* x, const u32* classes, float* loss, i64 n, float scale, int backward) {
+    __shared__ float shared_log;
+    i64 row = blockIdx.x;
+    u32 c = classes[row];
+    bool counts = c != 0xffffffffu;
+    x += row * n;
+    if (counts) {
+        float log = log_sum_exp(x, n);
+        if (threadIdx.x == 0) {
+            loss[row] = log - up(x[c]);
+            shared_log = log;
+        }
+    } else if (threadIdx.x == 0) loss[row] = 0.f;
+    __syncthreads();
+    if (!backward) return;
+    float log = counts ? shared_log : 0.f;
+    for (i64 i = threadIdx.x * PACK; i < n; i += blockDim.x * PACK) {
+        float v[PACK];
+        read(v, x + i);
+        #pragma unroll
+        for (int j = 0; j < PACK; j++) v[j] = counts ? scale * (__expf(v[j] - log) - (i + j == (i64)c ? 1.f : 0.f)) : 0.f;
+        write(x + i, v);
+    }
 }
 
 // dx = scale (exp(x - lse) - [i = class]), 0 without a class.

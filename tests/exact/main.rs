@@ -10,6 +10,7 @@ mod golden;
 mod job;
 mod leaks;
 mod loops;
+mod losses;
 mod matrix;
 mod models;
 mod packed;
@@ -19,14 +20,14 @@ mod trained;
 mod training;
 
 /// The example Llama with the attribute; `autosp_reference::llama` is the same file without.
-#[autosp::sequence_parallel]
+#[autosp::sequence_parallel(loss)]
 #[allow(dead_code, missing_docs, clippy::pedantic)]
 pub mod llama {
     include!("../../examples/models/llama.rs");
 }
 
 /// The example GPT-2 with the attribute.
-#[autosp::sequence_parallel]
+#[autosp::sequence_parallel(loss)]
 #[allow(dead_code, missing_docs, clippy::pedantic)]
 pub mod gpt2 {
     include!("../../examples/models/gpt2.rs");
@@ -47,7 +48,7 @@ pub mod masked {
 }
 
 /// A decoder with a window, a soft cap and interleaved heads, with the attribute.
-#[autosp::sequence_parallel]
+#[autosp::sequence_parallel(loss)]
 #[allow(dead_code, missing_docs, clippy::pedantic)]
 pub mod window {
     include!("../models/window.rs");

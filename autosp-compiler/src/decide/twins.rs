@@ -6,6 +6,7 @@ use autosp_plan::codes;
 use autosp_plan::plan::{Action, Edit, Kind, Plan, Twin};
 
 use super::blocks::Found;
+use super::loss::Loss;
 use super::mask;
 use crate::error::Refusal;
 use crate::ops::{Recorded, Row};
@@ -23,12 +24,12 @@ pub(super) fn build(
     site_ids: &[usize],
     elided: &[(ActId, u32, u32)],
     blocks: &[Found],
-    all_tokens: bool,
+    loss: Option<&Loss>,
 ) -> Result<usize, Refusal> {
     let mut builder = Builder {
         trace,
         placed,
-        all_tokens,
+        loss,
         edits: vec![Vec::new(); trace.acts.len()],
     };
     builder.facts();
@@ -54,8 +55,8 @@ pub(super) fn build(
 struct Builder<'t, 's, 'a> {
     trace: &'t Trace<'s, 'a>,
     placed: &'t Placed,
-    /// Whether all tokens are wanted where the function takes one.
-    all_tokens: bool,
+    /// How a twin for the loss differs.
+    loss: Option<&'t Loss>,
     edits: Vec<Vec<Edit>>,
 }
 
@@ -121,7 +122,11 @@ impl Builder<'_, '_, '_> {
             }
         }
         for (node, n) in trace.nodes.iter().enumerate() {
-            let replaced = n.row().and_then(|r| r.twin.clone());
+            let head = self.loss.and_then(|loss| loss.tail.heads.get(&node));
+            let replaced = match head {
+                Some(head) => Some((*head).to_string()),
+                None => n.row().and_then(|r| r.twin.clone()),
+            };
             if let (Some(twin), false) = (replaced, placed.place[node].lazy()) {
                 self.push(n.at.act, n.at.expr, Action::Replace(twin));
             }
@@ -130,7 +135,7 @@ impl Builder<'_, '_, '_> {
             let n = &trace.nodes[*node];
             match conversion {
                 Conversion::Pick { dim } => {
-                    let action = if self.all_tokens {
+                    let action = if self.loss.is_some_and(|loss| loss.fold) {
                         Action::Fold(*dim)
                     } else {
                         Action::Pick(*dim)
@@ -336,6 +341,9 @@ impl Builder<'_, '_, '_> {
     }
 
     fn node_kind(&self, node: NodeId) -> Kind {
+        if self.loss.is_some_and(|loss| loss.tail.lazy.contains(&node)) {
+            return Kind::Logits;
+        }
         match self.placed.place[node] {
             Place::Scores => Kind::Scores,
             Place::Weights => Kind::Weights,

@@ -7,7 +7,7 @@ mod signature;
 
 use std::collections::HashMap;
 
-use autosp_plan::plan::{Action, Plan, Root, Twin, Unsharded};
+use autosp_plan::plan::{Action, Kind, Plan, Root, Twin, Unsharded};
 use proc_macro2::TokenStream;
 use quote::{ToTokens, format_ident, quote};
 
@@ -220,7 +220,7 @@ fn checks(sig: &syn::Signature, root: &Root, plan: &Plan, names: &Paths) -> Toke
     }
 }
 
-/// For each function of the item that keeps one token: the loss over all of them.
+/// For each function of the item that has one: the loss over all tokens.
 fn losses(item: &syn::Item, index: usize, plan: &Plan, names: &Paths) -> TokenStream {
     let roots = plan
         .roots
@@ -255,9 +255,14 @@ fn loss(sig: &syn::Signature, root: &Root, twin: &Twin, plan: &Plan, names: &Pat
         &root.function,
     );
     let doc = format!(
-        " The mean cross-entropy, over all ranks, of what [`{}`] gives for one token, for every token of the shard against its label.",
+        " The mean cross-entropy, over all ranks, of what [`{}`] gives for a token, for every token of the shard against its label.",
         sig_name(twin)
     );
+    let value = if twin.result == Kind::Logits {
+        quote!(#rt::head::loss(&#call?, autosp_labels))
+    } else {
+        quote!(#rt::token_loss(&#call?, autosp_labels))
+    };
     quote! {
         #[doc = #doc]
         ///
@@ -267,7 +272,7 @@ fn loss(sig: &syn::Signature, root: &Root, twin: &Twin, plan: &Plan, names: &Pat
         pub #own {
             #rt::in_scope(#function)?;
             #checks
-            #rt::token_loss(&#call?, autosp_labels)
+            #value
         }
     }
 }

@@ -85,6 +85,13 @@ pub static KEYS: &[Key] = &[
         read: ReadAt::Start,
     },
     Key {
+        name: "loss_bytes",
+        kind: Kind::Count,
+        default: Value::Count(512 << 20),
+        doc: "bytes of logits that a loss without whole logits makes at a time; one token at least",
+        read: ReadAt::Forward,
+    },
+    Key {
         name: "policy",
         kind: Kind::Choice(&["all", "qkv", "attention", "input"]),
         default: Value::Choice("all"),

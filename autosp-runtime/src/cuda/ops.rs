@@ -381,6 +381,37 @@ pub(crate) fn loss_backward(
     Ok(out)
 }
 
+/// Losses of rows of logits [rows, n], which become, if there is a scale, scale (softmax - onehot) in their own memory.
+pub(crate) fn loss_tile(
+    logits: &Tensor,
+    classes: &Tensor,
+    scale: Option<f64>,
+) -> Result<Option<Tensor>> {
+    let (count, n) = logits.dims2()?;
+    let Some(element) = element(logits.dtype()).filter(|_| logits.is_contiguous()) else {
+        return Ok(None);
+    };
+    let module = flat(element, n);
+    if !aligned(logits, module.pack) {
+        return Ok(None);
+    }
+    let device = device_of(logits)?;
+    let loss = unwritten(&device, count, DType::F32)?;
+    let (x_at, c_at, loss_at) = (address(logits)?, address(classes)?, address(&loss)?);
+    let (width, backward) = (n as i64, i32::from(scale.is_some()));
+    let scale = scale.unwrap_or(0.0) as f32;
+    let kernel = function(&device, Module::Rows(module), "loss_tile")?;
+    Launch::new(&kernel)
+        .with(&x_at)
+        .with(&c_at)
+        .with(&loss_at)
+        .with(&width)
+        .with(&scale)
+        .with(&backward)
+        .run(count, "cross-entropy of a tile")?;
+    Ok(Some(loss))
+}
+
 /// The gradient of a table [rows, n] from that of the rows that were taken: summed in `f32`, in no fixed order.
 pub(crate) fn embedding_backward(
     index: &Tensor,
