@@ -225,6 +225,8 @@ codes! {
     CHECKPOINT = "AS0561", "a checkpoint is of another model or optimizer",
         "A run goes on with the variables and the optimizer that wrote the checkpoint; mesh, ZeRO stage, policy, learning rate and data may change. The message names what differs. To begin a new run with the same parameters, load `parameters.safetensors` of the checkpoint with `load_trainable`.";
 
+    RATES = "AS0611", "a file of measured rates that cannot be used",
+        "`cargo autosp estimate --rates FILE` reads rates in FLOP/s and bytes/s, as numbers above 0 under the names that `doctor` writes. Leave the file out to plan with the rates of an H200.";
     UNREADABLE_FILE = "AS0601", "a file named on the command line cannot be read",
         "The path does not exist, is a folder, is not UTF-8 text, or may not be read. The message says which. `plan` and `expand` take one Rust source file.";
     UNPARSABLE_FILE = "AS0602", "a file named on the command line is not Rust",

@@ -2,6 +2,7 @@
 
 use askama::Template;
 
+pub mod estimate;
 pub mod plan;
 pub mod survey;
 

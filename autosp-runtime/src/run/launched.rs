@@ -59,41 +59,40 @@ pub struct Launched {
 }
 
 impl Launched {
-/// The settings as a run of this launch has them: sp is what remains of the ranks if nobody has said it.
-///
-/// # Errors
-/// AS0409 if they say another number of ranks; AS0312 if all ranks are to share one GPU.
-pub fn fit(&self, settings: &Settings) -> Result<Settings> {
-    if settings.device() == Device::CudaShared {
-        let text =
-            "expected ranks on threads for `device` = \"cuda-shared\", found launched processes";
-        return Err(Error::new(codes::SETTINGS_CONTRADICT, text)
-            .with_help("AUTOSP_DEVICE=cuda, or run the program without a launcher"));
+    /// The settings as a run of this launch has them: sp is what remains of the ranks if nobody has said it.
+    ///
+    /// # Errors
+    /// AS0409 if they say another number of ranks; AS0312 if all ranks are to share one GPU.
+    pub fn fit(&self, settings: &Settings) -> Result<Settings> {
+        if settings.device() == Device::CudaShared {
+            let text = "expected ranks on threads for `device` = \"cuda-shared\", found launched processes";
+            return Err(Error::new(codes::SETTINGS_CONTRADICT, text)
+                .with_help("AUTOSP_DEVICE=cuda, or run the program without a launcher"));
+        }
+        let (dp, sp, world) = (settings.dp(), settings.sp(), self.world);
+        if dp.checked_mul(sp) == Some(world) {
+            return Ok(settings.clone());
+        }
+        let unsaid = settings.source("sp") == Some(&Source::Default);
+        if unsaid && world.is_multiple_of(dp) {
+            let mut settings = settings.clone();
+            let source = Source::Variable(self.by.world_variable().to_owned());
+            settings.set("sp", &(world / dp).to_string(), source)?;
+            return Ok(settings);
+        }
+        let source = |name| settings.source(name).map(ToString::to_string);
+        let text = format!(
+            "expected dp x sp = {world} ranks, as many as were launched, found dp {dp} ({}) x sp {sp} ({})",
+            source("dp").unwrap_or_default(),
+            source("sp").unwrap_or_default()
+        );
+        let help = if world.is_multiple_of(dp) {
+            format!("AUTOSP_SP={} AUTOSP_DP={dp}", world / dp)
+        } else {
+            format!("cargo autosp launch --ranks {} -- PROGRAM", dp * sp)
+        };
+        Err(Error::new(codes::RANKS_DIFFER, text).with_help(help))
     }
-    let (dp, sp, world) = (settings.dp(), settings.sp(), self.world);
-    if dp.checked_mul(sp) == Some(world) {
-        return Ok(settings.clone());
-    }
-    let unsaid = settings.source("sp") == Some(&Source::Default);
-    if unsaid && world.is_multiple_of(dp) {
-        let mut settings = settings.clone();
-        let source = Source::Variable(self.by.world_variable().to_owned());
-        settings.set("sp", &(world / dp).to_string(), source)?;
-        return Ok(settings);
-    }
-    let source = |name| settings.source(name).map(ToString::to_string);
-    let text = format!(
-        "expected dp x sp = {world} ranks, as many as were launched, found dp {dp} ({}) x sp {sp} ({})",
-        source("dp").unwrap_or_default(),
-        source("sp").unwrap_or_default()
-    );
-    let help = if world.is_multiple_of(dp) {
-        format!("AUTOSP_SP={} AUTOSP_DP={dp}", world / dp)
-    } else {
-        format!("cargo autosp launch --ranks {} -- PROGRAM", dp * sp)
-    };
-    Err(Error::new(codes::RANKS_DIFFER, text).with_help(help))
-}
 }
 
 /// What a launcher has said of this process; `None` if nothing has started several, as for a program that is run by itself.

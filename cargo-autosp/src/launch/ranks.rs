@@ -66,7 +66,11 @@ impl fmt::Display for End {
             Self::Code(code) => write!(f, "ended with exit code {code}"),
             Self::Killed(signal) => write!(f, "was killed by {}", system::name(*signal)),
             Self::Stopped(signal) => {
-                write!(f, "was stopped by {}, and was killed", system::name(*signal))
+                write!(
+                    f,
+                    "was stopped by {}, and was killed",
+                    system::name(*signal)
+                )
             }
         }
     }

@@ -1,13 +1,15 @@
 //! What a launched process refuses before it looks for the others.
 
 use autosp_plan::codes;
-use autosp_plan::settings::{Device};
+use autosp_plan::settings::Device;
 
 use super::*;
 use crate::run::launched::tests::launched_as;
 
 fn refused(settings: &Settings, world: usize) -> Error {
-    launched_as(0, world, "127.0.0.1:1").fit(settings).unwrap_err()
+    launched_as(0, world, "127.0.0.1:1")
+        .fit(settings)
+        .unwrap_err()
 }
 
 fn fitted(settings: &Settings, world: usize) -> (usize, usize, String) {
