@@ -32,7 +32,7 @@ pub(crate) struct Arguments {
     /// Ranks: processes of this host
     #[arg(long, value_name = "N", required_unless_present = "gpus", conflicts_with = "gpus", value_parser = clap::value_parser!(u16).range(1..=256))]
     ranks: Option<u16>,
-    /// GPUs: one process for each, with AUTOSP_DEVICE=cuda
+    /// GPUs: one process for each, with `AUTOSP_DEVICE=cuda`
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     gpus: Option<u16>,
     /// Seconds that the other ranks have to end by themselves when one has failed
@@ -68,7 +68,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Outcome, Failure> {
     );
     Ok(Outcome {
         text: String::new(),
-        code: report(&mut ranks, end),
+        code: report(&mut ranks, &end),
     })
 }
 
@@ -87,12 +87,12 @@ fn watch(ranks: &mut Ranks, signal: &AtomicUsize, grace: Duration) -> Over {
     let mut first: Option<(usize, End, Instant)> = None;
     while ranks.are_running() {
         for (rank, end) in ranks.look() {
-            if matches!(end, End::Code(0)) {
+            if end == End::Code(0) {
                 continue;
             }
             if first
                 .as_ref()
-                .is_none_or(|(_, known, _)| known.is_consequence_of(&end))
+                .is_none_or(|(_, known, _)| known.is_consequence_of(end))
             {
                 let since = first.map_or_else(Instant::now, |(_, _, since)| since);
                 first = Some((rank, end, since));
@@ -120,16 +120,16 @@ fn watch(ranks: &mut Ranks, signal: &AtomicUsize, grace: Duration) -> Over {
 }
 
 /// Says how it ended; the exit code.
-fn report(ranks: &mut Ranks, over: Over) -> u8 {
+fn report(ranks: &mut Ranks, over: &Over) -> u8 {
     ranks.finish_output();
     match over {
         Over::Well => 0,
         Over::Signal(number) => {
             say(&format!("launch: ended all ranks on signal {number}"));
-            128 + number as u8
+            128 + *number as u8
         }
         Over::Failed(rank, end) => {
-            let (rank, end) = blamed(ranks, rank, end);
+            let (rank, end) = blamed(ranks, *rank, *end);
             let (code, lines) = (&codes::LAUNCH_FAILED, ranks.last_lines(rank));
             let mut text = format!(
                 "error: rank {rank} of {} failed: its process {end} [{}]",
@@ -185,7 +185,11 @@ fn variables(arguments: &Arguments, count: u16) -> Result<Vec<(&'static str, Str
     };
     let mut bytes = [0; 32];
     getrandom::fill(&mut bytes).map_err(|error| refused(format!("no random numbers: {error}")))?;
-    let secret: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+    let digit = |n: u8| char::from_digit(n.into(), 16).unwrap_or('0');
+    let secret: String = bytes
+        .iter()
+        .flat_map(|byte| [digit(byte >> 4), digit(byte & 15)])
+        .collect();
     let mut all = vec![
         ("WORLD_SIZE", count.to_string()),
         ("LOCAL_WORLD_SIZE", count.to_string()),

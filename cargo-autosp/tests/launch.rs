@@ -1,6 +1,11 @@
 //! Launched programs, and everything that can happen to a process: the ranks of these tests are this test program once more.
 #![cfg(unix)]
-#![allow(clippy::unwrap_used, clippy::print_stdout, clippy::print_stderr)]
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    clippy::print_stderr,
+    unreachable_pub
+)]
 
 #[path = "launch/faults.rs"]
 mod faults;

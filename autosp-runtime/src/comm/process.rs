@@ -114,6 +114,7 @@ fn write(world: &World, queue: &Queue, socket: TcpStream, silence: Duration) {
 }
 
 fn read(world: &World, peer: usize, socket: TcpStream, silence: Duration) {
+    use io::ErrorKind::{InvalidData, TimedOut, WouldBlock};
     let mut input = BufReader::new(socket);
     let end = loop {
         match Frame::read(&mut input) {
@@ -121,7 +122,6 @@ fn read(world: &World, peer: usize, socket: TcpStream, silence: Duration) {
             Err(error) => break error,
         }
     };
-    use io::ErrorKind::{InvalidData, TimedOut, WouldBlock};
     let how = match end.kind() {
         WouldBlock | TimedOut => format!(
             "its process has said nothing for {} (it is stopped, or its host is gone)",

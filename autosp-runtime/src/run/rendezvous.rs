@@ -6,6 +6,7 @@
 
 pub(super) mod proof;
 
+use std::fmt::Write as _;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::sync::mpsc::{Sender, channel};
@@ -220,14 +221,14 @@ impl Meeting<'_> {
         let mut sockets: Vec<Option<TcpStream>> = (0..world).map(|_| None).collect();
         sockets[0] = Some(first);
         let place = |peer: usize| answer["places"][peer].as_str().unwrap_or_default();
-        for peer in 1..rank {
+        for (peer, place_there) in sockets.iter_mut().enumerate().take(rank).skip(1) {
             let mut socket = self.connect(place(peer), peer)?;
             self.say(
                 &mut socket,
                 &json!({ "rank": rank, "session": session }),
                 peer,
             )?;
-            sockets[peer] = Some(socket);
+            *place_there = Some(socket);
         }
         let (callers, called) = channel();
         while let Some(missing) = (rank + 1..world).find(|&peer| sockets[peer].is_none()) {
@@ -363,7 +364,8 @@ impl Meeting<'_> {
             list(ranks)
         );
         if strangers > 0 {
-            text += &format!(
+            let _ = write!(
+                text,
                 "; connections turned away, which did not know the secret of the run: {strangers}"
             );
         }

@@ -55,7 +55,7 @@ impl End {
 
     /// Whether this may have happened because of `other`, which was seen no earlier: a rank that ends with an error may do so because
     /// another was killed, but none is killed because of an error.
-    pub(super) fn is_consequence_of(self, other: &Self) -> bool {
+    pub(super) fn is_consequence_of(self, other: Self) -> bool {
         matches!(self, Self::Code(_)) && !matches!(other, Self::Code(_))
     }
 }
@@ -87,7 +87,7 @@ struct Rank {
 
 /// All ranks of a launch. Those that still run are killed when it is dropped.
 pub(super) struct Ranks {
-    ranks: Vec<Rank>,
+    all: Vec<Rank>,
     /// When all were asked to end.
     asked: Option<Instant>,
     /// Whether failures are still news.
@@ -104,8 +104,8 @@ impl Ranks {
         count: u16,
         variables: &[(&str, String)],
     ) -> Result<Self, Failure> {
-        let mut all = Self {
-            ranks: Vec::new(),
+        let mut ranks = Self {
+            all: Vec::new(),
             asked: None,
             ending: false,
         };
@@ -135,7 +135,7 @@ impl Ranks {
             let mut child = command.spawn().map_err(|error| cannot(&error))?;
             let (output, errors) = (child.stdout.take(), child.stderr.take());
             let last = Last::default();
-            all.ranks.push(Rank {
+            ranks.all.push(Rank {
                 pid: child.id() as i32,
                 _child: child,
                 end: None,
@@ -151,24 +151,24 @@ impl Ranks {
             }
             for thread in threads {
                 let thread = thread.map_err(|error| cannot(&error))?;
-                all.ranks[usize::from(rank)].output.push(thread);
+                ranks.all[usize::from(rank)].output.push(thread);
             }
         }
-        Ok(all)
+        Ok(ranks)
     }
 
     pub(super) fn count(&self) -> usize {
-        self.ranks.len()
+        self.all.len()
     }
 
     pub(super) fn are_running(&self) -> bool {
-        self.ranks.iter().any(|rank| rank.end.is_none())
+        self.all.iter().any(|rank| rank.end.is_none())
     }
 
     /// The ranks that have ended or were stopped since the last look, which are killed. What was asked to end is no news.
     pub(super) fn look(&mut self) -> Vec<(usize, End)> {
         let mut news = Vec::new();
-        for (number, rank) in self.ranks.iter_mut().enumerate() {
+        for (number, rank) in self.all.iter_mut().enumerate() {
             if rank.end.is_some() {
                 continue;
             }
@@ -206,7 +206,7 @@ impl Ranks {
     }
 
     fn kill_all(&self, signal: i32) {
-        for rank in self.ranks.iter().filter(|rank| rank.end.is_none()) {
+        for rank in self.all.iter().filter(|rank| rank.end.is_none()) {
             kill_group(rank.pid, signal);
         }
     }
@@ -218,7 +218,7 @@ impl Ranks {
             std::thread::sleep(super::PERIOD);
         }
         let until = Instant::now() + LAST_WORDS;
-        for thread in self.ranks.iter_mut().flat_map(|rank| rank.output.drain(..)) {
+        for thread in self.all.iter_mut().flat_map(|rank| rank.output.drain(..)) {
             while !thread.is_finished() && Instant::now() < until {
                 std::thread::sleep(super::PERIOD / 4);
             }
@@ -227,12 +227,12 @@ impl Ranks {
 
     /// How a rank ended, if it has.
     pub(super) fn end(&self, rank: usize) -> Option<End> {
-        self.ranks[rank].end
+        self.all[rank].end
     }
 
     /// The last lines that a rank has written.
     pub(super) fn last_lines(&self, rank: usize) -> Vec<String> {
-        lines(&self.ranks[rank].last).iter().cloned().collect()
+        lines(&self.all[rank].last).iter().cloned().collect()
     }
 }
 

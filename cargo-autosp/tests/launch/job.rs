@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use crate::roles::{NAME, ROLE};
 
 /// Longer than anything here takes.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_mins(1);
 
 /// A process and its lines.
 pub struct Job {
@@ -154,8 +154,8 @@ impl Job {
                     found += usize::from(line.contains(part));
                     self.seen.push(line);
                 }
-                Err(_) => panic!(
-                    "`{part}` was not said {count} times:\n{}",
+                Err(end) => panic!(
+                    "`{part}` was not said {count} times ({end}):\n{}",
                     self.seen.join("\n")
                 ),
             }

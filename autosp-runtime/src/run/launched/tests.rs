@@ -165,7 +165,8 @@ proptest! {
     #[test]
     fn nothing_senseless_is_accepted(values in prop::collection::vec(prop_oneof![Just(String::new()), (0u8..5).prop_map(|n| n.to_string()), Just("x".to_owned())], 4)) {
         let names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"];
-        let line: String = names.iter().zip(&values).map(|(name, value)| format!("{name}={value} ")).collect();
+        let words: Vec<String> = names.iter().zip(&values).map(|(name, value)| format!("{name}={value}")).collect();
+        let line = words.join(" ");
         if let Ok(Some(found)) = with(&format!("{line} MASTER_ADDR=a MASTER_PORT=1")) {
             prop_assert!(found.rank < found.world && found.local_rank < found.world && found.world > 1);
             prop_assert_eq!(found.rank.to_string(), values[0].as_str());
