@@ -97,7 +97,9 @@ fn head(trace: &Trace<'_, '_>, placed: &Placed, node: NodeId) -> Option<&'static
     }
     match row.twin.as_deref() {
         Some("ops::linear") => return Some("head::linear"),
-        Some("ops::layer") if row.shape == ShapeRule::Linear => return Some("head::layer"),
+        Some("ops::layer") if row.shape == ShapeRule::Linear && held(trace, node) => {
+            return Some("head::layer");
+        }
         _ => {}
     }
     let product = ["matmul", "broadcast_matmul"].contains(&row.name());
@@ -107,6 +109,18 @@ fn head(trace: &Trace<'_, '_>, placed: &Placed, node: NodeId) -> Option<&'static
     let weight = weight.node;
     let given = product && placed.place[weight] == Place::Replicated && matrix(trace, weight);
     given.then_some("head::matmul")
+}
+
+/// Whether a layer is a field, which can be cloned, and not behind a variable, which may borrow.
+fn held(trace: &Trace<'_, '_>, node: NodeId) -> bool {
+    let Some(syn::Expr::MethodCall(m)) = expression(trace, node) else {
+        return false;
+    };
+    let layer = match m.args.first() {
+        Some(syn::Expr::Reference(layer)) if m.method == "apply" => &layer.expr,
+        _ => &m.receiver,
+    };
+    matches!(**layer, syn::Expr::Field(_))
 }
 
 /// A weight of two dims: of known shape, or one that the model holds, perhaps turned. The runtime asks again.

@@ -280,21 +280,28 @@ pub fn matmul(x: &Tensor, weight: &Tensor) -> Result<Logits> {
 }
 
 /// What [`fold`] takes.
-pub trait Rows: Sized {
+pub trait Rows {
+    /// What it gives.
+    type Folded;
+
     /// As [`crate::ops::fold`].
     ///
     /// # Errors
     /// Those of candle.
-    fn fold(&self, dim: usize, keep: bool) -> Result<Self>;
+    fn fold(&self, dim: usize, keep: bool) -> Result<Self::Folded>;
 }
 
 impl Rows for Tensor {
+    type Folded = Self;
+
     fn fold(&self, dim: usize, keep: bool) -> Result<Self> {
         crate::ops::fold(self, dim, keep)
     }
 }
 
 impl Rows for Logits {
+    type Folded = Self;
+
     fn fold(&self, dim: usize, keep: bool) -> Result<Self> {
         let mut dims = self.leading.clone();
         dims.push(self.x.dim(D::Minus1)?);
@@ -308,11 +315,19 @@ impl Rows for Logits {
     }
 }
 
+impl<T: Rows> Rows for &T {
+    type Folded = T::Folded;
+
+    fn fold(&self, dim: usize, keep: bool) -> Result<T::Folded> {
+        T::fold(self, dim, keep)
+    }
+}
+
 /// All tokens as rows of the batch; see [`crate::ops::fold`].
 ///
 /// # Errors
 /// Those of candle.
-pub fn fold<T: Rows>(x: &T, dim: usize, keep: bool) -> Result<T> {
+pub fn fold<T: Rows>(x: &T, dim: usize, keep: bool) -> Result<T::Folded> {
     x.fold(dim, keep)
 }
 
