@@ -13,6 +13,7 @@ mod loops;
 mod matrix;
 mod models;
 mod packed;
+mod predicted;
 mod repeat;
 mod resume;
 mod trained;
