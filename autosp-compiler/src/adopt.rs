@@ -29,6 +29,8 @@ pub struct Adopted {
     pub names: BTreeSet<String>,
     /// Modules of the file that stand in files of their own (`mod x;`), which are not copied.
     pub elsewhere: Vec<String>,
+    /// Functions that keep one token and get a loss over all of them, `NAME_loss`.
+    pub losses: Vec<String>,
 }
 
 /// Wraps the text of a file in `#[autosp::sequence_parallel] pub mod name`, and points its paths at where they lead from there.
@@ -44,6 +46,7 @@ pub fn adopt(source: &str, name: &str, origin: &Origin) -> Result<Adopted, Parse
     })?;
     let file = crate::parse(source)?;
     syn::parse_str::<syn::Ident>(name).map_err(|e| ParseError {
+        code: autosp_plan::codes::PARSE,
         line: 0,
         column: 0,
         message: format!("`{name}` is no name for a module: {e}"),
@@ -63,15 +66,33 @@ pub fn adopt(source: &str, name: &str, origin: &Origin) -> Result<Adopted, Parse
     let krate = &origin.krate;
     let from = origin.parent.join("::");
     let module = format_ident!("{name}");
-    let text = format!(
-        "// Adopted by `cargo autosp adopt` from `{krate}::{from}::{name}`; the code below is that crate's, under its licence.\n\n\
-         #[autosp::sequence_parallel]\n\
+    let body = text;
+    let annotated = |arguments: &str| {
+        format!(
+            "// Adopted by `cargo autosp adopt` from `{krate}::{from}::{name}`; the code below is that crate's, under its licence.\n\n\
+         #[autosp::sequence_parallel{arguments}]\n\
          #[allow(clippy::all, clippy::pedantic, dead_code, missing_docs)]\n\
          pub mod {module} {{\n{}\n}}\n\n\
          pub use self::{module}::*;\n",
-        text.trim_end()
-    );
-    crate::parse(&text)?;
+            body.trim_end()
+        )
+    };
+    let with_loss = annotated("(loss)");
+    let losses: Vec<String> = match crate::analyse(&with_loss)? {
+        analysis if analysis.refusals.is_empty() => {
+            let roots = analysis.plan.roots.into_iter();
+            roots
+                .filter(|r| r.loss.is_some())
+                .map(|r| r.function)
+                .collect()
+        }
+        _ => Vec::new(),
+    };
+    let text = if losses.is_empty() {
+        annotated("")
+    } else {
+        with_loss
+    };
     let changed = paths.changed.into_iter();
     let elsewhere = file.items.iter().filter_map(|item| match item {
         syn::Item::Mod(m) if m.content.is_none() => Some(m.ident.to_string()),
@@ -82,6 +103,7 @@ pub fn adopt(source: &str, name: &str, origin: &Origin) -> Result<Adopted, Parse
         changed: changed.map(|((a, b), n)| (a, b, n)).collect(),
         names: paths.names,
         elsewhere: elsewhere.collect(),
+        losses,
     })
 }
 

@@ -21,6 +21,8 @@ pub struct Refusal {
     pub(crate) branch: Option<crate::trace::branch::Branch>,
     /// Another branch of the same question can do without what is refused here.
     pub(crate) elsewhere: bool,
+    /// It rules the whole module out, and is said before anything else.
+    pub(crate) first: bool,
 }
 
 impl Refusal {
@@ -33,6 +35,7 @@ impl Refusal {
             help: None,
             branch: None,
             elsewhere: false,
+            first: false,
         }
     }
 

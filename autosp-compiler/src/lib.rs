@@ -39,9 +39,11 @@ pub struct Analysis {
     pub refusals: Vec<Refusal>,
 }
 
-/// A source that is not Rust.
+/// A source that is not Rust, or that nests too deeply to be read.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ParseError {
+    /// AS0105 or AS0107.
+    pub code: codes::Code,
     /// 1-based line.
     pub line: usize,
     /// 1-based column.
@@ -52,7 +54,11 @@ pub struct ParseError {
 
 impl std::fmt::Display for ParseError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}:{}: {}", self.line, self.column, self.message)
+        write!(f, "{}:{}: {}", self.line, self.column, self.message)?;
+        if self.code == codes::PARSE {
+            return Ok(());
+        }
+        write!(f, " [{}]", self.code.id)
     }
 }
 
@@ -62,6 +68,7 @@ impl From<syn::Error> for ParseError {
     fn from(e: syn::Error) -> Self {
         let start = e.span().start();
         Self {
+            code: codes::PARSE,
             line: start.line,
             column: start.column + 1,
             message: e.to_string(),
@@ -75,16 +82,19 @@ fn parse(source: &str) -> Result<syn::File, ParseError> {
         .parse()
         .map_err(|e: proc_macro2::LexError| syn::Error::new(e.span(), e.to_string()))?;
     if let Some(span) = syntax::depth::too_deep(tokens) {
-        return Err(too_deep(span).into());
+        let refusal = too_deep(span);
+        return Err(ParseError {
+            code: refusal.code,
+            ..ParseError::from(syn::Error::new(span, refusal.message))
+        });
     }
     Ok(syn::parse_file(source)?)
 }
 
-fn too_deep(span: Span) -> syn::Error {
-    syn::Error::new(
-        span,
-        "expected brackets and chains of calls that a person can read, found them nested too deeply",
-    )
+fn too_deep(span: Span) -> Refusal {
+    let message = "expected brackets and chains of calls that a person can read, found them nested too deeply";
+    Refusal::new(codes::NESTING, span, message)
+        .help("give the inner part a name: `let inner = ..;`")
 }
 
 /// Analyses a whole file, annotated or not: the annotated module if there is one, else the file itself.
@@ -187,7 +197,7 @@ fn analyse_items(module: &Module, span: Span, table: &'static ops::Table) -> Ana
     scope.loss = module.loss;
     scope.asserts.clone_from(&module.asserts);
     let (plan, mut refusals) = decide::decide(&scope, table, span);
-    refusals.sort_by_key(|r| (r.line(), r.column()));
+    refusals.sort_by_key(|r| (!r.first, r.line(), r.column()));
     Analysis { plan, refusals }
 }
 
@@ -201,8 +211,7 @@ pub fn sequence_parallel(
     source: Option<&Path>,
 ) -> TokenStream {
     if let Some(span) = syntax::depth::too_deep(item.clone()) {
-        let error = too_deep(span).to_compile_error();
-        return quote!(#error #item);
+        return refused(&[too_deep(span)], None, item);
     }
     let mut parsed = match syn::parse2::<syn::Item>(item.clone()) {
         Ok(parsed) => parsed,
@@ -397,7 +406,7 @@ fn include_module(
                     "{}\n   = at: {}:{}:{}",
                     e.message, included.path, e.line, e.column
                 ),
-                codes::PARSE.id,
+                e.code.id,
             )]
         })?;
         let analysed = Module::new(name.clone(), file.items, args);

@@ -39,6 +39,8 @@ codes! {
         "The file that the annotated module includes does not parse. The message has the line and column.";
     ASSERTION = "AS0106", "something is said that cannot be so",
         "`tokenwise`, `replicated` and `sharded` say what the analysis cannot see of a function or field, as an attribute on it, a list in the attribute of the module, or a list in `[build]` of the settings file. What is said of nothing, wrongly, twice or without need is reported, since it would otherwise hide a mistake.";
+    NESTING = "AS0107", "a source that nests too deeply",
+        "Brackets, chains of calls and branches inside one another are followed to a depth that code written by people stays far below; beyond it the compiler would run out of stack. Usually a macro or a generator wrote it.";
 
     NO_ATTENTION = "AS0201", "no attention found",
         "An attention is a product of queries and keys, a softmax over the keys and a product with the values, over the same sequence. A module without one has nothing that could be trained in parallel, and running it unsharded in silence would be worse than an error.";

@@ -213,6 +213,12 @@ fn said(
     for (before, after, count) in &adopted.changed {
         let _ = writeln!(text, "  `{before}` became `{after}`, {count} times");
     }
+    for function in &adopted.losses {
+        let _ = writeln!(
+            text,
+            "  `{function}` keeps one token; `{function}_loss` is the loss over all of them"
+        );
+    }
     if let Some(stem) = out.file_stem() {
         let _ = writeln!(
             text,

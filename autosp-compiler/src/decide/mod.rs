@@ -11,7 +11,7 @@ pub(crate) mod verify;
 use autosp_plan::codes;
 use autosp_plan::plan;
 
-use reasons::{in_the_way, recurrence};
+use reasons::{causes_first, in_the_way, learned_bias, lost_result, pairs_tokens, recurrence};
 
 use crate::error::Refusal;
 use crate::ops::Table;
@@ -22,7 +22,6 @@ use crate::syntax::types::Ty;
 use crate::trace::Trace;
 use crate::trace::shape::{Dim, Shape, show};
 use crate::trace::size::AtomKind;
-use crate::trace::value::{Presence, Value};
 
 /// A plan, or every refusal. A module without attention is refused too.
 pub(crate) fn decide(
@@ -41,8 +40,12 @@ pub(crate) fn decide(
     let mut fallback: Vec<Refusal> = Vec::new();
     let mut inner: Vec<usize> = Vec::new();
     let mut no_loss: Vec<Refusal> = Vec::new();
-    let (roots, pairs) = roots(scope, table);
-    for (root, trace) in roots {
+    let Roots {
+        candidates,
+        pairs,
+        mut causes,
+    } = roots(scope, table);
+    for (root, trace) in candidates {
         let (trace, placed) = without_branches(scope, table, root, trace);
         refusals.extend(lost_result(&trace, root));
         match placed {
@@ -58,6 +61,8 @@ pub(crate) fn decide(
             }
             Err(more) => refusals.extend(more),
         }
+        causes.extend(trace.causes.iter().cloned());
+        causes.extend(learned_bias(&trace));
         // What could not be followed on the way explains why no attention was found.
         fallback.extend(in_the_way(&trace));
     }
@@ -68,8 +73,12 @@ pub(crate) fn decide(
                 .help("annotate the module that holds the attention, or remove the attribute")
         };
         let instead = || recurrence(scope, table);
-        let first = pairs.into_iter().chain(fallback).next().or_else(instead);
+        // What stands in the way of a softmax comes before functions that have none.
+        let first = fallback.into_iter().chain(pairs).next().or_else(instead);
         refusals.push(first.unwrap_or_else(nothing));
+    }
+    if !refusals.is_empty() {
+        causes_first(&mut refusals, causes);
     }
     // A loss was asked for: one function has to have it.
     if plan.roots.iter().all(|r| r.loss.is_none()) {
@@ -198,13 +207,18 @@ fn dedupe(refusals: &mut Vec<Refusal>) {
 }
 
 /// Functions with their traces, and what stands in the way of others.
-type Roots<'s, 'a> = (Vec<(usize, Trace<'s, 'a>)>, Vec<Refusal>);
+struct Roots<'s, 'a> {
+    candidates: Vec<(usize, Trace<'s, 'a>)>,
+    pairs: Vec<Refusal>,
+    /// What rules sharding out, in any function.
+    causes: Vec<Refusal>,
+}
 
 /// Functions that a user calls: they take a tensor, come to an attention or fail to, and no other function of the scope
 /// calls them on the way to one. Each with its trace.
 fn roots<'s, 'a>(scope: &'s Scope<'a>, table: &'static Table) -> Roots<'s, 'a> {
     let mut candidates: Vec<(usize, Trace<'s, 'a>)> = Vec::new();
-    let (mut pairs, mut lost) = (Vec::new(), Vec::new());
+    let (mut pairs, mut lost, mut causes) = (Vec::new(), Vec::new(), Vec::new());
     let mut called = std::collections::HashSet::new();
     // What is called stands before its caller in most files; a function that is called needs no trace of its own.
     for (id, f) in scope.functions.iter().enumerate().rev() {
@@ -235,6 +249,7 @@ fn roots<'s, 'a>(scope: &'s Scope<'a>, table: &'static Table) -> Roots<'s, 'a> {
         if trace.nodes.iter().any(softmax) || trace.lost_softmax {
             candidates.push((id, trace));
         } else {
+            causes.extend(trace.causes.iter().cloned());
             pairs.extend(pairs_tokens(&trace));
             lost.extend(lost_result(&trace, id));
         }
@@ -245,81 +260,11 @@ fn roots<'s, 'a>(scope: &'s Scope<'a>, table: &'static Table) -> Roots<'s, 'a> {
     }
     candidates.reverse();
     pairs.extend(lost.into_iter().rev());
-    (candidates, pairs)
-}
-
-/// A product of all tokens with all tokens in a function that has no softmax.
-fn pairs_tokens(trace: &Trace<'_, '_>) -> Option<Refusal> {
-    let product = trace.nodes.iter().find(|n| {
-        let matmul = n
-            .row()
-            .is_some_and(|r| r.shape == crate::ops::ShapeRule::Matmul);
-        let atom = |d: &Dim| match d.0.as_slice() {
-            [f] => trace
-                .atoms
-                .normal(&f.size)
-                .as_atom()
-                .filter(|a| trace.atoms.is_dim(*a)),
-            _ => None,
-        };
-        let pair = n.shape.known().and_then(|dims| match dims {
-            [.., q, k] => atom(q).filter(|a| atom(k) == Some(*a)),
-            _ => None,
-        });
-        matmul && pair.is_some()
-    })?;
-    Some(
-        Refusal::new(
-            codes::NO_SOFTMAX,
-            product.at.span,
-            format!(
-                "`{}` pairs every token with every token, and no softmax over the keys follows",
-                product.text
-            ),
-        )
-        .note("what is sharded is `softmax(q k^T) v`, of which the scores are never made whole")
-        .help("`candle_nn::ops::softmax_last_dim(&scores)?` before the product with the values"),
-    )
-}
-
-/// A root whose result was lost on the way: nothing can be said of the numbers that come out.
-fn lost_result(trace: &Trace<'_, '_>, root: usize) -> Option<Refusal> {
-    fn followed(value: &Value, ty: &Ty) -> bool {
-        match (ty, value) {
-            (Ty::Tensor, value) => matches!(value, Value::Tensor(_) | Value::Never),
-            (Ty::Option(_), Value::Option(Presence::None, _)) => true,
-            (Ty::Option(ty), Value::Option(_, value)) => followed(value, ty),
-            (Ty::List(ty), Value::List { any, .. }) => followed(any, ty),
-            (Ty::Tuple(tys), Value::Tuple(values)) => {
-                tys.iter().zip(values).all(|(t, v)| followed(v, t))
-            }
-            (ty, _) => !ty.holds_tensor(),
-        }
+    Roots {
+        candidates,
+        pairs,
+        causes,
     }
-    let f = &trace.scope.functions[root];
-    let syn::ReturnType::Type(_, ty) = &f.sig.output else {
-        return None;
-    };
-    let result = &trace.acts[0].result;
-    if followed(result, &trace.scope.ty(ty, f.owner.as_deref())) {
-        return None;
-    }
-    let span = f.sig.ident.span();
-    let name = trace.scope.full_name(root);
-    Some(match result.lost() {
-        Some(r) => Refusal::new(
-            r.code,
-            r.span.unwrap_or(span),
-            format!("{}, which `{name}` depends on", r.message),
-        )
-        .help(r.help.clone()),
-        None => Refusal::new(
-            codes::NOT_FOLLOWED,
-            span,
-            format!("cannot follow what `{name}` returns"),
-        )
-        .help("return a tensor that comes from the module's own functions and candle's operations"),
-    })
 }
 
 fn add(

@@ -83,7 +83,8 @@ pub(crate) struct Scope<'a> {
     pub(crate) name: String,
     pub(crate) types: HashMap<String, TypeDef>,
     pub(crate) functions: Vec<Function<'a>>,
-    methods: HashMap<(String, String), usize>,
+    /// Type and name to the methods that are called so: inherent ones, and those of traits.
+    methods: HashMap<(String, String), (Vec<usize>, Vec<usize>)>,
     free: HashMap<String, usize>,
     /// Functions of libraries with a definition of our own, by absolute path.
     library: HashMap<String, usize>,
@@ -188,6 +189,10 @@ impl<'a> Scope<'a> {
                     if let syn::ImplItem::Fn(f) = member {
                         let public =
                             imp.trait_.is_some() || !matches!(f.vis, syn::Visibility::Inherited);
+                        let key = (owner.clone(), f.sig.ident.to_string());
+                        let (own, of_traits) = self.methods.entry(key).or_default();
+                        let list = if imp.trait_.is_some() { of_traits } else { own };
+                        list.push(self.functions.len());
                         self.function(Some(owner.clone()), &f.sig, &f.block, public, (i, Some(k)));
                     }
                 }
@@ -222,15 +227,8 @@ impl<'a> Scope<'a> {
             .as_ref()
             .map_or_else(|| name.clone(), |o| format!("{o}::{name}"));
         let id = self.functions.len();
-        match &owner {
-            // An inherent method comes before one of a trait, as in a call.
-            Some(o) => {
-                self.methods.entry((o.clone(), name.clone())).or_insert(id);
-            }
-            None if !self.library.values().any(|known| *known == id) => {
-                self.free.entry(name.clone()).or_insert(id);
-            }
-            None => {}
+        if owner.is_none() && !self.library.values().any(|known| *known == id) {
+            self.free.entry(name.clone()).or_insert(id);
         }
         let numbers = number::Numbers::new(block);
         self.functions.push(Function {
@@ -246,10 +244,28 @@ impl<'a> Scope<'a> {
         });
     }
 
+    /// The method that a call on a value of the type runs: an inherent one before one of a trait. None where several could be meant,
+    /// under different `cfg`s or for different parameters of the type.
     pub(crate) fn method(&self, owner: &str, name: &str) -> Option<usize> {
-        self.methods
-            .get(&(owner.to_string(), name.to_string()))
-            .copied()
+        let (own, of_traits) = self.methods.get(&(owner.to_string(), name.to_string()))?;
+        match (own.as_slice(), of_traits.as_slice()) {
+            ([one], _) | ([], [one]) => Some(*one),
+            _ => None,
+        }
+    }
+
+    /// The `forward` that `x.apply(&layer)` runs, which is that of the trait.
+    pub(crate) fn applied(&self, owner: &str) -> Option<usize> {
+        match self
+            .methods
+            .get(&(owner.to_string(), "forward".to_string()))
+        {
+            Some((_, of_traits)) if !of_traits.is_empty() => match of_traits.as_slice() {
+                [one] => Some(*one),
+                _ => None,
+            },
+            _ => self.method(owner, "forward"),
+        }
     }
 
     pub(crate) fn free(&self, name: &str) -> Option<usize> {
@@ -289,6 +305,19 @@ impl<'a> Scope<'a> {
             }
         }
         written
+    }
+
+    /// Whether a function writes to a field of something that it was given.
+    pub(crate) fn updates(&self, field: &str) -> bool {
+        let given = |input: &syn::FnArg| match input {
+            syn::FnArg::Receiver(_) => true,
+            syn::FnArg::Typed(t) => {
+                matches!(&*t.ty, syn::Type::Reference(r) if r.mutability.is_some())
+            }
+        };
+        self.functions
+            .iter()
+            .any(|f| f.effects.writes.contains(field) && f.sig.inputs.iter().any(given))
     }
 
     /// The declared type, seen from the scope.

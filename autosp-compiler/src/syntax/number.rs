@@ -139,10 +139,28 @@ impl<'a> Visit<'a> for Effects {
 /// Local variables that a body writes to (by assignment, a writing method or `&mut`), for the values carried round a loop.
 pub(crate) fn assigned_locals(block: &syn::Block) -> Vec<String> {
     struct Find(Vec<String>);
+    impl Find {
+        /// The variables on the left of an assignment, in a tuple of them or behind a reference too.
+        fn left(&mut self, e: &syn::Expr) {
+            match e {
+                syn::Expr::Path(p) => self.0.extend(p.path.get_ident().map(ToString::to_string)),
+                syn::Expr::Tuple(t) => t.elems.iter().for_each(|e| self.left(e)),
+                syn::Expr::Array(a) => a.elems.iter().for_each(|e| self.left(e)),
+                syn::Expr::Index(i) => self.left(&i.expr),
+                syn::Expr::Paren(p) => self.left(&p.expr),
+                syn::Expr::Unary(u) => self.left(&u.expr),
+                syn::Expr::Field(f) => self.left(&f.base),
+                _ => {}
+            }
+        }
+    }
     impl<'a> Visit<'a> for Find {
         fn visit_expr(&mut self, e: &'a syn::Expr) {
             let place = match e {
-                syn::Expr::Assign(a) => Some(&*a.left),
+                syn::Expr::Assign(a) => {
+                    self.left(&a.left);
+                    None
+                }
                 syn::Expr::Binary(b) if is_assignment(&b.op) => Some(&*b.left),
                 syn::Expr::MethodCall(m) if WRITERS.contains(&m.method.to_string().as_str()) => {
                     Some(&*m.receiver)
@@ -164,7 +182,7 @@ pub(crate) fn assigned_locals(block: &syn::Block) -> Vec<String> {
 }
 
 /// Whether the operation writes to its left side.
-pub(super) fn is_assignment(op: &syn::BinOp) -> bool {
+pub(crate) fn is_assignment(op: &syn::BinOp) -> bool {
     matches!(
         op,
         syn::BinOp::AddAssign(_)
@@ -178,4 +196,26 @@ pub(super) fn is_assignment(op: &syn::BinOp) -> bool {
             | syn::BinOp::ShlAssign(_)
             | syn::BinOp::ShrAssign(_)
     )
+}
+
+/// Whether a body reads a variable, other than by giving it another value.
+pub(crate) fn reads(block: &syn::Block, name: &str) -> bool {
+    struct Find<'n>(&'n str, bool);
+    impl<'a> Visit<'a> for Find<'_> {
+        fn visit_expr(&mut self, e: &'a syn::Expr) {
+            match e {
+                syn::Expr::Assign(a) if matches!(&*a.left, syn::Expr::Path(_)) => {
+                    return self.visit_expr(&a.right);
+                }
+                // Names in macros are not looked for one by one.
+                syn::Expr::Macro(_) => self.1 = true,
+                syn::Expr::Path(p) => self.1 |= p.path.is_ident(self.0),
+                _ => {}
+            }
+            visit::visit_expr(self, e);
+        }
+    }
+    let mut find = Find(name, false);
+    find.visit_block(block);
+    find.1
 }

@@ -121,6 +121,11 @@ impl Names {
         }
     }
 
+    /// Whether a `use` of the module brings this name.
+    pub(crate) fn knows(&self, name: &str) -> bool {
+        self.0.contains_key(name)
+    }
+
     /// The absolute path of a path as written, generic arguments left out.
     pub(crate) fn resolve(&self, path: &syn::Path) -> String {
         let segments: Vec<String> = path.segments.iter().map(|s| s.ident.to_string()).collect();

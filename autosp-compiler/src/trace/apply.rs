@@ -29,6 +29,9 @@ impl<'a> Trace<'_, 'a> {
         object: Option<&str>,
     ) -> Value {
         let mut inputs: Vec<Input> = Vec::new();
+        if args.first().is_some_and(|a| a.0.lost().is_some()) {
+            self.note_convolution(row, &[], what, at.span);
+        }
         if let (ShapeRule::Scalar, Some((Value::Rows(list), _))) = (row.shape, args.first()) {
             return self.rows_tensor(&list.clone(), at, what);
         }
@@ -50,6 +53,8 @@ impl<'a> Trace<'_, 'a> {
                 inputs.push(Input { node: *node, expr });
             }
         }
+        self.note_convolution(row, &inputs, what, at.span);
+        self.note_relative(row, &inputs, what, at.span);
         if let (PlaceRule::Make, Some((Value::Host(host), _))) = (row.place, args.first())
             && host.axes.len() == 2
         {

@@ -48,6 +48,11 @@ impl<'a> Trace<'_, 'a> {
     pub(super) fn method_call(&mut self, act: ActId, m: &'a syn::ExprMethodCall, at: At) -> Value {
         let receiver = self.eval(act, &m.receiver);
         let name = m.method.to_string();
+        if name.ends_with("_mut")
+            && let Some(lost) = self.lose_place(act, &m.receiver, &text(m))
+        {
+            return lost;
+        }
         if let Some(value) = self.rows_method(act, &receiver, m) {
             return value;
         }
@@ -147,7 +152,7 @@ impl<'a> Trace<'_, 'a> {
                         path,
                     },
                     _,
-                )) => match self.scope.method(&ty, "forward") {
+                )) => match self.scope.applied(&ty) {
                     Some(function) => self.enter(
                         function,
                         at,
@@ -286,7 +291,26 @@ impl<'a> Trace<'_, 'a> {
         {
             return self.apply(row, &args[1..], at, &text(c), Some(&object));
         }
-        self.unknown_call(&text(c), &args, at)
+        let layer = self.made_layer(&full, &args, c);
+        layer.unwrap_or_else(|| self.unknown_call(&text(c), &args, at))
+    }
+
+    /// `Conv1d::new(weight, ..)`: a layer made of the model's own weights.
+    fn made_layer(&self, full: &str, args: &[Arg<'a>], c: &syn::ExprCall) -> Option<Value> {
+        let ty = full.strip_suffix("::new")?;
+        self.table.get(&format!("{ty}::forward"))?;
+        let mut tensors = Vec::new();
+        for (value, _) in args {
+            value.tensors(&mut tensors);
+        }
+        let weight = |n: &usize| matches!(self.nodes[*n].op, super::graph::Op::Field);
+        let own = !tensors.is_empty()
+            && tensors.iter().all(weight)
+            && args.iter().all(|(value, _)| value.lost().is_none());
+        own.then(|| Value::Object {
+            ty: Ty::Lib(ty.to_string()),
+            path: text(c),
+        })
     }
 
     /// A helper of a library that is followed through its definition, which is checked when the program runs.
@@ -353,7 +377,15 @@ impl<'a> Trace<'_, 'a> {
                     true,
                 )),
                 syn::FnArg::Typed(t) => {
-                    let value = args.next().map_or(Value::Opaque, |a| a.0);
+                    let (mut value, e) = args.next().unwrap_or((Value::Opaque, None));
+                    // A reference that the function may write through, handed on.
+                    let handed =
+                        matches!(&*t.ty, syn::Type::Reference(r) if r.mutability.is_some());
+                    if let (true, Some(e)) = (handed, e)
+                        && let Some(lost) = self.lose_place(at.act, e, &text(e))
+                    {
+                        value = lost;
+                    }
                     // A function given as an argument is called where it is used; its own parameters are unknown there.
                     params.push((
                         param_name(&t.pat),
@@ -364,7 +396,7 @@ impl<'a> Trace<'_, 'a> {
             }
         }
         if f.sig.receiver().is_none() && receiver.is_some() {
-            return Value::Opaque;
+            return Self::lost(&f.path);
         }
         // A function that (indirectly) calls itself is not followed.
         let mut up = Some(at.act);
@@ -389,7 +421,7 @@ impl<'a> Trace<'_, 'a> {
         if let Value::Closure(closure) = callee {
             return self
                 .call_closure(act, &closure, args.into_iter().map(|a| a.0).collect())
-                .unwrap_or(Value::Opaque);
+                .unwrap_or_else(|| Self::lost(what));
         }
         self.unknown_call(what, &args, at)
     }

@@ -4,7 +4,8 @@ use std::collections::HashMap;
 
 use super::graph::{ActId, At, Input, NodeId, Op};
 use super::shape::Shape;
-use super::value::{Binding, Cond, Size, Value};
+use super::value::{Binding, Cond, Presence, Size, Value};
+use super::writes::Round;
 use super::{Fact, Loop, Role, Trace};
 use crate::syntax::number;
 
@@ -30,7 +31,10 @@ impl<'a> Trace<'_, 'a> {
                     self.macro_statement(act, &m.mac);
                     Value::Unit
                 }
-                syn::Stmt::Item(_) => Value::Unit,
+                syn::Stmt::Item(item) => {
+                    self.local_item(act, item);
+                    Value::Unit
+                }
             };
             if value == Value::Never {
                 break;
@@ -122,12 +126,17 @@ impl<'a> Trace<'_, 'a> {
     /// A condition that comes from something lost could fall out differently on a shard: refused, whatever depends on it.
     fn lost_condition(&mut self, act: ActId, e: &syn::Expr, reason: &super::graph::Reason) {
         let at = self.at(act, e);
+        self.refuse_all(at, &crate::syntax::text(e), reason);
+    }
+
+    /// Makes everything depend on something lost.
+    pub(super) fn refuse_all(&mut self, at: At, text: &str, reason: &super::graph::Reason) {
         let given = |n: &super::graph::Node| matches!(n.op, Op::Param(_));
         let inputs = (0..self.nodes.len())
             .filter(|n| given(&self.nodes[*n]))
             .map(|node| Input { node, expr: None })
             .collect();
-        let node = self.unknown(reason.clone(), inputs, at, &crate::syntax::text(e));
+        let node = self.unknown(reason.clone(), inputs, at, text);
         self.reads.push(node);
     }
 
@@ -272,11 +281,16 @@ impl<'a> Trace<'_, 'a> {
             };
             self.use_size(end_at, &end.clone(), Role::Valid);
         }
-        let tokens = matches!(&iter, Value::Range(_, end, _) if self.atoms.anchored(&end.poly));
+        let tokens = match &iter {
+            Value::Range(_, end, _) if self.atoms.anchored(&end.poly) => Some(true),
+            Value::Range(_, end, _) if end.origins.is_empty() => Some(false),
+            _ => None,
+        };
         let elem = self.element(iter);
-        if let (true, Value::Size(round)) = (tokens, &elem) {
+        if let (Some(true), Value::Size(round)) = (tokens, &elem) {
             self.counters.extend(round.poly.as_atom());
         }
+        let handed = self.handed_on(act, f, tokens);
         let over_parts = has_object(&elem);
         let before = self.carry_in(act, &f.body, at);
         self.skips.push(false);
@@ -284,6 +298,7 @@ impl<'a> Trace<'_, 'a> {
         self.bind(act, &f.pat, elem, true);
         self.block(act, &f.body);
         self.acts[act].scopes.pop();
+        self.note_recurrence(act, f, &handed, at.span);
         let carried = self.carry_out(act, &before);
         self.end_round(act, f, &carried);
         if over_parts {
@@ -305,6 +320,7 @@ impl<'a> Trace<'_, 'a> {
     /// Gives every tensor that the body assigns to a node that stands for all rounds.
     fn carry_in(&mut self, act: ActId, body: &syn::Block, at: At) -> Vec<(String, NodeId, NodeId)> {
         let mut carried = Vec::new();
+        let mut absent = Vec::new();
         for name in number::assigned_locals(body) {
             if carried.iter().any(|(n, _, _)| *n == name) {
                 continue;
@@ -320,6 +336,8 @@ impl<'a> Trace<'_, 'a> {
                     self.assign(act, &name, Value::Tensor(phi));
                     carried.push((name, before, phi));
                 }
+                // It may stay absent, which the end of the round shows.
+                Some(Value::Option(Presence::None, _)) => absent.push(name),
                 Some(other) => {
                     let any = self.any_round(other, &name);
                     self.assign(act, &name, any);
@@ -327,6 +345,10 @@ impl<'a> Trace<'_, 'a> {
                 None => {}
             }
         }
+        let names = carried.iter().map(|(name, _, phi)| (name.clone(), *phi));
+        absent.retain(|name| number::reads(body, name));
+        self.rounds
+            .push(Round::new(act, names.collect(), absent, at));
         carried
     }
 
@@ -351,6 +373,7 @@ impl<'a> Trace<'_, 'a> {
         act: ActId,
         before: &[(String, NodeId, NodeId)],
     ) -> Vec<(String, NodeId, NodeId)> {
+        self.end_rounds(act);
         let mut carried = Vec::new();
         for (name, _, phi) in before {
             let Some(Value::Tensor(after)) = self.lookup(act, name).map(|b| b.value) else {
@@ -388,7 +411,9 @@ impl<'a> Trace<'_, 'a> {
         match iter {
             Value::List { any, .. } | Value::Copies(any, _) => *any,
             said @ Value::Asserted(_) => said,
+            Value::Option(_, inner) => *inner,
             Value::Range(..) => Value::Size(Size::of(self.fresh_feature("round"))),
+            other if has_tensor(&other) => Self::lost("the elements of this"),
             other => other
                 .lost()
                 .map_or(Value::Opaque, |r| Value::Unknown(r.clone())),

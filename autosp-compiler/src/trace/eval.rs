@@ -1,8 +1,7 @@
 //! Expressions.
 
 use super::graph::{ActId, At};
-use super::size::Poly;
-use super::value::{Closure, Cmp, Cond, Presence, Size, Value};
+use super::value::{Closure, Cond, Presence, Size, Value};
 use super::{DEPTH, NESTING, Role, STEPS, Trace};
 use crate::syntax::asserts::Kind;
 use crate::syntax::text;
@@ -73,6 +72,10 @@ impl<'a> Trace<'_, 'a> {
             syn::Expr::Lit(l) => literal(&l.lit),
             syn::Expr::Paren(p) => self.eval(act, &p.expr),
             syn::Expr::Group(g) => self.eval(act, &g.expr),
+            syn::Expr::Reference(r) if r.mutability.is_some() => {
+                let value = self.eval(act, &r.expr);
+                self.lose_place(act, &r.expr, &text(r)).unwrap_or(value)
+            }
             syn::Expr::Reference(r) => self.eval(act, &r.expr),
             syn::Expr::Try(t) => self.eval(act, &t.expr),
             syn::Expr::Unary(u) => self.unary(act, u, at),
@@ -98,7 +101,10 @@ impl<'a> Trace<'_, 'a> {
             syn::Expr::Index(i) => self.index(act, i, at),
             syn::Expr::MethodCall(m) => self.method_call(act, m, at),
             syn::Expr::Call(c) => self.call(act, c, at),
-            syn::Expr::Block(b) => self.block(act, &b.block),
+            syn::Expr::Block(b) => match &b.label {
+                Some(label) => self.labelled(act, label, &b.block, &text(&b.label)),
+                None => self.block(act, &b.block),
+            },
             syn::Expr::Unsafe(b) => self.block(act, &b.block),
             syn::Expr::If(i) => self.if_else(act, i, at),
             syn::Expr::Match(m) => self.match_arms(act, m, at),
@@ -112,10 +118,7 @@ impl<'a> Trace<'_, 'a> {
                 self.loop_body(act, &l.body, at);
                 Self::lost("a `loop` with a value")
             }
-            syn::Expr::Closure(_) => Value::Closure(Closure {
-                expr: at.expr,
-                env: self.acts[act].scopes.clone().into(),
-            }),
+            syn::Expr::Closure(c) => self.closure_value(act, c, at),
             syn::Expr::Return(r) => {
                 let value = r.expr.as_ref().map_or(Value::Unit, |e| self.eval(act, e));
                 if value != Value::Never {
@@ -123,7 +126,10 @@ impl<'a> Trace<'_, 'a> {
                 }
                 Value::Never
             }
-            syn::Expr::Break(_) | syn::Expr::Continue(_) => Value::Never,
+            syn::Expr::Break(_) | syn::Expr::Continue(_) => {
+                self.leave_round(act);
+                Value::Never
+            }
             syn::Expr::Assign(a) => self.assignment(act, a, at),
             syn::Expr::Range(r) => self.range(act, r),
             syn::Expr::Struct(s) => {
@@ -151,8 +157,17 @@ impl<'a> Trace<'_, 'a> {
                 Value::Bool(Cond::Unknown)
             }
             syn::Expr::Macro(m) => self.macro_call(act, &m.mac, at),
-            _ => Value::Opaque,
+            syn::Expr::Infer(_) => Value::Opaque,
+            other => Self::lost(&text(other)),
         }
+    }
+
+    fn closure_value(&mut self, act: ActId, c: &syn::ExprClosure, at: At) -> Value {
+        self.closure_writes(act, c);
+        Value::Closure(Closure {
+            expr: at.expr,
+            env: self.acts[act].scopes.clone().into(),
+        })
     }
 
     fn path(&mut self, act: ActId, p: &'a syn::ExprPath) -> Value {
@@ -256,119 +271,12 @@ impl<'a> Trace<'_, 'a> {
                 && let Some(ident) = p.path.get_ident()
             {
                 self.assign(act, &ident.to_string(), value);
+            } else {
+                self.lose_place(act, &b.left, &text(b));
             }
             return Value::Unit;
         }
         value
-    }
-
-    fn arithmetic(
-        &mut self,
-        act: ActId,
-        b: &'a syn::ExprBinary,
-        left: Value,
-        right: Value,
-        at: At,
-    ) -> Value {
-        use syn::BinOp::{
-            Add, AddAssign, Div, DivAssign, Eq, Ge, Gt, Le, Lt, Mul, MulAssign, Ne, Rem, Sub,
-            SubAssign,
-        };
-        if let Some(r) = left.lost().or(right.lost()) {
-            return Value::Unknown(r.clone());
-        }
-        if left.tensor().is_some() || matches!(right, Value::Tensor(_)) {
-            let name = match b.op {
-                Add(_) | AddAssign(_) => "add",
-                Sub(_) | SubAssign(_) => "sub",
-                Mul(_) | MulAssign(_) => "mul",
-                Div(_) | DivAssign(_) => "div",
-                // Comparing shapes
-                _ => return Value::Bool(Cond::Unknown),
-            };
-            if let Value::Size(s) = &right {
-                let at = self.at(act, &b.right);
-                self.use_size(at, s, Role::Valid);
-            }
-            return self.operator(
-                name,
-                &[(left, Some(&b.left)), (right, Some(&b.right))],
-                at,
-                &text(b),
-            );
-        }
-        let compare = match b.op {
-            Eq(_) => Some(Cmp::Eq),
-            Ne(_) => Some(Cmp::Ne),
-            Lt(_) => Some(Cmp::Lt),
-            Le(_) => Some(Cmp::Le),
-            Gt(_) => Some(Cmp::Gt),
-            Ge(_) => Some(Cmp::Ge),
-            _ => None,
-        };
-        if let Some(cmp) = compare {
-            for (e, value) in [(&b.left, &left), (&b.right, &right)] {
-                if let Value::Size(size) = value {
-                    let at = self.at(act, e);
-                    self.use_size(at, size, Role::Valid);
-                }
-            }
-            let (Value::Size(l), Value::Size(r)) = (&left, &right) else {
-                return Value::Bool(Cond::Unknown);
-            };
-            return Value::Bool(self.compare(&l.poly, cmp, &r.poly));
-        }
-        match (left, right) {
-            (Value::Size(l), Value::Size(r)) => {
-                let poly = match b.op {
-                    Add(_) | AddAssign(_) => l.poly.add(&r.poly),
-                    Sub(_) | SubAssign(_) => l.poly.sub(&r.poly),
-                    Mul(_) | MulAssign(_) => self.atoms.mul(&l.poly, &r.poly),
-                    Div(_) | DivAssign(_) => self.atoms.div(&l.poly, &r.poly),
-                    Rem(_) if self.atoms.anchored(&l.poly) || self.atoms.anchored(&r.poly) => {
-                        self.use_size(at, &l, Role::Unclassified(text(b)));
-                        self.fresh_feature("remainder")
-                    }
-                    _ => self.fresh_feature("size"),
-                };
-                Value::Size(l.with(&r, poly))
-            }
-            (Value::Num(l), Value::Num(r)) => Value::Num(l.zip(r).and_then(|(l, r)| match b.op {
-                Add(_) => Some(l + r),
-                Sub(_) => Some(l - r),
-                Mul(_) => Some(l * r),
-                Div(_) => Some(l / r),
-                _ => None,
-            })),
-            (Value::Num(_), _) | (_, Value::Num(_)) => Value::Num(None),
-            (Value::Size(size), _) | (_, Value::Size(size)) => {
-                self.use_size(at, &size, Role::Unclassified(text(b)));
-                Value::Opaque
-            }
-            _ => Value::Opaque,
-        }
-    }
-
-    fn compare(&mut self, l: &Poly, cmp: Cmp, r: &Poly) -> Cond {
-        let (mut l, mut r) = (self.atoms.normal(l), self.atoms.normal(r));
-        // An offset into a cache that is held against nothing: zero while training, which the twin checks.
-        let zero = Poly::default();
-        if r == zero && self.atoms.without_offsets(&l, &mut Vec::new()) == zero {
-            l = self.atoms.without_offsets(&l, &mut self.offsets);
-        } else if l == zero && self.atoms.without_offsets(&r, &mut Vec::new()) == zero {
-            r = self.atoms.without_offsets(&r, &mut self.offsets);
-        }
-        if let Some(d) = l.sub(&r).as_constant() {
-            return Cond::Known(match cmp {
-                Cmp::Lt => d < 0,
-                Cmp::Le => d <= 0,
-                Cmp::Gt => d > 0,
-                Cmp::Ge => d >= 0,
-                Cmp::Eq => d == 0,
-                Cmp::Ne => d != 0,
-            });
-        }
-        Cond::Compare(l, cmp, r)
     }
 
     fn cast(&mut self, act: ActId, c: &'a syn::ExprCast) -> Value {
@@ -448,6 +356,7 @@ impl<'a> Trace<'_, 'a> {
                     format!("`{path}` is written while the model runs, so that one call depends on another"),
                     "keep what is carried between calls in an `Option`, which is `None` while training".to_string(),
                 );
+                self.note_state(path, at.span);
                 let node = self.unknown(reason, Vec::new(), at, path);
                 Value::Tensor(node)
             }
@@ -493,6 +402,7 @@ impl<'a> Trace<'_, 'a> {
                 Some(k) => self.dim_of(node, k, at),
                 None => Value::Opaque,
             },
+            (base, _) if super::control::has_tensor(&base) => Self::lost(&text(i)),
             _ => Value::Opaque,
         }
     }

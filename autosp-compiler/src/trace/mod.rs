@@ -5,10 +5,12 @@
 
 mod adapter;
 mod apply;
+mod arithmetic;
 mod assign;
 pub(crate) mod branch;
 mod builtin;
 mod call;
+mod cause;
 mod control;
 mod eval;
 pub(crate) mod graph;
@@ -24,6 +26,7 @@ mod shapes;
 pub(crate) mod size;
 mod tables;
 pub(crate) mod value;
+mod writes;
 
 use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
@@ -134,6 +137,8 @@ pub(crate) struct Trace<'s, 'a> {
     pub(crate) helpers: Vec<(String, String)>,
     /// Reads to the host whose rows were followed.
     pub(crate) row_reads: HashSet<NodeId>,
+    /// The loops that evaluation is in: what each carries round, and what of it had changed where a round was left early.
+    rounds: Vec<writes::Round>,
     /// The loops that evaluation is in: whether one passes over empty lists of rows.
     skips: Vec<bool>,
     table: &'static Table,
@@ -152,6 +157,8 @@ pub(crate) struct Trace<'s, 'a> {
     pub(crate) untaken: Vec<(branch::Branch, String)>,
     /// The `if`s whose question the configuration settles: function and expression.
     pub(crate) settled: HashSet<(usize, u32)>,
+    /// What rules sharding out, whatever was followed.
+    pub(crate) causes: Vec<crate::error::Refusal>,
     /// Closures that evaluation is in: a branch there cannot leave its function.
     closures: usize,
 }
@@ -177,6 +184,7 @@ impl<'s, 'a> Trace<'s, 'a> {
             assumed_ranks: Vec::new(),
             helpers: Vec::new(),
             row_reads: HashSet::new(),
+            rounds: Vec::new(),
             skips: Vec::new(),
             table,
             written: scope.written_by(root),
@@ -189,6 +197,7 @@ impl<'s, 'a> Trace<'s, 'a> {
             branches: Vec::new(),
             untaken,
             settled: HashSet::new(),
+            causes: Vec::new(),
             closures: 0,
         };
         let function = &scope.functions[root];

@@ -10,12 +10,7 @@ impl<'a> Trace<'_, 'a> {
     /// Binds the names of a pattern.
     pub(super) fn bind(&mut self, act: ActId, pat: &'a syn::Pat, value: Value, by_ref: bool) {
         match pat {
-            syn::Pat::Ident(i) => self.declare(
-                act,
-                &i.ident.to_string(),
-                value,
-                by_ref || i.by_ref.is_some(),
-            ),
+            syn::Pat::Ident(i) => self.bind_name(act, i, value, by_ref),
             syn::Pat::Type(t) => self.bind(act, &t.pat, value, by_ref),
             syn::Pat::Paren(p) => self.bind(act, &p.pat, value, by_ref),
             syn::Pat::Reference(r) => self.bind(act, &r.pat, value, false),
@@ -86,7 +81,12 @@ impl<'a> Trace<'_, 'a> {
                             let path = format!("{path}.{n}");
                             declared.map_or(Value::Opaque, |ty| self.of_type(&ty, &path, at))
                         }
-                        _ => Value::Opaque,
+                        (value, _) if super::control::has_tensor(value) => {
+                            Self::lost(&crate::syntax::text(s))
+                        }
+                        (value, _) => value
+                            .lost()
+                            .map_or(Value::Opaque, |r| Value::Unknown(r.clone())),
                     };
                     self.bind(act, &field.pat, value, by_ref);
                 }
@@ -98,6 +98,19 @@ impl<'a> Trace<'_, 'a> {
             }
             _ => {}
         }
+    }
+
+    fn bind_name(&mut self, act: ActId, i: &'a syn::PatIdent, value: Value, by_ref: bool) {
+        // `rest @ ..` is several.
+        let value = match &i.subpat {
+            Some((_, p)) if matches!(**p, syn::Pat::Rest(_)) => Self::lost(&crate::syntax::text(i)),
+            _ => value,
+        };
+        if let Some((_, p)) = &i.subpat {
+            self.bind(act, p, value.clone(), by_ref);
+        }
+        let by_ref = by_ref || i.by_ref.is_some();
+        self.declare(act, &i.ident.to_string(), value, by_ref);
     }
 
     fn bind_all(

@@ -29,7 +29,8 @@ impl<'a> Trace<'_, 'a> {
         if let Some(first) = inputs.first() {
             let named = match row.shape {
                 ShapeRule::Reduce | ShapeRule::ReduceKeep | ShapeRule::Along => {
-                    Some(args.get(1).and_then(|a| dim_argument(&a.0)))
+                    let dims = Self::along(row, args).unwrap_or_default();
+                    Some(dims.into_iter().max())
                 }
                 ShapeRule::Unsqueeze
                 | ShapeRule::Expand
@@ -275,6 +276,19 @@ impl<'a> Trace<'_, 'a> {
         Ok((Shape::Known(dims), vec![(0, ra - 1), (1, rb - 2)]))
     }
 
+    /// The dimensions that an operation runs along, from its arguments.
+    fn along(row: &Row, args: &[Arg<'a>]) -> Option<Vec<i64>> {
+        // `roll(shift, dim)`, and `flip(&[dim, ..])`
+        let at = if row.name() == "roll" { 2 } else { 1 };
+        match &args.get(at)?.0 {
+            Value::List {
+                elems: Some(dims), ..
+            }
+            | Value::Tuple(dims) => dims.iter().map(dim_argument).collect(),
+            one => dim_argument(one).map(|d| vec![d]),
+        }
+    }
+
     #[allow(clippy::too_many_arguments, clippy::too_many_lines)]
     fn known(
         &mut self,
@@ -325,8 +339,13 @@ impl<'a> Trace<'_, 'a> {
                 Ok((Shape::Known(dims), vec![(0, last)]))
             }
             ShapeRule::Along => {
-                let along = d(1).ok_or_else(|| lost(what))?;
-                Ok((Shape::Known(dims), vec![(0, along)]))
+                let row = self.nodes[node].row().ok_or_else(|| lost(what))?;
+                let along = Self::along(row, args).ok_or_else(|| lost(what))?;
+                let along: Option<Vec<usize>> =
+                    along.into_iter().map(|d| resolve(d, rank)).collect();
+                let along = along.ok_or_else(|| lost(what))?;
+                let touches = along.into_iter().map(|d| (0, d)).collect();
+                Ok((Shape::Known(dims), touches))
             }
             ShapeRule::Reduce | ShapeRule::ReduceKeep => {
                 let along = d(1).ok_or_else(|| lost(what))?;
