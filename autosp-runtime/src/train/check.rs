@@ -146,6 +146,7 @@ impl Trainer {
     }
 
     /// What the ledger and the device have, beside what was predicted.
+    #[cfg_attr(not(feature = "cuda"), allow(clippy::unnecessary_wraps))]
     fn memory(&self, predicted: &Memory) -> Result<Vec<Checked>> {
         let ledger = self.sp.ledger();
         let divided = self.divider.is_some();
