@@ -141,7 +141,13 @@ fn backward(
         }
         Ok(())
     })?;
+    crate::train::divide::block_done()?;
     Ok([grads.remove(&x)])
+}
+
+/// Takes what the sink has of the variables that `wanted` knows.
+pub(crate) fn take(wanted: impl Fn(TensorId) -> bool) -> Vec<(TensorId, Tensor)> {
+    SINK.with_borrow_mut(|sink| sink.extract_if(|id, _| wanted(*id)).collect())
 }
 
 /// Moves the gradients that recomputed blocks found on this thread into candle's store.

@@ -42,6 +42,7 @@ fn typed_setters_reach_their_row() {
         .with_dp(2)
         .with_groups(3)
         .with_deadline(Duration::from_millis(1500))
+        .with_start_deadline(Duration::from_secs(9))
         .with_attention(Attention::Reference)
         .with_policy(Policy::Input)
         .with_device(Device::CudaShared)
