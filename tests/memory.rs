@@ -225,7 +225,8 @@ fn losses_hold_no_logits() {
     let (tiled, whole) = (loss_peak(s, true), loss_peak(s, false));
     println!("logits of {logits} bytes: {whole} at most where they are whole, {tiled} in tiles");
     assert!(whole > 2 * logits, "{whole}");
-    assert!(tiled < logits / 4, "{tiled}");
+    // Less than any tensor of all logits.
+    assert!(tiled < logits / 2, "{tiled}");
     // Without logits, twice the length is about twice the activations of one small layer.
     let activations = loss_peak(2 * s, true).saturating_sub(tiled);
     assert!(activations < 6_000_000, "{activations}");

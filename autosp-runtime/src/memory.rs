@@ -180,7 +180,9 @@ where
                         .into());
                 }
             };
-            Ok([tape.backward(grad, &mut sink)?])
+            let of_input = tape.backward(grad, &mut sink)?;
+            crate::train::divide::block_done()?;
+            Ok([of_input])
         })
     })
 }
@@ -237,6 +239,16 @@ fn sink(variable: &Tensor, grad: Tensor) -> Result<()> {
         };
         sink.insert(variable.id(), (grad.detach(), variable.dtype()));
         Ok(())
+    })
+}
+
+/// Takes what the sink has of the variables that `wanted` knows.
+pub(crate) fn take(wanted: impl Fn(TensorId) -> bool) -> Result<Vec<(TensorId, Tensor)>> {
+    SINK.with_borrow_mut(|sink| {
+        let taken = sink.extract_if(|id, _| wanted(*id));
+        taken
+            .map(|(id, (grad, dtype))| Ok((id, cast(&grad, dtype)?)))
+            .collect()
     })
 }
 

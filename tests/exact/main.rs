@@ -14,6 +14,7 @@ mod losses;
 mod matrix;
 mod models;
 mod packed;
+mod predicted;
 mod repeat;
 mod resume;
 mod trained;

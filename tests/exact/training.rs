@@ -91,7 +91,7 @@ fn product() -> Vec<Case> {
                 };
                 for policy in Policy::ALL {
                     for (sp, dp) in [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (4, 2)] {
-                        for zero in [Zero::Stage0, Zero::Stage1] {
+                        for zero in Zero::ALL {
                             cases.push(Case {
                                 problem,
                                 sp,

@@ -114,9 +114,9 @@ pub static KEYS: &[Key] = &[
     },
     Key {
         name: "zero",
-        kind: Kind::Choice(&["0", "1"]),
+        kind: Kind::Choice(&["0", "1", "2"]),
         default: Value::Choice("0"),
-        doc: "ZeRO stage of the trainer: 0, every rank holds the whole optimizer state; 1, each of the dp x sp ranks holds and updates its share",
+        doc: "ZeRO stage of the trainer: 0, every rank holds the whole optimizer state; 1, each of the dp x sp ranks holds and updates its share; 2, and of the gradients too, which are divided block by block during the backward",
         read: ReadAt::Start,
     },
 ];
