@@ -145,6 +145,8 @@ fn a_window_a_soft_cap_and_interleaved_heads() {
 /// Logits through the token embedding, whose gradient is the sum of both uses; and a head with a bias.
 #[test]
 fn losses_without_logits() {
+    use crate::window;
+    use autosp_reference::window as reference;
     {
         use crate::gpt2;
         use autosp_reference::gpt2 as reference;
@@ -157,8 +159,6 @@ fn losses_without_logits() {
             |vb, tokens| reference::Gpt2::load(vb, &gpt2_config!(reference))?.forward(tokens),
         );
     }
-    use crate::window;
-    use autosp_reference::window as reference;
     same_losses(
         "window",
         48,

@@ -216,7 +216,7 @@ impl<'a> Case<'a> {
     }
 
     /// What the update holds beside them: a bucket joined, reduced and gathered.
-    pub(super) fn buckets(&self) -> u64 {
+    pub(super) fn buckets() -> u64 {
         3 * BUCKET
     }
 

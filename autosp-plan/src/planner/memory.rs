@@ -160,7 +160,7 @@ impl Numbers {
             optimizer: case.optimizer(),
             gradients: case.gradients(),
             sums: case.sums(),
-            buckets: case.buckets(),
+            buckets: Case::buckets(),
             table: case.model().embedding() * case.e,
             head: case.head(),
             loss_moment: case.loss_moment(),

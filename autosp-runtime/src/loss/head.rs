@@ -189,6 +189,7 @@ impl Logits {
     ///
     /// # Errors
     /// Candle's error for a dim that is not there.
+    #[allow(clippy::needless_pass_by_value, reason = "candle's argument form")]
     pub fn squeeze<I: Dim>(&self, dim: I) -> Result<Self> {
         let dim = dim.to_index(&self.shape(), "squeeze")?;
         let mut squeezed = self.clone();
@@ -202,6 +203,7 @@ impl Logits {
     ///
     /// # Errors
     /// Candle's error for a dim that is not there; AS0509 for one behind the classes.
+    #[allow(clippy::needless_pass_by_value, reason = "candle's argument form")]
     pub fn unsqueeze<I: Dim>(&self, dim: I) -> Result<Self> {
         let dim = dim.to_index_plus_one(&self.shape(), "unsqueeze")?;
         let mut unsqueezed = self.clone();

@@ -124,6 +124,9 @@ fn wide(dtype: DType) -> DType {
     }
 }
 
+/// An operand of the loss, with its gradient.
+type Found = (Tensor, Option<Tensor>);
+
 /// What all tiles of a rank gave.
 struct Own {
     /// Sum of the losses.
@@ -340,6 +343,7 @@ impl<'a> Tiles<'a> {
     }
 
     /// Adds the losses of logits [len, V] and turns them into their gradient, in their own memory where that can be.
+    #[allow(clippy::needless_pass_by_value, reason = "its memory is written over")]
     fn rows(&mut self, z: Tensor, start: usize) -> Result<Option<Tensor>> {
         let classes = &self.classes[start..start + z.dim(0)?];
         if z.device().is_cpu() {
@@ -383,7 +387,7 @@ impl<'a> Tiles<'a> {
     }
 
     /// The sum of the losses, and each operand with its gradient.
-    fn end(self) -> Result<(Own, Vec<(Tensor, Option<Tensor>)>)> {
+    fn end(self) -> Result<(Own, Vec<Found>)> {
         let mut total = self.total;
         if !self.losses.is_empty() {
             let all = Tensor::cat(&self.losses, 0)?.to_dtype(DType::F64)?;

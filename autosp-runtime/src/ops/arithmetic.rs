@@ -54,7 +54,7 @@ pub fn add(a: impl Operand, b: impl Operand) -> Result<Tensor> {
     Ok(sum)
 }
 
-/// `a * b`. The product of a SiLU is that of a gated activation, `silu(x) b`, whose backward begins with `x` and `b`; the product
+/// `a * b`. The product of a `silu` is that of a gated activation, `silu(x) b`, whose backward begins with `x` and `b`; the product
 /// itself is made again where a backward needs it.
 ///
 /// # Errors

@@ -112,7 +112,7 @@ impl Recipe {
 pub(crate) enum Hint {
     /// It is this tensor in a wider type.
     Cast(Tensor),
-    /// It is the SiLU of this tensor.
+    /// It is `silu` of this tensor.
     Silu(Tensor),
     /// It need not be kept.
     Again(Arc<Recipe>),

@@ -1,3 +1,8 @@
+#![allow(
+    clippy::struct_excessive_bools,
+    clippy::float_cmp,
+    reason = "cases of a table; the same bits"
+)]
 use super::*;
 use crate::memory;
 
