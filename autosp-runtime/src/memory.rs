@@ -1,6 +1,6 @@
 //! What a forward keeps for its backward.
 //!
-//! A [`checkpoint`] is a block of the model. Under the policy `all` its tape ([`crate::ops::tape`]) keeps what the backward of each
+//! A [`checkpoint`] is a block of the model. Under the policy `all` its tape (`ops/tape.rs`) keeps what the backward of each
 //! operation needs. Under the others the input of the block is kept, and the block is computed again in the backward; of each
 //! attention site in the block it keeps what the policy says, so that under `qkv` and `attention` attention itself never runs twice.
 //! [`Ledger::held`](crate::Ledger::held) counts the bytes, and [`autosp_plan::cost`] has the formula.
