@@ -247,9 +247,10 @@ pub(crate) fn accumulate(into: Tensor, fresh: bool, from: &Tensor) -> Result<Ten
     if fresh && into.is_contiguous() && into.dims() == from.dims() && into.dtype() == from.dtype() {
         #[cfg(feature = "cuda")]
         if into.device().is_cuda() {
-            return match crate::cuda::ops::add_to(&into, from)? {
-                true => Ok(into),
-                false => sum(&into, from),
+            return if crate::cuda::ops::add_to(&into, from)? {
+                Ok(into)
+            } else {
+                sum(&into, from)
             };
         }
         if into.device().is_cpu() {
