@@ -244,7 +244,9 @@ pub(crate) fn sum_as(a: &Tensor, b: &Tensor, dtype: DType) -> Result<Tensor> {
 
 /// `into + from`, in the memory of `into` where it is fresh and contiguous.
 pub(crate) fn accumulate(into: Tensor, fresh: bool, from: &Tensor) -> Result<Tensor> {
-    if fresh && into.is_contiguous() && into.dims() == from.dims() && into.dtype() == from.dtype() {
+    // candle writes into no tensor that may have one element twice, of which a stride of zero is the sign, also for a dim of one.
+    let writable = fresh && into.is_contiguous() && !into.stride().contains(&0);
+    if writable && into.dims() == from.dims() && into.dtype() == from.dtype() {
         #[cfg(feature = "cuda")]
         if into.device().is_cuda() {
             return if crate::cuda::ops::add_to(&into, from)? {
