@@ -15,7 +15,7 @@ use rayon::prelude::*;
 
 use super::head::{Head, Logits, Step};
 use super::{Forward, add_over_ranks, counted, sum_of_losses};
-use crate::ops::{Real, max, owned, record_gradient, sum, tracked, visit};
+use crate::ops::{Real, max, owned, record_gradient, sum, tracked, visit, wide};
 use crate::{memory, scope};
 
 /// Bytes of logits where no settings are in force.
@@ -113,15 +113,6 @@ fn scaled(gradient: &Tensor, factor: f64) -> Result<Tensor> {
     }
     let wide = gradient.to_dtype(wide(gradient.dtype()))?;
     (wide * factor)?.to_dtype(gradient.dtype())
-}
-
-/// The type that sums run in.
-fn wide(dtype: DType) -> DType {
-    if dtype == DType::F64 {
-        DType::F64
-    } else {
-        DType::F32
-    }
 }
 
 /// An operand of the loss, with its gradient.
