@@ -95,6 +95,32 @@ fn every_file() {
     }
 }
 
+/// `cargo test --release -p autosp-compiler --test registry -- --ignored --nocapture`, on a machine that does nothing else.
+#[test]
+#[ignore = "measures, in release alone"]
+#[allow(clippy::print_stdout)]
+fn the_whole_crate_takes_little_time() {
+    as_in_rustc(|| {
+        let models = sources()
+            .into_iter()
+            .filter(|(name, _)| name.contains("/models/"));
+        let (mut whole, mut slowest) = (Duration::ZERO, (Duration::ZERO, String::new()));
+        for (name, text) in models {
+            let once = || {
+                let start = Instant::now();
+                assert!(autosp_compiler::analyse(&text).is_ok());
+                start.elapsed()
+            };
+            // What else runs only adds.
+            let taken = (0..5).map(|_| once()).min().unwrap_or_default();
+            whole += taken;
+            slowest = slowest.max((taken, name));
+        }
+        println!("{whole:?} for all files, {:?} for {}", slowest.0, slowest.1);
+        assert!(whole < Duration::from_secs(3) && slowest.0 < Duration::from_millis(100));
+    });
+}
+
 /// What a plan says of the model, without names and lines.
 fn shape(analysis: &Analysis) -> Vec<String> {
     assert!(

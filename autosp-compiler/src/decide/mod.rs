@@ -11,7 +11,9 @@ pub(crate) mod verify;
 use autosp_plan::codes;
 use autosp_plan::plan;
 
-use reasons::{causes_first, in_the_way, learned_bias, lost_result, pairs_tokens, recurrence};
+use reasons::{
+    causes_first, in_the_way, learned_bias, lost_result, nothing_here, pairs_tokens, recurrence,
+};
 
 use crate::error::Refusal;
 use crate::ops::Table;
@@ -67,11 +69,7 @@ pub(crate) fn decide(
         fallback.extend(in_the_way(&trace));
     }
     if plan.sites.is_empty() && refusals.is_empty() {
-        let nothing = || {
-            Refusal::new(codes::NO_ATTENTION, module_span, "no attention found in this module")
-                .note("an attention is a product of queries and keys, a softmax over the keys, and a product with the values")
-                .help("annotate the module that holds the attention, or remove the attribute")
-        };
+        let nothing = || nothing_here(scope, module_span);
         let instead = || recurrence(scope, table);
         // What stands in the way of a softmax comes before functions that have none.
         let first = fallback.into_iter().chain(pairs).next().or_else(instead);

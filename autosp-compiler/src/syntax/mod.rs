@@ -94,6 +94,8 @@ pub(crate) struct Scope<'a> {
     pub(crate) loss: bool,
     /// Types that are `Clone`.
     pub(crate) cloneable: HashSet<String>,
+    /// Modules of it that stand in files of their own (`mod x;`), which are not seen.
+    pub(crate) elsewhere: Vec<String>,
     /// What is said of functions and fields.
     pub(crate) asserts: Vec<asserts::Assert>,
 }
@@ -112,6 +114,7 @@ impl<'a> Scope<'a> {
             loss: false,
             consts: HashMap::new(),
             cloneable: HashSet::new(),
+            elsewhere: Vec::new(),
             asserts: Vec::new(),
         };
         for item in items {
@@ -171,6 +174,7 @@ impl<'a> Scope<'a> {
                 let public = !matches!(f.vis, syn::Visibility::Inherited);
                 self.function(None, &f.sig, &f.block, public, (i, None));
             }
+            syn::Item::Mod(m) if m.content.is_none() => self.elsewhere.push(m.ident.to_string()),
             syn::Item::Const(c) => {
                 self.consts.insert(c.ident.to_string(), &c.expr);
             }
