@@ -10,7 +10,7 @@
 use std::{io, path::Path, process::ExitCode, sync::Mutex};
 
 use autosp::{
-    Error, Optimizer, Parameters, Result, Schedule, Settings, Sp, StepReport, TextData,
+    Error, Launched, Optimizer, Parameters, Result, Schedule, Settings, Sp, StepReport, TextData,
     TrainSettings, Trainer, codes, settings::Source,
 };
 use candle_core::{DType, Device, Tensor};
@@ -64,22 +64,27 @@ fn run(options: &Options) -> Result<()> {
 
     // Whether there are such batches is known before there are ranks.
     text.labelled_batch(options.seed, 0, options.batch, options.seq_len)?;
-    let settings = settings(options)?;
+    let launched = autosp::launched()?;
+    let settings = settings(options, launched.as_ref())?;
+    // Each process of a launched run does what follows; one of them says it.
+    let is_main = launched.is_none_or(|launched| launched.rank == 0);
     let (dp, sp) = (settings.dp(), settings.sp());
-    println!(
-        "{} tokens of text in {} documents; {} ranks: dp {dp} x sp {sp}; a step: {} sequences of {} tokens",
-        text.len(),
-        text.documents(),
-        dp * sp,
-        options.batch * options.accumulate,
-        options.seq_len
-    );
-    let said: Vec<String> = settings
-        .entries()
-        .filter(|(_, _, source)| **source != Source::Default)
-        .map(|(key, value, source)| format!("{} = {value} ({source})", key.name))
-        .collect();
-    println!("settings: {}; the rest by default", said.join(", "));
+    if is_main {
+        println!(
+            "{} tokens of text in {} documents; {} ranks: dp {dp} x sp {sp}; a step: {} sequences of {} tokens",
+            text.len(),
+            text.documents(),
+            dp * sp,
+            options.batch * options.accumulate,
+            options.seq_len
+        );
+        let said: Vec<String> = settings
+            .entries()
+            .filter(|(_, _, source)| **source != Source::Default)
+            .map(|(key, value, source)| format!("{} = {value} ({source})", key.name))
+            .collect();
+        println!("settings: {}; the rest by default", said.join(", "));
+    }
     let first = autosp::run_with(settings.clone(), |sp| {
         train(
             sp,
@@ -94,10 +99,13 @@ fn run(options: &Options) -> Result<()> {
             },
         )
     })?;
+    if !is_main {
+        return Ok(());
+    }
     if let Ok(report) = report.lock() {
         report.finish();
     }
-    let alone = autosp::run_with(settings.on_mesh(1, 1), |sp| {
+    let alone = autosp::run_on_threads(settings.on_mesh(1, 1), |sp| {
         train(sp, options, &config, &text, 1, false, |_| Ok(()))
     })?;
     match (first[0], alone[0]) {
@@ -213,9 +221,13 @@ fn compare(ranks: &StepReport, alone: &StepReport, count: usize, allowed: f64) -
     }
 }
 
-/// Four ranks, unless a flag, a variable or `autosp.toml` says otherwise.
-fn settings(options: &Options) -> Result<Settings> {
-    let mut settings = Settings::default().with_sp(4).loaded()?;
+/// Four ranks, or as many as were launched, unless a flag, a variable or `autosp.toml` says otherwise.
+fn settings(options: &Options, launched: Option<&Launched>) -> Result<Settings> {
+    let mut settings = match launched {
+        None => Settings::default().with_sp(4),
+        Some(_) => Settings::default(),
+    }
+    .loaded()?;
     let number = |value: Option<usize>| value.map(|value| value.to_string());
     let flags = [
         ("dp", number(options.dp)),
@@ -229,6 +241,9 @@ fn settings(options: &Options) -> Result<Settings> {
         if let Some(value) = value {
             settings.set(name, &value, Source::Flag(format!("--{name}")))?;
         }
+    }
+    if let Some(launched) = launched {
+        settings = launched.fit(&settings)?;
     }
     let (dp, batch) = (settings.dp(), options.batch);
     if !batch.is_multiple_of(dp) {

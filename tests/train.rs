@@ -457,3 +457,71 @@ fn help_is_no_error() {
         assert!(text.contains(flag), "{flag} is missing in\n{text}");
     }
 }
+
+/// The program once for each of two ranks, as a launcher starts it.
+fn launched(folder: &Path, arguments: &[&str]) -> Vec<Output> {
+    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = free.local_addr().unwrap().port().to_string();
+    drop(free);
+    let ranks = ["0", "1"].map(|rank| {
+        Command::new(program())
+            .args(arguments)
+            .current_dir(folder)
+            .envs([("RANK", rank), ("LOCAL_RANK", rank)])
+            .envs([("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2")])
+            .envs([("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", &port)])
+            .env("AUTOSP_SECRET", "the secret of this test")
+            .stdout(std::process::Stdio::piped())
+            .stderr(std::process::Stdio::piped())
+            .spawn()
+            .unwrap()
+    });
+    ranks
+        .into_iter()
+        .map(|rank| rank.wait_with_output().unwrap())
+        .collect()
+}
+
+#[test]
+fn launched_ranks_have_the_numbers_of_threads() {
+    let folder = folder("launched");
+    let arguments = |name: &'static str| {
+        let text = format!(
+            "--data text.txt --seq-len 32 --batch 2 --steps 4 --zero 1 --save {name}.safetensors --log {name}.jsonl"
+        );
+        text.split(' ').map(str::to_owned).collect::<Vec<_>>()
+    };
+    let threads = arguments("threads");
+    let threads = threads.iter().map(String::as_str).chain(["--sp", "2"]);
+    let threads: Vec<&str> = threads.collect();
+    let output = train(&folder, &threads);
+    assert!(output.status.success(), "{output:?}");
+    // Nobody says how many ranks there are.
+    let processes = arguments("processes");
+    let processes: Vec<&str> = processes.iter().map(String::as_str).collect();
+    let ranks = launched(&folder, &processes);
+    for rank in &ranks {
+        assert!(rank.status.success(), "{rank:?}");
+    }
+    let said = String::from_utf8_lossy(&ranks[0].stdout);
+    assert!(said.contains("2 ranks: dp 1 x sp 2"), "{said}");
+    assert!(said.contains("sp = 2 (variable WORLD_SIZE)"), "{said}");
+    assert!(said.contains("first step on 2 ranks against one"), "{said}");
+    assert!(ranks[1].stdout.is_empty(), "one rank speaks: {ranks:?}");
+
+    let steps = |name: &str| -> Vec<Vec<Value>> {
+        let log = fs::read_to_string(folder.join(name).with_extension("jsonl")).unwrap();
+        let step = |line: &str| {
+            let step: Value = serde_json::from_str(line).unwrap();
+            ["step", "loss", "grad_norm", "bytes_sent", "exchange_bytes"]
+                .map(|key| step[key].clone())
+                .to_vec()
+        };
+        log.lines().map(step).collect()
+    };
+    let expected = steps("threads");
+    assert_eq!(expected.len(), 4);
+    assert_eq!(steps("processes"), expected);
+    let model = |name: &str| fs::read(folder.join(name).with_extension("safetensors")).unwrap();
+    assert!(model("processes") == model("threads"), "the same bits");
+}

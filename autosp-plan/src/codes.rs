@@ -111,6 +111,8 @@ codes! {
         "Two sources of the same strength, such as two files or `AUTOSP_SP` and `AUTOSP_sp`, say different things, or one setting rules out another. Which of them was meant cannot be known. The message says where each was read.";
     INPUT_RANK = "AS0313", "an input has another number of dimensions than the model was analysed with",
         "The model never reads how many dimensions this input has, and its uses were taken to say it. Read its sizes in the model, as in `let (b, s) = mask.dims2()?`, so that both are known.";
+    LAUNCH_VARIABLES = "AS0314", "the variables of a launcher cannot be used",
+        "A launcher says by variables which rank a process is: RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE by torchrun and `cargo autosp launch`, SLURM_PROCID and others by srun, OMPI_COMM_WORLD_RANK and others by mpirun. A set that is incomplete, or two sets that say different things, leave the rank unknown, and a guess would end in ranks that wait for each other. Unset those that are left over from something else.";
 
     SITE_HEADS = "AS0321", "heads and ranks do not fit",
         "Each sp rank attends query_heads / sp heads, so sp divides the query heads; and kv heads are either divided among ranks or each is held by the same number of ranks, so sp divides the kv heads or the kv heads divide sp. The message lists the values of sp that fit this model.";
@@ -158,11 +160,16 @@ codes! {
         "The number of parts is the size of the group, and shapes and types agree over its ranks.";
     UNFINISHED = "AS0407", "a collective was never waited for",
         "A rank started a collective and returned without waiting for it. What the others sent was lost; on a GPU the stream would hang.";
-    /// Checked when a rank opens its GPU.
+    RENDEZVOUS = "AS0408", "the ranks of a launched program did not find each other",
+        "Each process connects to rank 0 before anything runs, and proves that it knows the secret of the run (AUTOSP_SECRET). A rank was missing when the setting `start_deadline` had passed, the place of rank 0 cannot be reached or is in use, or there is no secret. The message names the ranks or the address.";
+    RANKS_DIFFER = "AS0409", "the ranks of a launched program differ",
+        "All ranks of a run are the same program with the same settings, and together as many as dp x sp. A rank with another build would take another way through the program, and one with other settings would compute something else. The message says what differs, and on which rank.";
     CUDA_LIBRARY = "AS0410", "no GPU can be used",
         "The program was built without the feature `cuda`, or a library of NVIDIA is older than what it was built for. The message says what was found and the help line what to install.";
     CUDA = "AS0411", "a library of NVIDIA refused",
         "CUDA, cuDNN or NCCL returned an error. The message names the operation, the rank and the bytes where there are any, and what the library said. Attention that cuDNN has no kernel for ends here too: its message lists heads, widths, length and band.";
+    RANK_LOST = "AS0412", "the process of a rank is gone",
+        "Ranks that are processes tell each other regularly that they are alive. One of them ended without a word, as a process does that is killed or runs out of memory, or said nothing for the time of the setting `deadline`, as one does that is stopped or whose host is gone. Its own output says more, and the kernel's log if it was killed for memory.";
 
     FILE_UNREADABLE = "AS0501", "a model or data file cannot be read",
         "The path does not exist, is a folder where a file is needed, or may not be read. The message says which.";
@@ -234,6 +241,10 @@ codes! {
         "`adopt` and `survey` look for a package among the dependencies that cargo knows, and for a module among its source files. The message says which of the two is missing, or in cargo's words why it cannot say.";
     EXISTS = "AS0606", "a file would be written over",
         "The file is there already and may hold changes of yours. `--force` writes over it.";
+    LAUNCH_FAILED = "AS0607", "a rank of a launched program failed",
+        "`launch` starts one process a rank and stops all when the first ends with a failure or is stopped. The message names that rank, how it ended and what it wrote last; `launch` ends with its exit code, which is 128 plus the number of the signal for a process that was killed.";
+    LAUNCH_PROGRAM = "AS0608", "a program cannot be launched",
+        "The program that `launch` was given does not exist, may not be run, or the system has no room for another process. Give its path, as in `./target/release/train`.";
 }
 
 /// Looks a code up by its printed form, in any case.

@@ -33,6 +33,12 @@ pub const FILE: &str = "autosp.toml";
 /// The variable that names another settings file.
 pub const FILE_VARIABLE: &str = "AUTOSP_SETTINGS";
 
+/// The variable with what only the processes of one launched run know; it is no setting.
+pub const SECRET_VARIABLE: &str = "AUTOSP_SECRET";
+
+/// The variable with the place, `host:port`, at which the processes of a launched run find rank 0; it is no setting.
+pub const RENDEZVOUS_VARIABLE: &str = "AUTOSP_RENDEZVOUS";
+
 /// Which attention computes the heads of a rank.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Attention {
@@ -180,7 +186,7 @@ impl Settings {
         variables: impl IntoIterator<Item = (String, String)>,
     ) -> Result<Self, SettingsError> {
         for (name, text) in variables {
-            if name == FILE_VARIABLE {
+            if [FILE_VARIABLE, SECRET_VARIABLE, RENDEZVOUS_VARIABLE].contains(&name.as_str()) {
                 continue;
             }
             if let Some(key) = name.strip_prefix(VARIABLE_PREFIX) {
@@ -275,6 +281,12 @@ impl Settings {
         self.program("deadline", Value::Seconds(deadline.as_secs_f64()))
     }
 
+    /// Sets how long ranks may take to start, and over the collectives of the first step.
+    #[must_use]
+    pub fn with_start_deadline(self, deadline: Duration) -> Self {
+        self.program("start_deadline", Value::Seconds(deadline.as_secs_f64()))
+    }
+
     /// Sets the attention.
     #[must_use]
     pub fn with_attention(self, attention: Attention) -> Self {
@@ -333,10 +345,12 @@ impl Settings {
 
     /// How long a rank waits for the others before it gives up.
     pub fn deadline(&self) -> Duration {
-        match self.get("deadline").0 {
-            Value::Seconds(seconds) => Duration::from_secs_f64(seconds),
-            Value::Count(_) | Value::Choice(_) => Duration::ZERO,
-        }
+        self.seconds("deadline")
+    }
+
+    /// The same while ranks start and in the collectives of the first step; never shorter than [`deadline`](Self::deadline).
+    pub fn start_deadline(&self) -> Duration {
+        self.seconds("start_deadline").max(self.deadline())
     }
 
     /// The attention.
@@ -401,7 +415,7 @@ impl Settings {
         let mut text = String::new();
         for (key, value, source) in self.entries() {
             let value = value.to_string();
-            let _ = writeln!(text, "{:<10} = {value:<12} {source}", key.name);
+            let _ = writeln!(text, "{:<14} = {value:<12} {source}", key.name);
         }
         text
     }
@@ -444,6 +458,13 @@ impl Settings {
         match self.get(name).0 {
             Value::Count(n) => n,
             Value::Seconds(_) | Value::Choice(_) => 0,
+        }
+    }
+
+    fn seconds(&self, name: &str) -> Duration {
+        match self.get(name).0 {
+            Value::Seconds(seconds) => Duration::from_secs_f64(seconds),
+            Value::Count(_) | Value::Choice(_) => Duration::ZERO,
         }
     }
 

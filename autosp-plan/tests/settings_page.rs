@@ -8,7 +8,8 @@ const HEAD: &str = "# Settings
 A setting is taken from a flag of the program, else from its variable, else from the settings file, else from the program, else it
 has its default; `Settings` remembers which, `cargo autosp plan` prints it, and a run logs it. The file is the one that the variable
 `AUTOSP_SETTINGS` names, else `autosp.toml` in the working folder if there is one; it has lines such as `sp = 4`. An unknown
-setting is refused, and so are two sources of the same strength that say different things. This page is made from the table in
+setting is refused, and so are two sources of the same strength that say different things. `AUTOSP_SECRET` and `AUTOSP_RENDEZVOUS` are
+no settings: they are what the processes of a launched run share ([launch.md](launch.md)). This page is made from the table in
 `autosp-plan/src/settings/keys.rs`.
 
 ";

@@ -11,6 +11,7 @@ mod collectives;
 mod local;
 #[cfg(feature = "cuda")]
 mod nccl;
+pub(crate) mod process;
 mod ring;
 #[cfg(test)]
 pub(crate) mod testing;

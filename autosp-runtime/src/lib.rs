@@ -35,6 +35,6 @@ pub use error::{Error, Result};
 pub use ledger::{Bytes, Ledger};
 pub use mesh::Mesh;
 pub use parameters::{Parameters, load_trainable};
-pub use run::{Sp, run, run_with};
+pub use run::{Launched, Launcher, Sp, launched, run, run_on_threads, run_with};
 pub use scope::{Scope, Shard};
 pub use train::{Decay, Group, Optimizer, Schedule, StepReport, TrainSettings, Trainer};

@@ -30,7 +30,7 @@ pub use report::{Case, Difference, Report, Run};
 use crate::loss::IGNORE;
 use crate::random::Stream;
 use crate::train::reduce::{detached, presence, sums};
-use crate::{Error, Parameters, Result, Sp, loss, memory, run_with};
+use crate::{Error, Parameters, Result, Sp, loss, memory, run_on_threads};
 
 /// What to compare. All combinations of `sp`, `dp`, `groups` and `policies` are run.
 #[derive(Debug, Clone)]
@@ -193,7 +193,7 @@ pub fn equivalence_to(
     model: impl Fn(VarBuilder, &Tensor) -> candle_core::Result<Tensor> + Sync,
 ) -> Result<Report> {
     let (tokens, labels) = cases.batch()?;
-    let expected = run_with(Settings::default(), |sp| {
+    let expected = run_on_threads(Settings::default(), |sp| {
         let batch = sp.shard_labelled(&tokens, &labels)?;
         let parameters = Parameters::init(cases.seed, cases.dtype, &Device::Cpu);
         let logits = reference(parameters.builder(), &batch.tokens)?;
@@ -224,7 +224,7 @@ fn compare(cases: &Cases, expected: &Outcome, model: Model<'_>) -> Result<Report
 /// Loss and gradients on the mesh of a case.
 fn outcome(cases: &Cases, case: Case, model: Model<'_>) -> Result<Outcome> {
     let (tokens, labels) = cases.batch()?;
-    let mut outcomes = run_with(case.settings(), |sp| {
+    let mut outcomes = run_on_threads(case.settings(), |sp| {
         let batch = sp.shard_labelled(&tokens, &labels)?;
         let parameters = Parameters::init(cases.seed, cases.dtype, &Device::Cpu);
         sp.scope(|| {

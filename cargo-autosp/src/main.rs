@@ -1,7 +1,7 @@
-//! The command line of AutoSP: what the attribute would do to a file, without building it.
+//! The command line of AutoSP: what the attribute would do to a file, without building it, and the start of ranks.
 //!
 //! Works as `cargo autosp X` and as `cargo-autosp X`. Exit codes: 0 done, 1 the input could not be read or parsed, 2 the
-//! model is refused, or does not fit.
+//! model is refused, or does not fit; of `launch` that of the first rank that failed.
 
 use std::{
     io::{self, ErrorKind, Write},
@@ -16,6 +16,8 @@ mod estimate;
 mod expand;
 mod explain;
 mod failure;
+#[cfg(unix)]
+mod launch;
 mod metadata;
 mod plan;
 mod source;
@@ -53,6 +55,9 @@ enum Command {
     Adopt(adopt::Arguments),
     /// Print what becomes of every model file of a folder or of a dependency
     Survey(survey::Arguments),
+    /// Start a program once for each rank of a run on this host, and end all ranks when one fails
+    #[cfg(unix)]
+    Launch(launch::Arguments),
     /// Print what training a model needs in memory and time, the choices that fit, and the longest sequence
     Estimate(estimate::Arguments),
     /// Print what an error code means and what to do; without a code, all of them
@@ -118,6 +123,8 @@ fn run() -> ExitCode {
         Command::Expand { file } => expand::run(&file),
         Command::Adopt(arguments) => adopt::run(&arguments),
         Command::Survey(arguments) => survey::run(&arguments),
+        #[cfg(unix)]
+        Command::Launch(arguments) => launch::run(&arguments),
         Command::Estimate(arguments) => estimate::run(&arguments),
         Command::Explain { code, markdown } => explain::run(code.as_deref(), markdown),
     };

@@ -232,9 +232,9 @@ fn settings_are_printed_with_where_they_came_from() {
     let output = plan_with("settings", "# mesh\nsp = 2\ngroups = 1\n", Some("4"));
     let text = String::from_utf8(output.stdout).unwrap();
     for line in [
-        "sp         = 4            variable AUTOSP_SP",
-        "groups     = 1            autosp.toml:3",
-        "dp         = 1            default",
+        "sp             = 4            variable AUTOSP_SP",
+        "groups         = 1            autosp.toml:3",
+        "dp             = 1            default",
     ] {
         assert!(text.contains(line), "{line} is missing in\n{text}");
     }

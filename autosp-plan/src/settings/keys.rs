@@ -67,7 +67,14 @@ pub static KEYS: &[Key] = &[
         name: "deadline",
         kind: Kind::Seconds,
         default: Value::Seconds(120.0),
-        doc: "seconds that a rank waits for the others in a collective before the run fails",
+        doc: "seconds from the start of a collective within which the other ranks have to arrive, or the run fails; as long may a process of a launched run say nothing",
+        read: ReadAt::Start,
+    },
+    Key {
+        name: "start_deadline",
+        kind: Kind::Seconds,
+        default: Value::Seconds(300.0),
+        doc: "the same for launched processes that have to find each other, and for the collectives of the first step, in which kernels are compiled",
         read: ReadAt::Start,
     },
     Key {

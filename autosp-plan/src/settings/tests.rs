@@ -111,7 +111,7 @@ fn an_unknown_name_lists_the_known_ones() {
         .unwrap_err();
     assert_eq!(
         error.to_string(),
-        "unknown setting `gruops` (autosp.toml:2:2), expected one of `sp`, `dp`, `groups`, `deadline`, `attention`, `device`, `policy`, `zero`\n  \
+        "unknown setting `gruops` (autosp.toml:2:2), expected one of `sp`, `dp`, `groups`, `deadline`, `start_deadline`, `attention`, `device`, `policy`, `zero`\n  \
          help: did you mean `groups`? [AS0308]"
     );
     let far = Settings::default().with("colour", "red").unwrap_err();
@@ -276,11 +276,11 @@ fn the_table_says_where_each_value_came_from() {
     settings.set("sp", "4", flag("sp")).unwrap();
     let table = settings.table();
     for line in [
-        "sp         = 4            flag --sp",
-        "dp         = 2            the program",
-        "groups     = 3            autosp.toml:1",
-        "deadline   = 120          default",
-        "policy     = \"input\"      variable AUTOSP_POLICY",
+        "sp             = 4            flag --sp",
+        "dp             = 2            the program",
+        "groups         = 3            autosp.toml:1",
+        "deadline       = 120          default",
+        "policy         = \"input\"      variable AUTOSP_POLICY",
     ] {
         assert!(table.lines().any(|found| found == line), "{line}\n{table}");
     }

@@ -1,26 +1,28 @@
-//! The `local` engine: ranks are threads of one process, and a part is handed over by reference.
+//! The `local` engine: ranks are threads of one process, and a part is handed over by reference. With a [`World`] of several processes
+//! it is the engine of those, whose letters go over [TCP](super::process).
 //!
 //! Each rank has one mailbox. `start` puts an envelope with the tag into the mailbox of every peer, also where there is no part, so
 //! that every rank can compare what every other does. `wait` sleeps on the own mailbox until all envelopes are there.
 //!
 //! Four things end a wait otherwise, at once or in time, so that a run never hangs: another rank failed; a rank that is waited for
-//! has returned; all ranks wait and none can go on; the deadline. Each is a fault of the [`World`], which wakes everybody.
+//! has returned; all ranks wait and none can go on (known among threads only); the deadline, which runs from the start of the collective. Each is a fault of the [`World`], which wakes everybody.
 
+mod away;
 mod mail;
 mod world;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::Duration;
 
 use autosp_plan::codes;
 #[cfg(feature = "cuda")]
 use candle_core::DType;
 use candle_core::Tensor;
 
-pub(crate) use mail::list;
-use mail::{Envelope, Missing, Taken};
-pub(crate) use world::{Fault, World};
+pub(crate) use mail::{Envelope, list};
+use mail::{Missing, Taken};
+pub(crate) use world::{Fault, World, lock};
 
 use super::ring::short;
 use super::{Engine, Pending, Tag};
@@ -115,7 +117,7 @@ impl LocalEngine {
                 self.ledger.count(bytes as u64, tag.exchange);
             }
             let key = (self.group.kind, self.world_rank, sequence);
-            self.world.post(rank, key, Envelope { tag, letter });
+            self.world.deliver(rank, key, Envelope { tag, letter });
         }
         Ok(sequence)
     }
@@ -132,17 +134,20 @@ impl LocalEngine {
             .peers()
             .map(|(_, rank)| (kind, rank, sequence))
             .collect();
-        self.world.waits(self.world_rank, kind, sequence);
-        let until = Instant::now() + self.world.deadline;
-        let letters = match self
-            .world
-            .take(self.world_rank, &Missing { tag, keys }, until)?
-        {
-            Taken::Envelopes(letters) => letters,
-            Taken::Late(ranks) => return Err(self.fault(self.late(tag, sequence, &ranks))),
-            Taken::Returned(ranks) => return Err(self.fault(self.returned(tag, &ranks))),
-            Taken::Stuck(error) => return Err(self.fault(error)),
-        };
+        let since = self.world.waits(self.world_rank, kind, sequence);
+        let deadline = self.world.deadline(self.world_rank);
+        let letters =
+            match self
+                .world
+                .take(self.world_rank, &Missing { tag, keys }, since + deadline)?
+            {
+                Taken::Envelopes(letters) => letters,
+                Taken::Late(ranks) => {
+                    return Err(self.fault(self.late(tag, sequence, deadline, &ranks)));
+                }
+                Taken::Returned(ranks) => return Err(self.fault(self.returned(tag, &ranks))),
+                Taken::Stuck(error) => return Err(self.fault(error)),
+            };
         if let Some(((_, rank, _), other)) = letters.iter().find(|(_, letter)| letter.tag != tag) {
             return Err(self.fault(self.mismatch(tag, *rank, other.tag, sequence)));
         }
@@ -192,7 +197,7 @@ impl LocalEngine {
             .with_help("run the same number of steps on every rank")
     }
 
-    fn late(&self, tag: Tag, sequence: u64, missing: &[usize]) -> Error {
+    fn late(&self, tag: Tag, sequence: u64, deadline: Duration, missing: &[usize]) -> Error {
         let concerned = [missing, &[self.world_rank]].concat();
         let Group { kind, members } = &self.group;
         Error::new(
@@ -200,7 +205,7 @@ impl LocalEngine {
             format!(
                 "rank {} waited {} in {tag}, collective #{sequence} of the {kind} group ({}); missing: {}\n  the last collectives were:{}",
                 self.world_rank,
-                short(self.world.deadline),
+                short(deadline),
                 list(members),
                 list(missing),
                 self.world.history(&concerned),

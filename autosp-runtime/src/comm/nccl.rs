@@ -10,6 +10,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::Duration;
 
 use autosp_plan::codes;
 use candle_core::{Device, Tensor};
@@ -96,9 +97,14 @@ pub(crate) fn connect(world: &Arc<World>, mesh: Mesh, rank: usize) -> Result<Wir
             .filter_map(Weak::upgrade)
             .for_each(|group| group.abort());
     });
-    let (for_late, deadline) = (Arc::downgrade(world), world.deadline);
+    let (for_deadline, for_late) = (Arc::downgrade(world), Arc::downgrade(world));
     let watch = Watch::new(
-        deadline,
+        // Without a world there is nothing left to watch.
+        move || {
+            for_deadline
+                .upgrade()
+                .map_or(Duration::MAX, |world| world.deadline(rank))
+        },
         move || {
             all.iter()
                 .filter_map(Weak::upgrade)
@@ -106,7 +112,9 @@ pub(crate) fn connect(world: &Arc<World>, mesh: Mesh, rank: usize) -> Result<Wir
         },
         move |what| {
             if let Some(world) = for_late.upgrade() {
-                let text = format!("rank {rank}: {what}");
+                let all: Vec<usize> = (0..size).collect();
+                let last = world.history(&all);
+                let text = format!("rank {rank}: {what}\n  the last collectives were:{last}");
                 world.raise(
                     rank,
                     Error::new(codes::DEADLINE, text)

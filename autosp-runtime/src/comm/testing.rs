@@ -18,6 +18,7 @@ pub(crate) fn ranks(sp: usize, dp: usize) -> Settings {
         .with_sp(sp)
         .with_dp(dp)
         .with_deadline(LONG)
+        .with_start_deadline(LONG)
 }
 
 pub(crate) const MEET: Tag = Tag::new("meet", "barrier");

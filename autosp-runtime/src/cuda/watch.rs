@@ -36,10 +36,10 @@ fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
 }
 
 impl Watch {
-    /// Calls `late` with the first collective that has run on the GPU for longer than `deadline`, once. `broken` is asked at every
+    /// Calls `late` with the first collective that has run on the GPU for longer than `deadline` says, once. `broken` is asked at every
     /// look for an error that the library reports on its own.
     pub(crate) fn new(
-        deadline: Duration,
+        deadline: impl Fn() -> Duration + Send + 'static,
         broken: impl Fn() -> Option<String> + Send + 'static,
         late: impl Fn(String) + Send + 'static,
     ) -> std::io::Result<Self> {
@@ -51,7 +51,7 @@ impl Watch {
                 let (mutex, bell) = &*shared;
                 let mut state = lock(mutex);
                 while !state.stop {
-                    let found = look(&mut state.entries, deadline);
+                    let found = look(&mut state.entries, deadline());
                     if found.is_some() || !state.entries.is_empty() {
                         drop(state);
                         if let Some(what) = found.or_else(&broken) {

@@ -6,6 +6,7 @@ use autosp_plan::Settings;
 use autosp_plan::settings::Device as Kind;
 use candle_core::Device;
 
+use super::launched::launched;
 use super::sp::{Groups, Sp};
 use crate::comm::{Engine, Group, LocalEngine, World};
 use crate::{Ledger, Mesh, Result};
@@ -14,21 +15,35 @@ use crate::{Ledger, Mesh, Result};
 pub(super) enum Place {
     /// All ranks on one device: parts are handed over by reference.
     Shared(Device),
-    /// A GPU for each rank.
+    /// A GPU for each rank: the first rank of this process has the one of this number.
     #[cfg(feature = "cuda")]
-    Own,
+    Own { first_rank: usize, first: usize },
 }
 
 impl Place {
-    /// The place that the settings ask for.
+    /// The place that the settings ask for, in a process of all ranks.
+    ///
+    /// # Errors
+    /// As [`of_process`](Self::of_process).
+    pub(super) fn of(settings: &Settings) -> Result<Self> {
+        // Each process of a launched run has a GPU of its own, also for what it does by itself.
+        let own = launched().ok().flatten();
+        Self::of_process(settings, 0, own.map_or(0, |launched| launched.local_rank))
+    }
+
+    /// The place of the process whose first rank is `first_rank`, and whose first GPU is `first`.
     ///
     /// # Errors
     /// AS0410 if there is no GPU that can be used.
-    pub(super) fn of(settings: &Settings) -> Result<Self> {
+    #[cfg_attr(
+        not(feature = "cuda"),
+        allow(unused_variables, reason = "only GPUs have numbers")
+    )]
+    pub(super) fn of_process(settings: &Settings, first_rank: usize, first: usize) -> Result<Self> {
         match settings.device() {
             Kind::Cpu => Ok(Self::Shared(Device::Cpu)),
             #[cfg(feature = "cuda")]
-            Kind::Cuda => Ok(Self::Own),
+            Kind::Cuda => Ok(Self::Own { first_rank, first }),
             #[cfg(feature = "cuda")]
             Kind::CudaShared => Ok(Self::Shared(crate::cuda::open(0)?.0)),
             #[cfg(not(feature = "cuda"))]
@@ -74,9 +89,9 @@ impl Place {
                 (groups, device.clone())
             }
             #[cfg(feature = "cuda")]
-            Self::Own => {
+            Self::Own { first_rank, first } => {
                 use crate::comm::{NcclEngine, connect};
-                let (device, gpu) = crate::cuda::open(rank)?;
+                let (device, gpu) = crate::cuda::open(rank - first_rank + first)?;
                 let wires = connect(world, mesh, rank)?;
                 let boxed = |mail, group| -> Box<dyn Engine> {
                     Box::new(NcclEngine::new(
@@ -101,6 +116,7 @@ impl Place {
             device,
             settings.clone(),
             ledger,
+            Arc::clone(world),
         ))
     }
 }

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use autosp_plan::{Settings, codes};
 use candle_core::{Device, TensorId};
 
-use crate::comm::{Engine, Tag, all_to_all, barrier};
+use crate::comm::{Engine, Tag, World, all_to_all, barrier};
 use crate::scope::{self, Scope, Shard};
 use crate::{Bytes, Error, Ledger, Mesh, Result};
 
@@ -28,6 +28,7 @@ struct Inner {
     device: Device,
     settings: Settings,
     ledger: Arc<Ledger>,
+    shared: Arc<World>,
     steps: AtomicU64,
     /// Of the numbers that dropout draws.
     seed: AtomicU64,
@@ -49,6 +50,7 @@ impl Sp {
         device: Device,
         settings: Settings,
         ledger: Arc<Ledger>,
+        shared: Arc<World>,
     ) -> Self {
         let Groups { sp, dp, world } = groups;
         Self(Arc::new(Inner {
@@ -60,6 +62,7 @@ impl Sp {
             device,
             settings,
             ledger,
+            shared,
             steps: AtomicU64::new(0),
             seed: AtomicU64::new(0),
             shards: Mutex::default(),
@@ -139,6 +142,7 @@ impl Sp {
     /// Runs `f` inside a sharded scope: models under the attribute run their sequence-parallel twins there, also on one rank.
     /// Every rank enters the same scopes. `trainer.step` and `trainer.evaluate` do this themselves.
     pub fn scope<R>(&self, f: impl FnOnce() -> R) -> R {
+        self.0.shared.scope_begins(self.0.rank);
         let step = self.0.steps.fetch_add(1, Ordering::Relaxed);
         Scope::new(self.clone(), step).run(f)
     }

@@ -56,7 +56,9 @@ fn a_rank_that_never_returns_is_reported_after_the_grace() {
         meet(sp)
     };
     let seen = std::sync::Mutex::new(None);
-    let settings = ranks(2, 1).with_deadline(Duration::from_millis(100));
+    let settings = ranks(2, 1)
+        .with_deadline(Duration::from_millis(100))
+        .with_start_deadline(Duration::from_millis(100));
     let result = run_watched(
         &settings,
         &stuck,

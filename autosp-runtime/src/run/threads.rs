@@ -1,5 +1,6 @@
-//! Ranks as threads of this process.
+//! Ranks as threads of this process: all of a run, or the one that a launched process is.
 
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
@@ -27,6 +28,7 @@ const GRACE: Duration = Duration::from_secs(30);
 /// What happens when a rank does not return although the run has failed: `(error, ranks)`.
 type OnStuck<'a> = &'a dyn Fn(&Error, &[usize]);
 
+/// Runs all ranks of the settings in this process.
 pub(super) fn run<T: Send>(
     settings: &Settings,
     f: &(impl Fn(&Sp) -> Result<T> + Sync),
@@ -36,7 +38,7 @@ pub(super) fn run<T: Send>(
 
 /// A thread cannot be killed and borrows from the caller, so there is no way back: the process ends, as a job that hangs costs more.
 #[allow(clippy::print_stderr, reason = "the last words of the process")]
-fn exit(error: &Error, ranks: &[usize]) {
+pub(super) fn exit(error: &Error, ranks: &[usize]) {
     eprintln!(
         "error: {error}\nexiting: {} did not return after the run had failed",
         list(ranks)
@@ -44,13 +46,28 @@ fn exit(error: &Error, ranks: &[usize]) {
     std::process::exit(EXIT_STUCK);
 }
 
-/// Runs the ranks; `on_stuck` is called if some do not return within `grace` after a failure.
+/// As [`run`]; `on_stuck` is called if some do not return within `grace` after a failure.
 pub(super) fn run_watched<T: Send>(
     settings: &Settings,
     f: &(impl Fn(&Sp) -> Result<T> + Sync),
     grace: Duration,
     on_stuck: OnStuck<'_>,
 ) -> Result<Vec<T>> {
+    expect_no_run()?;
+    let mesh = Mesh::from_settings(settings)?;
+    let crew = Crew {
+        mesh,
+        world: Arc::new(World::new(mesh.world(), settings.into())),
+        ranks: 0..mesh.world(),
+        place: Place::of(settings)?,
+        settings,
+    };
+    crew.run(f, grace, on_stuck)
+}
+
+/// # Errors
+/// AS0302 if this thread is a rank.
+pub(super) fn expect_no_run() -> Result<()> {
     if panics::is_rank() {
         return Err(Error::new(
             codes::NESTED_RUN,
@@ -58,57 +75,100 @@ pub(super) fn run_watched<T: Send>(
         )
         .with_help("call the inner closure directly"));
     }
-    panics::install_hook();
-    let mesh = Mesh::from_settings(settings)?;
-    let size = mesh.world();
-    let world = Arc::new(World::new(size, settings.deadline()));
-    let place = Place::of(settings)?;
+    Ok(())
+}
 
-    for (key, value, source) in settings.entries() {
-        tracing::info!(setting = key.name, %value, %source, "setting");
-    }
-    let observer = Observer::of_caller();
+/// The ranks of a run that are in this process.
+pub(super) struct Crew<'a> {
+    pub(super) mesh: Mesh,
+    pub(super) world: Arc<World>,
+    pub(super) ranks: Range<usize>,
+    pub(super) place: Place,
+    pub(super) settings: &'a Settings,
+}
 
-    let results: Vec<Option<T>> = std::thread::scope(|scope| {
-        let mut threads = Vec::with_capacity(size);
-        for rank in 0..size {
-            let place = &place;
-            let (own_world, observer) = (Arc::clone(&world), observer.clone());
-            let thread = std::thread::Builder::new()
-                .name(format!("rank {rank}"))
-                .stack_size(STACK_BYTES);
-            match thread.spawn_scoped(scope, move || {
-                observer.observe(rank, || {
-                    rank_main(&own_world, (mesh, rank), settings, place, f)
-                })
-            }) {
-                Ok(thread) => threads.push(thread),
-                Err(error) => {
-                    let text = format!("could not start a thread for rank {rank}: {error}");
-                    world.raise(rank, Error::new(codes::MESH, text));
-                    (rank..size).for_each(|rank| world.leave(rank));
-                    break;
+impl Crew<'_> {
+    /// Runs `f` on a thread for each rank of this process, and returns what each returned.
+    ///
+    /// # Errors
+    /// The first failure of any rank of the run, in this process or another.
+    pub(super) fn run<T: Send>(
+        &self,
+        f: &(impl Fn(&Sp) -> Result<T> + Sync),
+        grace: Duration,
+        on_stuck: OnStuck<'_>,
+    ) -> Result<Vec<T>> {
+        panics::install_hook();
+        let size = self.mesh.world();
+        for (key, value, source) in self.settings.entries() {
+            tracing::info!(setting = key.name, %value, %source, "setting");
+        }
+        let observer = Observer::of_caller();
+        let results: Vec<Option<T>> = std::thread::scope(|scope| {
+            let mut threads = Vec::with_capacity(self.ranks.len());
+            for rank in self.ranks.clone() {
+                let observer = observer.clone();
+                let thread = std::thread::Builder::new()
+                    .name(format!("rank {rank}"))
+                    .stack_size(STACK_BYTES);
+                match thread.spawn_scoped(scope, move || {
+                    observer.observe(rank, || self.rank_main(rank, f))
+                }) {
+                    Ok(thread) => threads.push(thread),
+                    Err(error) => {
+                        let text = format!("could not start a thread for rank {rank}: {error}");
+                        self.world.raise(rank, Error::new(codes::MESH, text));
+                        (rank..self.ranks.end).for_each(|rank| self.world.leave(rank));
+                        break;
+                    }
                 }
             }
+            let stuck = self.world.wait_for_all(grace);
+            if let (false, Some(error)) = (stuck.is_empty(), report(self.world.faults(), size)) {
+                on_stuck(&error, &stuck);
+            }
+            threads
+                .into_iter()
+                .map(|thread| thread.join().ok().flatten())
+                .collect()
+        });
+        match report(self.world.take_faults(), size) {
+            Some(error) => Err(error),
+            None => results.into_iter().collect::<Option<_>>().ok_or_else(|| {
+                Error::new(
+                    codes::RANK_FAILED,
+                    "a rank ended without a result and without an error",
+                )
+            }),
         }
-        let stuck = world.wait_for_all(grace);
-        if let (false, Some(error)) = (stuck.is_empty(), report(world.faults(), size)) {
-            on_stuck(&error, &stuck);
-        }
-        threads
-            .into_iter()
-            .map(|thread| thread.join().ok().flatten())
-            .collect()
-    });
+    }
 
-    match report(world.take_faults(), size) {
-        Some(error) => Err(error),
-        None => results.into_iter().collect::<Option<_>>().ok_or_else(|| {
-            Error::new(
-                codes::RANK_FAILED,
-                "a rank ended without a result and without an error",
-            )
-        }),
+    /// The life of one rank. Whatever ends it, the others hear of it.
+    fn rank_main<T>(&self, rank: usize, f: &impl Fn(&Sp) -> Result<T>) -> Option<T> {
+        panics::mark_rank();
+        let world = &self.world;
+        let _leave = Leave(world, rank);
+        let life = || {
+            self.place
+                .connect(world, self.mesh, rank, self.settings)
+                .and_then(|sp| f(&sp))
+        };
+        match catch_unwind(AssertUnwindSafe(life)) {
+            Ok(Ok(value)) => Some(value),
+            Ok(Err(error)) => {
+                if error.code() != codes::STOPPED {
+                    world.raise(rank, error);
+                }
+                None
+            }
+            Err(payload) => {
+                world.raise(
+                    rank,
+                    Error::new(codes::RANK_FAILED, panics::describe(&*payload)),
+                );
+                None
+            }
+        }
     }
 }
 
@@ -144,39 +204,6 @@ struct Leave<'a>(&'a World, usize);
 impl Drop for Leave<'_> {
     fn drop(&mut self) {
         self.0.leave(self.1);
-    }
-}
-
-/// The life of one rank. Whatever ends it, the others hear of it.
-fn rank_main<T>(
-    world: &Arc<World>,
-    (mesh, rank): (Mesh, usize),
-    settings: &Settings,
-    place: &Place,
-    f: &impl Fn(&Sp) -> Result<T>,
-) -> Option<T> {
-    panics::mark_rank();
-    let _leave = Leave(world, rank);
-    let life = || {
-        place
-            .connect(world, mesh, rank, settings)
-            .and_then(|sp| f(&sp))
-    };
-    match catch_unwind(AssertUnwindSafe(life)) {
-        Ok(Ok(value)) => Some(value),
-        Ok(Err(error)) => {
-            if error.code() != codes::STOPPED {
-                world.raise(rank, error);
-            }
-            None
-        }
-        Err(payload) => {
-            world.raise(
-                rank,
-                Error::new(codes::RANK_FAILED, panics::describe(&*payload)),
-            );
-            None
-        }
     }
 }
 

@@ -7,7 +7,7 @@ use candle_nn::VarBuilder;
 use super::report::{norm, unravel};
 use super::{Cases, gradients};
 use crate::random::Stream;
-use crate::{Error, Parameters, Result, Sp, loss, run_with};
+use crate::{Error, Parameters, Result, Sp, loss, run_on_threads};
 
 /// One element of a variable whose derivative was measured.
 #[derive(Debug, Clone)]
@@ -49,7 +49,7 @@ pub fn finite_differences(
         .copied()
         .ok_or_else(|| Error::new(codes::MESH, "expected at least one mesh, found none"))?;
     let (tokens, labels) = cases.batch()?;
-    let mut ranks = run_with(case.settings(), |sp: &Sp| {
+    let mut ranks = run_on_threads(case.settings(), |sp: &Sp| {
         let batch = sp.shard_labelled(&tokens, &labels)?;
         let parameters = Parameters::init(cases.seed, cases.dtype, &Device::Cpu);
         let loss =

@@ -18,9 +18,18 @@ pub(super) type Key = (&'static str, usize, u64);
 
 /// What one rank hands to another in one collective.
 #[derive(Debug)]
-pub(super) struct Envelope {
+pub(crate) struct Envelope {
+    pub(crate) tag: Tag,
+    pub(crate) letter: Letter,
+}
+
+/// A collective that was started and not yet waited for.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Open {
+    pub(super) kind: &'static str,
+    pub(super) sequence: u64,
     pub(super) tag: Tag,
-    pub(super) letter: Letter,
+    pub(super) since: Instant,
 }
 
 /// What a rank waits for.
@@ -53,9 +62,9 @@ pub(super) struct Mailbox {
 #[derive(Debug, Default)]
 pub(super) struct Content {
     letters: HashMap<Key, Envelope>,
-    asleep: Option<Missing>,
+    pub(super) asleep: Option<Missing>,
     /// Collectives that the rank has started and not waited for.
-    pub(super) open: Vec<(&'static str, u64, Tag)>,
+    pub(super) open: Vec<Open>,
 }
 
 impl Content {
@@ -84,7 +93,7 @@ impl Content {
 }
 
 impl World {
-    /// Puts an envelope into the mailbox of `to`, and wakes it if that was the last one it sleeps for.
+    /// Puts an envelope into the mailbox of `to`, in this process, and wakes it if that was the last one it sleeps for.
     pub(super) fn post(&self, to: usize, key: Key, envelope: Envelope) {
         let mailbox = &self.mailboxes[to];
         let mut content = lock(&mailbox.content);
@@ -154,8 +163,12 @@ impl World {
     /// If every rank that has not returned sleeps, and no letter is there for any: the first of them, and who waits where.
     ///
     /// All mailboxes are locked together (by index, and nobody else holds two), so that this is one moment of the run. Then nobody is
-    /// left to write a letter, and waiting for the deadline would change nothing.
+    /// left to write a letter, and waiting for the deadline would change nothing. What ranks of other processes do is not known for any
+    /// one moment.
     pub(super) fn all_asleep(&self) -> Option<(usize, Error)> {
+        if self.away.is_some() {
+            return None;
+        }
         let all: Vec<_> = self
             .mailboxes
             .iter()

@@ -256,7 +256,9 @@ fn what_a_rank_sent_before_it_returned_still_arrives() {
 
 #[test]
 fn a_stalled_rank_is_missed_after_the_deadline() {
-    let settings = ranks(3, 1).with_deadline(Duration::from_millis(200));
+    let settings = ranks(3, 1)
+        .with_deadline(Duration::from_millis(200))
+        .with_start_deadline(Duration::from_millis(200));
     let error = fails(settings, |sp| {
         meet(sp)?;
         if sp.rank() == 2 {

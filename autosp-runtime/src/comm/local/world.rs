@@ -1,19 +1,21 @@
-//! What the threads of a run share: mailboxes, the last collectives, and who has failed or returned.
+//! What the ranks of a run share: mailboxes, the last collectives, and who has failed or returned.
 
 use std::fmt::Write as _;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use autosp_plan::codes;
+use autosp_plan::{Settings, codes};
 
-use super::mail::Mailbox;
+use super::away::Away;
+use super::mail::{Mailbox, Open};
 use crate::comm::Tag;
+use crate::comm::process::Frame;
 use crate::comm::ring::Ring;
 use crate::{Error, Result};
 
 /// Collectives of each rank that a message shows.
-const SHOWN: usize = 4;
+pub(super) const SHOWN: usize = 4;
 
 /// A message shows all ranks of a world of this size.
 const SMALL_WORLD: usize = 8;
@@ -25,13 +27,43 @@ pub(crate) struct Fault {
     pub(crate) error: Error,
 }
 
-/// What the threads of one run share.
+impl Fault {
+    fn copy(&self) -> Self {
+        Self {
+            rank: self.rank,
+            error: self.error.copy(),
+        }
+    }
+}
+
+/// How long ranks wait for each other.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Deadlines {
+    /// From the start of a collective.
+    pub(crate) usual: Duration,
+    /// The same until the second scope begins.
+    pub(crate) first: Duration,
+}
+
+impl From<&Settings> for Deadlines {
+    fn from(settings: &Settings) -> Self {
+        Self {
+            usual: settings.deadline(),
+            first: settings.start_deadline(),
+        }
+    }
+}
+
+/// What the ranks of one run share: all of it where they are threads; where they are processes, each has one, with the others [`Away`].
 #[derive(Debug)]
 pub(crate) struct World {
-    pub(crate) deadline: Duration,
+    pub(super) deadlines: Deadlines,
     pub(super) mailboxes: Vec<Mailbox>,
-    rings: Vec<Mutex<Ring>>,
+    pub(super) rings: Vec<Mutex<Ring>>,
     pub(super) returned: Vec<AtomicBool>,
+    /// Scopes that each rank has entered.
+    scopes: Vec<AtomicU64>,
+    pub(super) away: Option<Away>,
     failed: AtomicBool,
     faults: Mutex<Vec<Fault>>,
     /// Ranks that have not returned yet; its bell rings when one does, and when one fails.
@@ -52,9 +84,11 @@ impl std::fmt::Debug for Hook {
 
 impl World {
     /// A world of `size` ranks, of which none has done anything.
-    pub(crate) fn new(size: usize, deadline: Duration) -> Self {
+    pub(crate) fn new(size: usize, deadlines: Deadlines) -> Self {
         Self {
-            deadline,
+            deadlines,
+            scopes: (0..size).map(|_| AtomicU64::new(0)).collect(),
+            away: None,
             mailboxes: (0..size).map(|_| Mailbox::default()).collect(),
             rings: (0..size).map(|_| Mutex::default()).collect(),
             returned: (0..size).map(|_| AtomicBool::new(false)).collect(),
@@ -66,20 +100,47 @@ impl World {
         }
     }
 
-    /// Records that `rank` failed, unless it has already, and wakes everybody.
+    /// How long `rank` waits for the others, from the start of a collective.
+    pub(crate) fn deadline(&self, rank: usize) -> Duration {
+        match self.scopes[rank].load(Ordering::Relaxed) {
+            0 | 1 => self.deadlines.first,
+            _ => self.deadlines.usual,
+        }
+    }
+
+    /// Notes that `rank` enters a scope: with the second, its first step is over.
+    pub(crate) fn scope_begins(&self, rank: usize) {
+        self.scopes[rank].fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Records that `rank` failed, unless it has already, and wakes everybody, in all processes.
     pub(crate) fn raise(&self, rank: usize, error: Error) {
+        let fault = Fault { rank, error };
+        let told = fault.copy();
+        if self.record(fault.rank, fault.error)
+            && let Some(away) = &self.away
         {
+            away.tell_all(|| Frame::Fault(told.copy()));
+        }
+    }
+
+    /// As [`raise`](Self::raise), in this process alone; whether it was news.
+    pub(super) fn record(&self, rank: usize, error: Error) -> bool {
+        let is_news = {
             let mut faults = lock(&self.faults);
-            if faults.iter().all(|fault| fault.rank != rank) {
+            let is_news = faults.iter().all(|fault| fault.rank != rank);
+            if is_news {
                 tracing::error!(rank, %error, "a rank failed");
                 faults.push(Fault { rank, error });
             }
-        }
+            is_news
+        };
         self.failed.store(true, Ordering::SeqCst);
         self.ring_all_bells();
         for Hook(stop) in std::mem::take(&mut *lock(&self.hooks)) {
             stop();
         }
+        is_news
     }
 
     /// `stop` is called, on the thread of whoever fails, when the run fails; at once if it has.
@@ -93,16 +154,35 @@ impl World {
         }
     }
 
-    /// Records that `rank` has returned, and wakes everybody who may wait for it.
+    /// Records that `rank`, of this process, has returned, and wakes everybody who may wait for it.
     pub(crate) fn leave(&self, rank: usize) {
         let open = lock(&self.mailboxes[rank].content).open.first().copied();
-        if let (Some((kind, sequence, tag)), false) = (open, self.has_failed()) {
+        if let (
+            Some(Open {
+                kind,
+                sequence,
+                tag,
+                ..
+            }),
+            false,
+        ) = (open, self.has_failed())
+        {
             let text = format!(
                 "expected a wait for each collective, found none for {tag}, collective #{sequence} of the {kind} group"
             );
             self.raise(rank, Error::new(codes::UNFINISHED, text));
         }
-        self.returned[rank].store(true, Ordering::SeqCst);
+        if let Some(away) = &self.away {
+            away.tell_all(|| Frame::Returned);
+        }
+        self.has_left(rank);
+    }
+
+    /// Records that `rank` has returned, once.
+    pub(super) fn has_left(&self, rank: usize) {
+        if self.returned[rank].swap(true, Ordering::SeqCst) {
+            return;
+        }
         if let Some((sleeper, error)) = self.all_asleep() {
             self.raise(sleeper, error);
         }
@@ -110,45 +190,44 @@ impl World {
         self.ring_all_bells();
     }
 
-    /// Blocks until all ranks have returned. Gives up `grace` after one has failed: then the ranks that still run are the result.
+    /// The ranks of this process.
+    fn own(&self) -> std::ops::Range<usize> {
+        match &self.away {
+            Some(away) => away.me..away.me + 1,
+            None => 0..self.returned.len(),
+        }
+    }
+
+    /// Blocks until all ranks have returned; after a failure those of this process are enough. Gives up `grace` after a failure: then the
+    /// ranks of this process that still run are the result.
     pub(crate) fn wait_for_all(&self, grace: Duration) -> Vec<usize> {
         let mut running = lock(&self.running);
         let mut until: Option<Instant> = None;
         while *running > 0 {
-            if until.is_none() && self.has_failed() {
-                until = Some(Instant::now() + grace);
+            if self.has_failed() {
+                let left = until
+                    .get_or_insert_with(|| Instant::now() + grace)
+                    .saturating_duration_since(Instant::now());
+                let stuck: Vec<usize> = self
+                    .own()
+                    .filter(|&rank| !self.returned[rank].load(Ordering::SeqCst))
+                    .collect();
+                if stuck.is_empty() || left.is_zero() {
+                    return stuck;
+                }
+                let woken = self.changed.wait_timeout(running, left);
+                running = woken.unwrap_or_else(PoisonError::into_inner).0;
+            } else {
+                let woken = self.changed.wait(running);
+                running = woken.unwrap_or_else(PoisonError::into_inner);
             }
-            running = match until.map(|until| until.saturating_duration_since(Instant::now())) {
-                None => self
-                    .changed
-                    .wait(running)
-                    .unwrap_or_else(PoisonError::into_inner),
-                Some(left) if left.is_zero() => {
-                    let ranks = 0..self.returned.len();
-                    return ranks
-                        .filter(|&rank| !self.returned[rank].load(Ordering::SeqCst))
-                        .collect();
-                }
-                Some(left) => {
-                    self.changed
-                        .wait_timeout(running, left)
-                        .unwrap_or_else(PoisonError::into_inner)
-                        .0
-                }
-            };
         }
         Vec::new()
     }
 
     /// The failures so far, in the order of time; at most one a rank.
     pub(crate) fn faults(&self) -> Vec<Fault> {
-        lock(&self.faults)
-            .iter()
-            .map(|Fault { rank, error }| Fault {
-                rank: *rank,
-                error: error.copy(),
-            })
-            .collect()
+        lock(&self.faults).iter().map(Fault::copy).collect()
     }
 
     /// As [`faults`](Self::faults), when the run is over.
@@ -180,16 +259,21 @@ impl World {
     /// Notes that `rank` has started a collective.
     pub(super) fn started(&self, rank: usize, kind: &'static str, sequence: u64, tag: Tag) {
         lock(&self.rings[rank]).start(kind, tag, sequence);
-        lock(&self.mailboxes[rank].content)
-            .open
-            .push((kind, sequence, tag));
+        lock(&self.mailboxes[rank].content).open.push(Open {
+            kind,
+            sequence,
+            tag,
+            since: Instant::now(),
+        });
     }
 
-    /// Notes that `rank` waits for a collective that it has started.
-    pub(super) fn waits(&self, rank: usize, kind: &'static str, sequence: u64) {
-        lock(&self.mailboxes[rank].content)
-            .open
-            .retain(|&(k, s, _)| (k, s) != (kind, sequence));
+    /// Notes that `rank` waits for a collective that it has started, and says since when it has.
+    pub(super) fn waits(&self, rank: usize, kind: &'static str, sequence: u64) -> Instant {
+        let open = &mut lock(&self.mailboxes[rank].content).open;
+        let place = open
+            .iter()
+            .position(|open| (open.kind, open.sequence) == (kind, sequence));
+        place.map_or_else(Instant::now, |place| open.remove(place).since)
     }
 
     /// Notes that a collective is complete on `rank`.
@@ -198,12 +282,16 @@ impl World {
     }
 
     /// The last collectives of each rank, one a line; in a large world only those of `ranks`.
-    pub(super) fn history(&self, ranks: &[usize]) -> String {
+    pub(crate) fn history(&self, ranks: &[usize]) -> String {
         let now = Instant::now();
         let mut text = String::new();
         for (rank, ring) in self.rings.iter().enumerate() {
             if self.rings.len() <= SMALL_WORLD || ranks.contains(&rank) {
-                let _ = write!(text, "\n   rank {rank}{}", lock(ring).last(SHOWN, now));
+                let last = match &self.away {
+                    Some(away) if away.me != rank => away.history(rank),
+                    _ => lock(ring).last(SHOWN, now),
+                };
+                let _ = write!(text, "\n   rank {rank}{last}");
             }
         }
         text
@@ -221,6 +309,6 @@ impl World {
 }
 
 /// A panic elsewhere is reported as such; the data behind our locks is whole after each statement.
-pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
