@@ -24,11 +24,11 @@ mod report;
 #[path = "train/sample.rs"]
 mod sample;
 
-use options::Options;
+use options::{Loss, Options};
 use report::Report;
 
 /// The model, as its file has it.
-#[autosp::sequence_parallel]
+#[autosp::sequence_parallel(loss)]
 #[allow(missing_docs, clippy::pedantic)]
 pub mod llama {
     include!("models/llama.rs");
@@ -179,8 +179,13 @@ fn train(
                 text.labelled_batch(options.seed, batch, options.batch, options.seq_len)?;
             let batch = sp.shard_labelled(&tokens, &labels)?;
             let mut cache = llama::Cache::new(false, dtype, config, sp.device())?;
-            let logits = model.forward(&batch.tokens, 0, &mut cache)?;
-            Ok(autosp::loss::cross_entropy(&logits, &batch.labels)?)
+            Ok(match options.loss {
+                Loss::Tiled => model.forward_loss(&batch.tokens, 0, &mut cache, &batch.labels)?,
+                Loss::Whole => {
+                    let logits = model.forward(&batch.tokens, 0, &mut cache)?;
+                    autosp::loss::cross_entropy(&logits, &batch.labels)?
+                }
+            })
         })?;
         if sp.is_main() {
             show(&done)?;

@@ -46,6 +46,7 @@ check 'ranks on threads' 0 $?
 SECONDS=0
 train --steps 4 --log "$folder/processes.jsonl"
 check 'ranks as processes' 0 $? "$gpus ranks" 'first step on'
+lines() { { wc -l <"$1"; } 2>/dev/null || echo 0; }
 losses() { grep -o '"loss":[^,]*' "$1" | cut -d: -f2; }
 paste <(losses "$folder/threads.jsonl") <(losses "$folder/processes.jsonl") | awk '
     { print "     loss on threads " $1 ", as processes " $2; d = ($1 - $2) / $1; if (d < 0) d = -d; if (d > 2e-2) bad = 1 }
@@ -60,14 +61,15 @@ hit() { # NAME SIGNAL CODE WORDS..
     launched=$!
     # Some steps are taken.
     for _ in $(seq 600); do
-        [[ $(wc -l <"$folder/steps.jsonl" 2>/dev/null || echo 0) -ge 5 ]] && break
+        [[ $(lines "$folder/steps.jsonl") -ge 5 ]] && break
         sleep 0.2
     done
     victim=$(pgrep -f "^$program .*--steps 100000" | while read -r pid; do
-        tr '\0' '\n' <"/proc/$pid/environ" | grep -qx "RANK=$((gpus - 1))" && echo "$pid"
+        tr '\0' '\n' <"/proc/$pid/environ" | grep -x "RANK=$((gpus - 1))" >/dev/null && echo "$pid"
     done | head -n 1)
     SECONDS=0
-    kill "-$signal" "$victim"
+    # Without a victim nothing would end.
+    kill "-$signal" "${victim:-$launched}"
     wait "$launched"
     code=$?
     check "$name" "$expected" "$code" "$@"
@@ -92,7 +94,7 @@ for ((rank = 0; rank < gpus; rank++)); do
     pids+=($!)
 done
 for _ in $(seq 600); do
-    [[ $(wc -l <"$folder/loose.jsonl" 2>/dev/null || echo 0) -ge 5 ]] && break
+    [[ $(lines "$folder/loose.jsonl") -ge 5 ]] && break
     sleep 0.2
 done
 SECONDS=0

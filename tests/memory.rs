@@ -12,7 +12,7 @@ use autosp_plan::settings::Policy;
 use candle_core::{DType, Device, Tensor};
 
 /// The example Llama with the attribute.
-#[autosp::sequence_parallel]
+#[autosp::sequence_parallel(loss)]
 #[allow(dead_code, missing_docs, clippy::pedantic)]
 pub mod llama {
     include!("../examples/models/llama.rs");
@@ -131,9 +131,44 @@ fn step(policy: Policy, sp: usize, s: usize) -> (usize, usize) {
     bytes[0]
 }
 
+/// The most bytes that a forward and backward of one rank hold, with logits whole or at most `TILE` bytes of them.
+fn loss_peak(s: usize, tiled: bool) -> usize {
+    let config = llama::Config {
+        vocab_size: VOCABULARY,
+        hidden_size: 16,
+        intermediate_size: 16,
+        num_hidden_layers: 1,
+        ..config()
+    };
+    let tokens: Vec<u32> = (0..s as u32).map(|i| (i * i + 7 * i) % 64).collect();
+    let tokens = Tensor::from_vec(tokens, (1, s), &Device::Cpu).unwrap();
+    let settings = Settings::default().with_loss_bytes(TILE);
+    let bytes = autosp::run_with(settings, |sp| {
+        let parameters = Parameters::init(1, DType::F32, sp.device());
+        let model = llama::Llama::load(parameters.builder(), &config)?;
+        let batch = sp.shard(&tokens)?;
+        sp.scope(|| {
+            let mut cache = llama::Cache::new(false, DType::F32, &config, sp.device())?;
+            let before = COUNTED.mark();
+            let loss = if tiled {
+                model.forward_loss(&batch.tokens, 0, &mut cache, &batch.labels)?
+            } else {
+                cross_entropy(&model.forward(&batch.tokens, 0, &mut cache)?, &batch.labels)?
+            };
+            loss.backward()?;
+            Ok(COUNTED.peak.load(Ordering::SeqCst) - before)
+        })
+    });
+    bytes.unwrap()[0]
+}
+
+const VOCABULARY: usize = 4096;
+const TILE: usize = 1 << 18;
+
 /// Everything is in one test: the allocator counts the whole process.
 #[test]
 fn memory_grows_with_the_length() {
+    losses_hold_no_logits();
     let lengths = [256, 512, 1024, 2048, 4096];
     for policy in [Policy::All, Policy::Attention] {
         let found = lengths.map(|s| step(policy, 2, s));
@@ -181,4 +216,18 @@ fn memory_grows_with_the_length() {
         let apart = extra.abs_diff(formula);
         assert!(apart < 20_000, "{policy:?}: {extra} and {formula}");
     }
+}
+
+/// Neither logits nor their gradient exist: what a loss holds beyond the model's own activations is a tile and gradients of weights.
+fn losses_hold_no_logits() {
+    let s = 1024;
+    let logits = s * VOCABULARY * 4;
+    let (tiled, whole) = (loss_peak(s, true), loss_peak(s, false));
+    println!("logits of {logits} bytes: {whole} at most where they are whole, {tiled} in tiles");
+    assert!(whole > 2 * logits, "{whole}");
+    // Less than any tensor of all logits.
+    assert!(tiled < logits / 2, "{tiled}");
+    // Without logits, twice the length is about twice the activations of one small layer.
+    let activations = loss_peak(2 * s, true).saturating_sub(tiled);
+    assert!(activations < 6_000_000, "{activations}");
 }

@@ -2,7 +2,7 @@
 
 mod common;
 
-use autosp_plan::plan::{HeadMap, Plan};
+use autosp_plan::plan::{Action, HeadMap, Plan, Tiled};
 use common::{edit, edit_n, llama};
 
 fn plan(source: &str) -> Plan {
@@ -351,4 +351,53 @@ fn a_gpt_2_with_fused_projections_and_learned_positions_is_followed() {
     );
     assert_eq!(site.mask, "causal: key <= query");
     assert!(plan.blocks[0].scope.is_some());
+}
+
+/// The block's checkpoint: whether its input is read nowhere else; and the calls that run in tiles.
+fn scopes(source: &str) -> (Vec<bool>, Vec<Tiled>) {
+    let plan = plan(source);
+    let edits = plan.twins.iter().flat_map(|twin| &twin.edits);
+    let (mut last, mut tiled) = (Vec::new(), Vec::new());
+    for edit in edits {
+        match &edit.action {
+            Action::Checkpoint(scope) => last.push(scope.last),
+            Action::Tiled(call) => tiled.push(*call),
+            _ => {}
+        }
+    }
+    (last, tiled)
+}
+
+#[test]
+fn a_block_takes_the_memory_of_an_input_that_nobody_else_reads() {
+    assert_eq!(scopes(&llama()).0, [true]);
+    let call = "x = block.forward(&x, index_pos, layer, cache)?;";
+    for also in [
+        "let kept = x.clone(); x = block.forward(&x, index_pos, layer, cache)?; drop(kept);",
+        "assert!(x.rank() == 3); x = block.forward(&x, index_pos, layer, cache)?;",
+        "println!(\"{x:?}\"); x = block.forward(&x, index_pos, layer, cache)?;",
+    ] {
+        assert_eq!(scopes(&edit(&llama(), call, also)).0, [false], "{also}");
+    }
+    let other = "let y = block.forward(&x, index_pos, layer, cache)?; x = y;";
+    assert_eq!(scopes(&edit(&llama(), call, other)).0, [true]);
+}
+
+#[test]
+fn a_part_that_computes_by_token_runs_in_tiles() {
+    let mlp = Tiled {
+        dim: 1,
+        by_ref: true,
+    };
+    assert_eq!(scopes(&llama()).1, [mlp]);
+    // What asks for the whole sequence does not.
+    let call = "self.down_proj.forward(&x)";
+    let whole = "self.down_proj.forward(&(x * (seq(&x)? as f64))?)";
+    let source = edit(&llama(), call, whole);
+    let source = format!("{source}\nfn seq(x: &Tensor) -> Result<usize> {{ x.dim(1) }}\n");
+    assert_eq!(scopes(&source).1, []);
+    // A layer that cannot be cloned cannot be kept.
+    let derive = "#[derive(Debug, Clone)]\nstruct Mlp";
+    let source = edit(&llama(), derive, "#[derive(Debug)]\nstruct Mlp");
+    assert_eq!(scopes(&source).1, []);
 }

@@ -19,8 +19,9 @@ use proc_macro::{Span, TokenStream};
 ///
 /// Arguments:
 /// - `crate = path` names the facade where it is not `::autosp`;
-/// - `loss` gives every function that keeps one token, such as the `forward` of a decoder for generation, a companion `forward_loss`
-///   with one more parameter, the labels of the shard: the mean cross-entropy over all tokens of all ranks;
+/// - `loss` gives a language model's `forward`, also one that keeps one token for generation, a companion `forward_loss` with one more
+///   parameter, the labels of the shard: the mean cross-entropy over all tokens of all ranks, computed for some tokens at a time, so
+///   that logits are never whole;
 /// - `plan = "autosp.toml"` names a settings file, of which `[build]` is read now and the rest when the program runs; it is looked
 ///   for in the package, then beside the source file;
 /// - `tokenwise(Type::function, Type::field)`, `replicated(..)` and `sharded(..)` say what the analysis cannot see: that every token is

@@ -206,6 +206,9 @@ codes! {
     NOT_EQUIVALENT = "AS0517", "sharded training differs from one rank",
         "The loss or a gradient differs by more than the contract allows: per tensor |a - b| <= 1e-5 |b| + 1e-7 x global gradient norm. The message names the tensor and the place of the largest difference.";
 
+    UNCOLLECTED = "AS0518", "gradients of blocks were left behind",
+        "The gradients of variables inside a model's blocks do not pass through candle's gradient store. After each backward of an own loop `sp.reduce_gradients` collects them; without it an optimizer would leave these variables as they are. `trainer.step` does all of this.";
+
     TENSOR_EXTRA = "AS0540", "a model file holds tensors that the model does not use",
         "The model was built without asking for a tensor of its files: it has fewer layers, another head, or other names. Trained and saved it would be another model. `Parameters::ignore` passes over tensors that are left out on purpose.";
     TENSOR_TWICE = "AS0541", "two model files hold the same tensor",

@@ -131,7 +131,7 @@ pub struct Root {
     pub offsets: Vec<String>,
     /// Index into [`Plan::twins`].
     pub twin: usize,
-    /// The twin that gives a row for every token where the function keeps one, if a loss was asked for.
+    /// The twin that gives a row for every token, if a loss was asked for and can be had.
     pub loss: Option<usize>,
 }
 
@@ -195,6 +195,8 @@ pub enum Kind {
     Weights,
     /// A mask, likewise.
     Mask,
+    /// Logits that a loss computes for some tokens at a time.
+    Logits,
 }
 
 /// One change to a function body.
@@ -225,6 +227,8 @@ pub enum Action {
     Softmax,
     /// The product of weights and values, where it is written as a function call.
     Attend,
+    /// An operation of a block, which goes on the block's tape.
+    Recorded,
     /// A size of the shard becomes the valid length of the sequence.
     Valid,
     /// A tuple of so many sizes, of which these become valid ones.
@@ -259,6 +263,18 @@ pub enum Action {
     Untyped,
     /// The call is a block: its input is kept and the rest can be computed again.
     Checkpoint(Checkpoint),
+    /// The call computes each token by itself and can run on a few at a time.
+    Tiled(Tiled),
+}
+
+/// A call of a part of the model with one sharded tensor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+pub struct Tiled {
+    /// The dimension of the tensor that is the sequence.
+    pub dim: usize,
+    /// Whether it takes a reference.
+    pub by_ref: bool,
 }
 
 /// A block's call.
@@ -271,6 +287,8 @@ pub struct Checkpoint {
     pub input: u32,
     /// Variables that the block needs: name, and whether a reference is passed.
     pub captures: Vec<(String, bool)>,
+    /// Whether the loop reads the input nowhere else.
+    pub last: bool,
 }
 
 /// A mask as a rule over (query, key).

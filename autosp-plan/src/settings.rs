@@ -96,6 +96,32 @@ pub enum Zero {
     Stage0,
     /// The optimizer's state and master weights.
     Stage1,
+    /// The gradients too, while the backward runs.
+    Stage2,
+}
+
+impl Zero {
+    /// All stages.
+    pub const ALL: [Self; 3] = [Self::Stage0, Self::Stage1, Self::Stage2];
+
+    /// The number of the stage.
+    pub const fn number(self) -> u8 {
+        self as u8
+    }
+
+    /// Whether each rank holds and updates its share of the optimizer's state.
+    pub const fn divides_state(self) -> bool {
+        !matches!(self, Self::Stage0)
+    }
+
+    /// As a settings file writes it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Stage0 => "0",
+            Self::Stage1 => "1",
+            Self::Stage2 => "2",
+        }
+    }
 }
 
 /// The settings of a run. Each value remembers its [`Source`].
@@ -269,6 +295,12 @@ impl Settings {
         self.program("dp", Value::Count(dp))
     }
 
+    /// Sets the bytes of logits that a loss without whole logits makes at a time.
+    #[must_use]
+    pub fn with_loss_bytes(self, bytes: usize) -> Self {
+        self.program("loss_bytes", Value::Count(bytes))
+    }
+
     /// Sets the number of head groups of each site.
     #[must_use]
     pub fn with_groups(self, groups: usize) -> Self {
@@ -318,14 +350,16 @@ impl Settings {
         self.program("policy", Value::Choice(policy.name()))
     }
 
+    /// Sets how many tokens the parts of a block which compute each token by itself take at a time.
+    #[must_use]
+    pub fn with_tile(self, tokens: usize) -> Self {
+        self.program("tile", Value::Count(tokens))
+    }
+
     /// Sets what ranks divide of the optimizer.
     #[must_use]
     pub fn with_zero(self, zero: Zero) -> Self {
-        let stage = match zero {
-            Zero::Stage0 => "0",
-            Zero::Stage1 => "1",
-        };
-        self.program("zero", Value::Choice(stage))
+        self.program("zero", Value::Choice(zero.name()))
     }
 
     /// Ranks that share one sequence.
@@ -341,6 +375,16 @@ impl Settings {
     /// Head groups of each site; a site with fewer heads on a rank uses fewer.
     pub fn groups(&self) -> usize {
         self.count("groups")
+    }
+
+    /// Tokens that the parts of a block which compute each token by itself take at a time.
+    pub fn tile(&self) -> usize {
+        self.count("tile")
+    }
+
+    /// Bytes of logits that a loss without whole logits makes at a time.
+    pub fn loss_bytes(&self) -> usize {
+        self.count("loss_bytes")
     }
 
     /// How long a rank waits for the others before it gives up.
@@ -380,11 +424,9 @@ impl Settings {
 
     /// What ranks divide of the optimizer.
     pub fn zero(&self) -> Zero {
-        if self.choice("zero") == "1" {
-            Zero::Stage1
-        } else {
-            Zero::Stage0
-        }
+        let word = self.choice("zero");
+        let named = Zero::ALL.into_iter().find(|zero| zero.name() == word);
+        named.unwrap_or(Zero::Stage0)
     }
 
     /// Every setting with its value and where it came from, in the order of [`KEYS`].

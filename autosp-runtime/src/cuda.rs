@@ -10,12 +10,17 @@
 pub(crate) mod attention;
 mod cudnn;
 mod device;
+mod elementwise;
 mod failure;
+pub(crate) mod gemm;
 mod kernels;
 mod library;
 mod memory;
 pub(crate) mod nccl;
+mod nvrtc;
 pub(crate) mod ops;
+#[doc(hidden)]
+pub mod probe;
 mod watch;
 
 pub(crate) use device::{Gpu, open};

@@ -4,6 +4,7 @@ use autosp_plan::codes;
 use candle_core::Tensor;
 
 use crate::error::{Error, Result};
+use crate::ops::Recorded;
 
 /// The axes of a site's tensors in the order in which the model has them: `b` batch, `h` query heads, `g` kv heads, `s` sequence,
 /// `d` width (the values' width may be another one than the keys').
@@ -165,7 +166,7 @@ impl Axes {
         let x = if x.dims() == apart {
             x.clone()
         } else {
-            x.reshape(apart)?
+            x.reshape__sp(apart)?
         };
         let mut places = [0; CANONICAL];
         for (place, axis) in order.into_iter().enumerate() {
@@ -188,7 +189,7 @@ impl Axes {
         Ok(if x.dims() == merged {
             x
         } else {
-            x.reshape(merged)?
+            x.reshape__sp(merged)?
         })
     }
 }
@@ -198,7 +199,7 @@ fn permuted(x: &Tensor, order: [usize; CANONICAL]) -> Result<Tensor> {
     Ok(if order == [0, 1, 2, 3] {
         x.clone()
     } else {
-        x.permute(order)?
+        x.permute__sp(order)?
     })
 }
 

@@ -1,4 +1,4 @@
-//! The byte ledger: what each rank hands to its peers, and what it holds from the forward to the backward.
+//! The byte ledger: what each rank hands to its peers, and what it holds, by purpose.
 
 use std::ops::{Add, Sub};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -9,8 +9,50 @@ use std::sync::atomic::{AtomicU64, Ordering};
 pub struct Ledger {
     sent: AtomicU64,
     exchange: AtomicU64,
-    held: AtomicU64,
+    gauges: [Gauge; 4],
     attentions: AtomicU64,
+}
+
+/// What memory that this crate allocates is for. The rest of what a rank uses is activations in candle's graph and what operations hold
+/// for a moment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Purpose {
+    /// The variables, frozen ones included.
+    Parameters,
+    /// Gradients of variables between a block's backward and the update, and their sums.
+    Gradients,
+    /// Moments and master weights.
+    Optimizer,
+    /// What checkpoint scopes hold.
+    Kept,
+}
+
+impl Purpose {
+    /// All of them.
+    pub const ALL: [Self; 4] = [
+        Self::Parameters,
+        Self::Gradients,
+        Self::Optimizer,
+        Self::Kept,
+    ];
+
+    /// In a word.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Parameters => "parameters",
+            Self::Gradients => "gradients",
+            Self::Optimizer => "optimizer",
+            Self::Kept => "kept",
+        }
+    }
+}
+
+/// Bytes that there are, and the most that there were.
+#[derive(Debug, Default)]
+struct Gauge {
+    now: AtomicU64,
+    most: AtomicU64,
 }
 
 /// Bytes handed to peers.
@@ -42,7 +84,26 @@ impl Ledger {
 
     /// Bytes that the checkpoint scopes of this rank hold now: inputs of blocks, and what the policy keeps of the sites in them.
     pub fn held(&self) -> u64 {
-        self.held.load(Ordering::Relaxed)
+        self.bytes(Purpose::Kept)
+    }
+
+    /// Bytes that this rank holds now for a purpose.
+    pub fn bytes(&self, purpose: Purpose) -> u64 {
+        self.gauges[purpose as usize].now.load(Ordering::Relaxed)
+    }
+
+    /// The most bytes that this rank has held for a purpose since it was started, or since the mark was
+    /// [taken back](Self::forget_most).
+    pub fn most(&self, purpose: Purpose) -> u64 {
+        self.gauges[purpose as usize].most.load(Ordering::Relaxed)
+    }
+
+    /// The most bytes are what there are now.
+    pub fn forget_most(&self) {
+        for gauge in &self.gauges {
+            let now = gauge.now.load(Ordering::Relaxed);
+            gauge.most.store(now, Ordering::Relaxed);
+        }
     }
 
     /// How often attention was computed on this rank, once for each head group; backwards are not counted.
@@ -51,11 +112,22 @@ impl Ledger {
     }
 
     pub(crate) fn hold(&self, bytes: u64) {
-        self.held.fetch_add(bytes, Ordering::Relaxed);
+        let gauge = &self.gauges[Purpose::Kept as usize];
+        let now = gauge.now.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        gauge.most.fetch_max(now, Ordering::Relaxed);
     }
 
     pub(crate) fn release(&self, bytes: u64) {
-        self.held.fetch_sub(bytes, Ordering::Relaxed);
+        self.gauges[Purpose::Kept as usize]
+            .now
+            .fetch_sub(bytes, Ordering::Relaxed);
+    }
+
+    /// There are so many bytes for a purpose now.
+    pub(crate) fn set(&self, purpose: Purpose, bytes: u64) {
+        let gauge = &self.gauges[purpose as usize];
+        gauge.now.store(bytes, Ordering::Relaxed);
+        gauge.most.fetch_max(bytes, Ordering::Relaxed);
     }
 
     pub(crate) fn attended(&self) {

@@ -9,6 +9,8 @@ pub mod config;
 pub mod cuda;
 pub mod data;
 pub mod error;
+#[cfg(any(feature = "cuda", test))]
+mod kernel_cache;
 pub mod layout;
 pub mod ledger;
 pub mod library;
@@ -28,11 +30,11 @@ pub mod site;
 pub mod testing;
 pub mod train;
 
-pub use autosp_plan::{Settings, codes, io_reason, settings};
+pub use autosp_plan::{Settings, codes, io_reason, planner, settings};
 pub use config::ModelConfig;
 pub use data::{Batch, Packing, Rows, TextData, TextReader, Tokenizer};
 pub use error::{Error, Result};
-pub use ledger::{Bytes, Ledger};
+pub use ledger::{Bytes, Ledger, Purpose};
 pub use mesh::Mesh;
 pub use parameters::{Parameters, load_trainable};
 pub use run::{Launched, Launcher, Sp, launched, run, run_on_threads, run_with};

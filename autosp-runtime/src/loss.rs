@@ -3,6 +3,9 @@
 //! The loss of a step is one number: the sum of the token losses of all ranks, divided by the number of valid targets of all ranks.
 //! Every rank holds that value. The gradient on a rank is this rank's part, so that the sum over the ranks is the gradient of the
 //! value, however unequal the number of targets on each.
+//!
+//! [`cross_entropy`] takes logits that were made. [`Logits`] are not made: the product with the vocabulary, the loss and the gradients are
+//! computed for some tokens at a time, so that no tensor [tokens, V] exists.
 
 use std::cell::Cell;
 
@@ -12,9 +15,15 @@ use rayon::prelude::*;
 
 use crate::comm::{Tag, all_gather};
 use crate::ops::{
-    Kernel, Real, Rows, Visit, compute, max, owned, per_row, record1, sum, tensor, visit,
+    Kernel, Real, Rows, Visit, compute, max, owned, per_row, record, sum, tensor, visit,
 };
 use crate::{Error, scope};
+
+pub mod head;
+mod tiled;
+
+pub use head::Logits;
+pub use tiled::linear_cross_entropy;
 
 /// The label of a position that has no target.
 pub const IGNORE: i64 = -100;
@@ -38,7 +47,8 @@ thread_local! {
 /// # Errors
 /// AS0510 if there is no valid target on any rank; AS0511 if a label is no class; AS0509 if shapes do not fit.
 pub fn cross_entropy(logits: &Tensor, labels: &Tensor) -> Result<Tensor> {
-    let classes = classes(logits, labels)?;
+    let width = logits.dim(D::Minus1)?;
+    let classes = classes(&logits.dims()[..logits.rank() - 1], width, labels)?;
     let dtype = if logits.dtype() == DType::F64 {
         DType::F64
     } else {
@@ -57,11 +67,11 @@ pub fn cross_entropy(logits: &Tensor, labels: &Tensor) -> Result<Tensor> {
     let Sums { lse, total } = visit(&Forward { classes: &classes }, [logits])?;
     let (total, count) = over_ranks(total, valid)?;
     let value = Tensor::new(total / count, &Device::Cpu)?.to_dtype(dtype)?;
-    record1(
+    record(
         "cross-entropy",
-        logits,
+        [logits],
         owned(&value)?,
-        move |[logits], _, grad| {
+        move |[logits], grad| {
             let scale = grad.to_dtype(DType::F64)?.to_scalar::<f64>()? / count;
             Ok([Some(tensor(compute(
                 &Backward {
@@ -103,14 +113,15 @@ pub(crate) fn take_targets() -> Option<u64> {
     TARGETS.take()
 }
 
-/// The class of every position, `None` where it is ignored.
-fn classes(logits: &Tensor, labels: &Tensor) -> crate::Result<Vec<Option<u32>>> {
-    let vocabulary = logits.dim(D::Minus1)?;
-    if logits.dims()[..logits.rank() - 1] != *labels.dims() || !labels.dtype().is_int() {
+/// The class of every position, `None` where it is ignored, of logits `[leading.., vocabulary]`.
+fn classes(
+    leading: &[usize],
+    vocabulary: usize,
+    labels: &Tensor,
+) -> crate::Result<Vec<Option<u32>>> {
+    if leading != labels.dims() || !labels.dtype().is_int() {
         let text = format!(
-            "expected whole labels of shape {:?} for logits {:?}, found {:?} of shape {:?}",
-            &logits.dims()[..logits.rank() - 1],
-            logits.dims(),
+            "expected whole labels of shape {leading:?} for logits {leading:?} x {vocabulary}, found {:?} of shape {:?}",
             labels.dtype(),
             labels.dims()
         );
@@ -136,28 +147,38 @@ fn classes(logits: &Tensor, labels: &Tensor) -> crate::Result<Vec<Option<u32>>> 
     labels.into_iter().enumerate().map(class).collect()
 }
 
-/// The sum and the number of targets, over all ranks of the scope in progress.
+/// The sum of the losses and the number of targets, over all ranks of the scope in progress; (0, 1) where there may be none.
 fn over_ranks(total: f64, valid: usize) -> crate::Result<(f64, f64)> {
-    let (mut sum, mut count) = (total, valid as f64);
-    if let Some(scope) = scope::current().filter(|scope| scope.sp().world_size() > 1) {
-        let tag = Tag::new("loss", "sum").at(scope.step());
-        let own = Tensor::new(&[[total, valid as f64]], &Device::Cpu)?;
-        let all = all_gather(scope.sp().world_group(), tag, &own, 0)?.to_vec2::<f64>()?;
-        (sum, count) = all.iter().fold((0.0, 0.0), |(sum, count), rank| {
-            (sum + rank[0], count + rank[1])
-        });
+    let [sum, count] = add_over_ranks("sum", [total, valid as f64])?;
+    Ok(counted(count)?.map_or((0.0, 1.0), |count| (sum, count)))
+}
+
+/// Numbers of all ranks of the scope in progress, added in the order of the ranks.
+fn add_over_ranks<const N: usize>(what: &'static str, own: [f64; N]) -> crate::Result<[f64; N]> {
+    let Some(scope) = scope::current().filter(|scope| scope.sp().world_size() > 1) else {
+        return Ok(own);
+    };
+    let tag = Tag::new("loss", what).at(scope.step());
+    let own = Tensor::new(&[own], &Device::Cpu)?;
+    let all = all_gather(scope.sp().world_group(), tag, &own, 0)?.to_vec2::<f64>()?;
+    let mut sums = [0.0; N];
+    for rank in &all {
+        for (sum, x) in sums.iter_mut().zip(rank) {
+            *sum += x;
+        }
     }
-    if count == 0.0 && EMPTY.get() {
-        TARGETS.set(Some(TARGETS.get().unwrap_or(0)));
-        return Ok((0.0, 1.0));
-    }
-    if count == 0.0 {
+    Ok(sums)
+}
+
+/// Notes the targets of a loss; `None` where there are none and there need not be any.
+fn counted(count: f64) -> crate::Result<Option<f64>> {
+    if count == 0.0 && !EMPTY.get() {
         let text =
             format!("expected at least one target on some rank, found every label to be {IGNORE}");
         return Err(Error::new(codes::NO_TARGET, text));
     }
     TARGETS.set(Some(TARGETS.get().unwrap_or(0) + count as u64));
-    Ok((sum, count))
+    Ok((count > 0.0).then_some(count))
 }
 
 struct Forward<'a> {
@@ -243,11 +264,7 @@ impl Kernel<1> for Backward<'_> {
 fn on_gpu(logits: &Tensor, classes: &[Option<u32>], valid: usize) -> Result<Option<Tensor>> {
     use crate::cuda::ops;
     let rows = classes.len();
-    let classes: Vec<u32> = classes
-        .iter()
-        .map(|class| class.unwrap_or(ops::NO_CLASS))
-        .collect();
-    let classes = Tensor::from_vec(classes, rows, logits.device())?;
+    let classes = classes_on_gpu(classes, logits.device())?;
     let flat = move |x: &Tensor| x.detach().reshape((rows, x.dim(D::Minus1)?));
     let Some([lse, losses]) = ops::loss_forward(&flat(logits)?, &classes)? else {
         return Ok(None);
@@ -255,17 +272,25 @@ fn on_gpu(logits: &Tensor, classes: &[Option<u32>], valid: usize) -> Result<Opti
     let total = losses.to_dtype(DType::F64)?.sum_all()?.to_scalar::<f64>()?;
     let (total, count) = over_ranks(total, valid)?;
     let value = Tensor::new((total / count) as f32, logits.device())?;
-    let loss = record1(
+    let loss = record(
         "cross-entropy",
-        logits,
+        [logits],
         owned(&value)?,
-        move |[logits], _, grad| {
+        move |[logits], grad| {
             let scale = grad.to_dtype(DType::F64)?.to_scalar::<f64>()? / count;
             let dx = ops::loss_backward(&flat(logits)?, &classes, &lse, scale)?;
             Ok([Some(dx.reshape(logits.shape())?)])
         },
     )?;
     Ok(Some(loss))
+}
+
+/// Classes as kernels read them.
+#[cfg(feature = "cuda")]
+fn classes_on_gpu(classes: &[Option<u32>], device: &Device) -> Result<Tensor> {
+    let none = crate::cuda::ops::NO_CLASS;
+    let classes: Vec<u32> = classes.iter().map(|class| class.unwrap_or(none)).collect();
+    Tensor::new(classes, device)
 }
 
 /// The same by candle's differentiable operations, for devices without a kernel here.
@@ -275,29 +300,32 @@ fn composed(
     valid: usize,
     dtype: DType,
 ) -> Result<Tensor> {
+    let own = sum_of_losses(&logits.reshape((classes.len(), ()))?, classes, dtype)?;
+    let here = own.to_dtype(DType::F64)?.to_scalar::<f64>()?;
+    let (total, count) = over_ranks(here, valid)?;
+    // The value is that of all ranks; the gradient is that of `own` alone.
+    own.affine(1.0 / count, (total - here) / count)
+}
+
+/// The sum of the losses of rows `[n, V]`, in `dtype`, by operations that have a backward.
+fn sum_of_losses(logits: &Tensor, classes: &[Option<u32>], dtype: DType) -> Result<Tensor> {
     let (device, rows) = (logits.device(), classes.len());
     let targets: Vec<u32> = classes.iter().map(|class| class.unwrap_or(0)).collect();
     let weights: Vec<f32> = classes
         .iter()
         .map(|class| if class.is_some() { 1.0 } else { 0.0 })
         .collect();
-    let logits = logits
-        .reshape((rows, logits.dim(D::Minus1)?))?
-        .to_dtype(dtype)?;
+    let logits = logits.to_dtype(dtype)?;
     let picked = logits
         .gather(&Tensor::from_vec(targets, (rows, 1), device)?, 1)?
         .squeeze(1)?;
     let weights = Tensor::from_vec(weights, rows, device)?.to_dtype(dtype)?;
     // A row without a target may hold anything, also infinities, which a weight of zero would not silence.
     let losses = (logits.log_sum_exp(1)? - picked)?;
-    let losses = weights
+    weights
         .ne(0.0)?
-        .where_cond(&losses, &losses.zeros_like()?)?;
-    let own = losses.sum_all()?;
-    let here = own.to_dtype(DType::F64)?.to_scalar::<f64>()?;
-    let (total, count) = over_ranks(here, valid)?;
-    // The value is that of all ranks; the gradient is that of `own` alone.
-    own.affine(1.0 / count, (total - here) / count)
+        .where_cond(&losses, &losses.zeros_like()?)?
+        .sum_all()
 }
 
 #[cfg(test)]

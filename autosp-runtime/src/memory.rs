@@ -1,39 +1,53 @@
 //! What a forward keeps for its backward.
 //!
-//! Under the policy `all` candle's graph keeps every activation. Under the others a [`checkpoint`] keeps the input of a block and
-//! computes the block again in the backward; of each attention site in the block it keeps what the policy says, so that under `qkv`
-//! and `attention` attention itself never runs twice. [`Ledger::held`](crate::Ledger::held) counts the bytes, and
-//! [`autosp_plan::cost`] has the formula.
+//! A [`checkpoint`] is a block of the model. Under the policy `all` its tape (`ops/tape.rs`) keeps what the backward of each
+//! operation needs. Under the others the input of the block is kept, and the block is computed again in the backward; of each
+//! attention site in the block it keeps what the policy says, so that under `qkv` and `attention` attention itself never runs twice.
+//! [`Ledger::held`](crate::Ledger::held) counts the bytes, and [`autosp_plan::cost`] has the formula.
 
-pub(crate) mod tape;
+pub(crate) mod replay;
+mod tiles;
+
+pub use tiles::tiled;
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
 
+use autosp_plan::codes;
 use autosp_plan::settings::Policy;
 use candle_core::backprop::GradStore;
-use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, TensorId, Var};
+use candle_core::{DType, Result, Tensor, TensorId, Var};
 
-use crate::Sp;
-use crate::ops::{owned, record1, tracked};
+use crate::ops::{accumulate, cast, owned, record_gradient, taken, tape, tensor, tracked};
 use crate::scope::{self, Scope};
 use crate::site;
+use crate::{Error, Sp};
 
 thread_local! {
-    /// Gradients of variables that recomputed blocks have found on this thread, which is this rank.
-    static SINK: RefCell<HashMap<TensorId, Tensor>> = RefCell::new(HashMap::new());
+    /// Gradients of variables that blocks have found on this thread, which is this rank, with the types of the variables.
+    static SINK: RefCell<HashMap<TensorId, (Tensor, DType)>> = RefCell::new(HashMap::new());
+
+    /// The scope in which they were found.
+    static FOUND_IN: Cell<u64> = const { Cell::new(0) };
+
+    /// The result of the last block.
+    static LAST: Cell<Option<TensorId>> = const { Cell::new(None) };
 
     /// Whether there will be no backward.
     static FORWARD_ONLY: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Runs `f(x)` and, under other policies than `all`, keeps `x` and what the policy says of the attention sites inside, in place of all
-/// that happens there.
+/// Runs a block, `f(x)`, as one operation of candle's graph, with a tape of its own inside.
 ///
-/// In the backward, `f` runs again on the same `x`, in the scope of the forward, collectives included, and gives the same bits; a site
-/// whose result was kept runs its `replay` in place of its forward. The gradients of the variables that `f` captures do not pass
-/// through candle's gradient store: a trainer collects them, and [`Sp::reduce_gradients`](crate::Sp::reduce_gradients) does for own
-/// loops. Outside a sharded scope, under the policy `all`, and inside another checkpoint, this is `f(x)`.
+/// Under the policy `all` the tape of the forward is kept, and each operation's part of it freed in the backward. Under the others `x`
+/// and what the policy says of the attention sites inside are kept in place of all that happens there: in the backward, `f` runs
+/// again on the same `x`, in the scope of the forward, collectives included, and gives the same bits; a site whose result was kept
+/// runs its `replay` in place of its forward. So it does also where a backward is asked for a second time.
+///
+/// The gradients of the variables that `f` captures do not pass through candle's gradient store: a trainer collects them, and
+/// [`Sp::reduce_gradients`](crate::Sp::reduce_gradients) does for own loops. Outside a sharded scope and inside another checkpoint,
+/// this is `f(x)`.
 ///
 /// # Errors
 /// Those of `f`.
@@ -41,12 +55,32 @@ pub fn checkpoint<F>(x: &Tensor, f: F) -> Result<Tensor>
 where
     F: Fn(&Tensor) -> Result<Tensor> + Send + Sync + 'static,
 {
+    entered(x, false, f)
+}
+
+/// As [`checkpoint`], where nobody reads `x` afterwards: if it is the result of another block, its memory is taken, and no copy is
+/// made of it.
+///
+/// # Errors
+/// As [`checkpoint`]; AS0351 if a backward is asked for a second time.
+pub fn checkpoint_last<F>(x: &Tensor, f: F) -> Result<Tensor>
+where
+    F: Fn(&Tensor) -> Result<Tensor> + Send + Sync + 'static,
+{
+    entered(x, LAST.get() == Some(x.id()), f)
+}
+
+fn entered<F>(x: &Tensor, own: bool, f: F) -> Result<Tensor>
+where
+    F: Fn(&Tensor) -> Result<Tensor> + Send + Sync + 'static,
+{
     match scope::current() {
-        Some(_) if FORWARD_ONLY.get() => Ok(f(&x.detach())?.detach()),
-        Some(scope) if !tape::is_running() => match scope.sp().settings().policy() {
-            Policy::All => f(x),
-            policy => recomputed(x, scope, policy, f),
-        },
+        Some(_) if FORWARD_ONLY.get() => Ok(tape::values(|| f(&x.detach()))?.detach()),
+        Some(scope) if !replay::is_running() && !tape::is_recording() => {
+            let result = block(x, own, scope, f)?;
+            LAST.set(Some(result.id()));
+            Ok(result)
+        }
         _ => f(x),
     }
 }
@@ -65,6 +99,11 @@ pub(crate) fn forward_only<R>(f: impl FnOnce() -> R) -> R {
     f()
 }
 
+/// Whether there will be no backward.
+pub(crate) fn is_forward_only() -> bool {
+    FORWARD_ONLY.get()
+}
+
 /// Bytes that a scope holds, in the ledger of its rank while it does.
 struct Held(Sp, u64);
 
@@ -81,67 +120,142 @@ impl Drop for Held {
     }
 }
 
-fn recomputed<F>(x: &Tensor, scope: Scope, policy: Policy, f: F) -> Result<Tensor>
+/// Runs a block and makes one operation of it. Where the memory of `x` is its `own`, it is taken.
+fn block<F>(x: &Tensor, own: bool, scope: Scope, f: F) -> Result<Tensor>
 where
     F: Fn(&Tensor) -> Result<Tensor> + Send + Sync + 'static,
 {
-    // The graph of the block dies with this statement, except where nothing in it is tracked.
-    let (y, memos) = tape::first(policy, || f(&x.detach()));
-    let y = y?.detach();
-    // A block whose input is not tracked still has variables: a variable in the input's place makes candle call the backward.
-    let x = if tracked(x) {
+    expect_collected(&scope)?;
+    let policy = scope.sp().settings().policy();
+    let wanted = tracked(x);
+    let taken_from = |x: &Tensor| Ok::<_, candle_core::Error>((taken(x)?, x.shape().clone()));
+    let (result, tape, memos, kept) = if policy == Policy::All {
+        let input = match (own, wanted) {
+            (true, true) => tape::variable(taken_from(x)?),
+            (false, true) => tape::variable(owned(x)?),
+            (_, false) => x.detach(),
+        };
+        let (y, tape) = tape::record(&input, &f)?;
+        let result = if tape.movable {
+            taken_from(&y)?
+        } else {
+            owned(&y)?
+        };
+        let kept = (!own).then(|| x.detach());
+        (result, Some(tape), replay::Memos::default(), kept)
+    } else {
+        let (y, memos) = replay::first(policy, || tape::values(|| f(&x.detach())));
+        let result = owned(&y?)?;
+        let kept = if own {
+            tensor(taken_from(x)?)
+        } else {
+            x.detach()
+        };
+        (result, None, memos, Some(kept))
+    };
+    let bytes = match policy {
+        Policy::All => 0,
+        _ => site::bytes(x) + memos.iter().map(|memo| memo.bytes()).sum::<u64>(),
+    };
+    let held = Held::new(scope.sp(), bytes);
+    // A block whose input is not tracked still has variables: one in the input's place makes candle call the backward.
+    let input = if wanted {
         x.clone()
     } else {
-        Var::from_tensor(&x.detach())?.into_inner()
+        Var::zeros((), x.dtype(), x.device())?.into_inner()
     };
-    let bytes = site::bytes(&x) + memos.iter().map(|memo| memo.bytes()).sum::<u64>();
-    let held = Held::new(scope.sp(), bytes);
-    record1("checkpoint", &x, owned(&y)?, move |[x], _, grad| {
+    let tape = Mutex::new(tape);
+    record_gradient("block", [&input], result, move |grad| {
         let _held = &held;
-        scope.run(|| backward(&f, x, &memos, grad))
+        let tape = tape.lock().unwrap_or_else(PoisonError::into_inner).take();
+        FOUND_IN.set(scope.step());
+        scope.run(|| {
+            let tape = match (tape, &kept) {
+                (Some(tape), _) => tape,
+                (None, Some(x)) => again(&f, x, wanted, &memos)?,
+                (None, None) => {
+                    let text = "a block: expected one backward, found a second one, for which nothing was kept";
+                    return Err(Error::new(codes::REPLAY, text)
+                        .with_help("AUTOSP_POLICY=input")
+                        .into());
+                }
+            };
+            let of_input = tape.backward(grad, &mut sink)?;
+            crate::train::divide::block_done()?;
+            Ok([of_input])
+        })
     })
 }
 
-/// Computes the block again and walks it back from `grad`: the gradient of x is returned, those of variables go to the sink.
-fn backward(
+/// Gradients of an earlier scope that nobody has collected would be taken for this one's, or were never used.
+///
+/// # Errors
+/// AS0518, once, if there are such.
+fn expect_collected(scope: &Scope) -> Result<()> {
+    let left = SINK.with_borrow(HashMap::len);
+    if left == 0 || FOUND_IN.get() == scope.step() {
+        return Ok(());
+    }
+    forget();
+    let text = format!(
+        "expected the gradients of the last backward to be collected, found those of {left} variables of blocks left behind"
+    );
+    Err(Error::new(codes::UNCOLLECTED, text)
+        .with_help("sp.reduce_gradients(&mut grads, &vars)? after `backward`")
+        .into())
+}
+
+/// Computes a block again: one that kept less than all, or whose record a first backward has used up.
+fn again(
     f: &dyn Fn(&Tensor) -> Result<Tensor>,
     x: &Tensor,
-    memos: &tape::Memos,
-    grad: &Tensor,
-) -> Result<[Option<Tensor>; 1]> {
+    wanted: bool,
+    memos: &replay::Memos,
+) -> Result<tape::Block> {
     let _span = tracing::debug_span!("recomputation").entered();
-    let x = Var::from_tensor(x)?;
-    let y = tape::again(memos, || f(x.as_tensor()))?;
-    if !tracked(&y) {
-        return Ok([None]);
-    }
-    let seed = y.apply_op1(Seed(grad.clone()))?;
-    drop(y);
-    let variables: Vec<Tensor> = seed
-        .sorted_nodes()
-        .into_iter()
-        .filter(|node| node.is_variable() && node.id() != x.id())
-        .cloned()
-        .collect();
-    let mut grads = seed.backward()?;
-    SINK.with_borrow_mut(|sink| -> Result<()> {
-        for variable in &variables {
-            if let Some(grad) = grads.remove(variable) {
-                let grad = match sink.remove(&variable.id()) {
-                    None => grad,
-                    Some(earlier) => (earlier + grad)?,
+    let input = if wanted {
+        tape::variable(owned(x)?)
+    } else {
+        x.clone()
+    };
+    let (_, tape) = replay::again(memos, || tape::record(&input, f))?;
+    Ok(tape)
+}
+
+/// Takes one gradient of a variable. Several of half precision are added in `f32`.
+fn sink(variable: &Tensor, grad: Tensor) -> Result<()> {
+    SINK.with_borrow_mut(|sink| {
+        let grad = match sink.remove(&variable.id()) {
+            None => grad,
+            Some((earlier, _)) => {
+                let wide = match variable.dtype() {
+                    DType::BF16 | DType::F16 => DType::F32,
+                    same => same,
                 };
-                sink.insert(variable.id(), grad.detach());
+                // What was cast, now or for an earlier sum, is nobody else's.
+                let own = wide != variable.dtype();
+                accumulate(cast(&earlier, wide)?, own, &cast(&grad, wide)?)?
             }
-        }
+        };
+        sink.insert(variable.id(), (grad.detach(), variable.dtype()));
         Ok(())
-    })?;
-    Ok([grads.remove(&x)])
+    })
+}
+
+/// Takes what the sink has of the variables that `wanted` knows.
+pub(crate) fn take(wanted: impl Fn(TensorId) -> bool) -> Result<Vec<(TensorId, Tensor)>> {
+    SINK.with_borrow_mut(|sink| {
+        let taken = sink.extract_if(|id, _| wanted(*id));
+        taken
+            .map(|(id, (grad, dtype))| Ok((id, cast(&grad, dtype)?)))
+            .collect()
+    })
 }
 
 /// Moves the gradients that recomputed blocks found on this thread into candle's store.
 pub(crate) fn collect(grads: &mut GradStore) -> Result<()> {
-    for (id, grad) in SINK.take() {
+    for (id, (grad, dtype)) in SINK.take() {
+        let grad = cast(&grad, dtype)?;
         let sum = match grads.get_id(id) {
             None => grad,
             Some(earlier) => (earlier + grad)?.detach(),
@@ -154,35 +268,6 @@ pub(crate) fn collect(grads: &mut GradStore) -> Result<()> {
 /// Forgets what an abandoned backward has left.
 pub(crate) fn forget() {
     SINK.take();
-}
-
-/// A scalar zero whose backward hands its operand a given gradient, where candle's `backward` would begin with ones.
-struct Seed(Tensor);
-
-impl CustomOp1 for Seed {
-    fn name(&self) -> &'static str {
-        "seed"
-    }
-
-    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
-        Ok((CpuStorage::F32(vec![0.0]), Shape::from(())))
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        like: &candle_core::CudaStorage,
-        _: &Layout,
-    ) -> Result<(candle_core::CudaStorage, Shape)> {
-        let device = like.device.clone();
-        let zero = device.alloc_zeros::<f32>(1)?;
-        let zero = candle_core::CudaStorage::wrap_cuda_slice(zero, device);
-        Ok((zero, Shape::from(())))
-    }
-
-    fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
-        Ok(Some(self.0.clone()))
-    }
 }
 
 #[cfg(test)]

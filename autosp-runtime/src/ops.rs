@@ -9,29 +9,38 @@
 //! An operand that nothing tracks (a frozen weight, rope tables) gets no gradient and costs none. [`linear`] is here for that alone:
 //! candle's layer has a backward, which computes a gradient for a frozen weight too.
 
+mod arithmetic;
 mod dropout;
 mod kernel;
 mod layer;
 mod linear;
 mod modules;
+mod movement;
 mod norm;
 mod positions;
 mod record;
 mod rope;
 pub mod sequence;
 mod softmax;
+pub(crate) mod tape;
 
+pub use arithmetic::{Operand, add, mul, silu};
 pub use dropout::{RowsAndTokens, dropout, dropout_layer};
 pub use layer::{layer, no_cache, norm_layer};
 pub use linear::linear;
-pub use modules::{embedding, silu};
+pub use modules::embedding;
+pub use movement::Recorded;
 pub use norm::{layer_norm, layer_norm_op, rms_norm, rms_norm_op};
 pub use positions::{fold, pick, pick_narrow, slice};
 pub use rope::{rope, rope_i, rope_thd};
 pub use softmax::{softmax, softmax_last_dim};
 
+pub(crate) use arithmetic::{accumulate, cast, sum_as};
 pub(crate) use kernel::{Kernel, Real, Rows, Visit, compute, max, per_row, sum, visit};
-pub(crate) use record::{owned, record1, record2, record3, taken, tensor, tracked};
+pub(crate) use record::{
+    Kept, owned, record, record_gradient, record_result, taken, tensor, tracked,
+};
+pub(crate) use tape::Gradient;
 
 #[cfg(test)]
 mod tests;

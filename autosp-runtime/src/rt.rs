@@ -5,11 +5,13 @@ pub use candle_nn;
 
 pub use crate::layout::Layout;
 pub use crate::library;
-pub use crate::loss::token_loss;
+pub use crate::loss::head::fold;
+pub use crate::loss::{Logits, head, token_loss};
 pub use crate::mask::{Band, HostMask, Mask, key_mask, mask, mask_rule};
-pub use crate::memory::checkpoint;
+pub use crate::memory::{checkpoint, checkpoint_last, tiled};
 pub use crate::ops;
-pub use crate::ops::{fold, pick, pick_narrow, sequence, slice};
+pub use crate::ops::Recorded;
+pub use crate::ops::{pick, pick_narrow, sequence, slice};
 pub use crate::schedule::{Backward, Forward, HeadMap, Schedule, Site, Ulysses};
 pub use crate::scores::{Scores, Weights, scores, softmax};
 

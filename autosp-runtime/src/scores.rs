@@ -18,6 +18,7 @@ use candle_core::{DType, Device, Result, Shape, Tensor};
 use crate::error::Error;
 use crate::layout::{Axes, Known};
 use crate::mask::{Action, Mask};
+use crate::ops::{Recorded, tape};
 use crate::schedule::Site;
 use crate::scope::{self, Scope, Shard};
 use crate::site::{self, SiteRef};
@@ -413,7 +414,7 @@ impl Weights {
             (&q, &k, &v),
         )?;
         let out = if out.dtype() == v.dtype() {
-            out.to_dtype(dtype)?
+            out.to_dtype__sp(dtype)?
         } else {
             out
         };
@@ -443,6 +444,10 @@ pub(crate) fn before_cast(x: &Tensor) -> Result<Tensor> {
         return Ok(x.clone());
     }
     let is_half = |node: &Tensor| matches!(node.dtype(), DType::BF16 | DType::F16);
+    match tape::hint(x) {
+        Some(tape::Hint::Cast(half)) if is_half(&half) => return Ok(half),
+        _ => {}
+    }
     let found = match x.sorted_nodes().as_slice() {
         [_, half, ..] if is_half(half) && half.dims() == x.dims() => (*half).clone(),
         [_, cast, half, ..]
@@ -482,7 +487,7 @@ fn one_type(tensors: [&Tensor; 3]) -> Result<[Tensor; 3]> {
     } else {
         DType::F32
     };
-    let [q, k, v] = tensors.map(|x| x.to_dtype(wide));
+    let [q, k, v] = tensors.map(|x| x.to_dtype__sp(wide));
     Ok([q?, k?, v?])
 }
 

@@ -29,7 +29,7 @@ pub use report::{Case, Difference, Report, Run};
 
 use crate::loss::IGNORE;
 use crate::random::Stream;
-use crate::train::reduce::{detached, presence, sums};
+use crate::train::reduce::{detached, here, presence, sums};
 use crate::{Error, Parameters, Result, Sp, loss, memory, run_on_threads};
 
 /// What to compare. All combinations of `sp`, `dp`, `groups` and `policies` are run.
@@ -258,7 +258,7 @@ fn gradients(sp: &Sp, parameters: &Parameters, loss: &Tensor) -> Result<Outcome>
     memory::collect(&mut grads)?;
     let named = parameters.named();
     let own = detached(&grads, &named);
-    presence(sp, &own, &[])?.require(&named)?;
+    presence(sp, &here(&own), &[])?.require(&named)?;
     let vars: Vec<_> = named.iter().map(|(_, var)| var.clone()).collect();
     let sums = sums(sp, own, &vars, usize::MAX)?;
     let mut gradients = Vec::with_capacity(sums.len());

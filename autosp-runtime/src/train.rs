@@ -1,5 +1,7 @@
 //! Training steps: loss, backward, reduction over all ranks, clipping, optimizer.
 
+mod check;
+pub(crate) mod divide;
 mod flat;
 mod groups;
 mod optimizer;
@@ -15,13 +17,14 @@ use autosp_plan::codes;
 use autosp_plan::settings::Zero;
 use candle_core::Var;
 
+pub use check::{Checked, Workload};
 pub use groups::Group;
 pub use report::{Evaluation, StepReport};
 pub use settings::{Decay, Optimizer, Schedule, TrainSettings};
 pub use state::Resumed;
 
 use crate::comm::{Tag, barrier, broadcast};
-use crate::{Bytes, Error, Parameters, Result, Sp};
+use crate::{Bytes, Error, Parameters, Purpose, Result, Sp, site};
 
 /// Trains the variables of a [`Parameters`] on every rank alike.
 ///
@@ -55,6 +58,10 @@ pub struct Trainer {
     /// The parts of variables that this rank updates, bucket by bucket: the slots of the updater.
     pieces: Vec<Vec<flat::Piece>>,
     updater: optimizer::Updater,
+    /// Under `zero = 2`.
+    divider: Option<divide::Divider>,
+    /// What the first steps are held against.
+    expected: Option<check::Expected>,
     steps: u64,
     /// The ledger when the previous step or evaluation ended.
     mark: Bytes,
@@ -99,9 +106,13 @@ impl Trainer {
         }
         let vars: Vec<Var> = named.iter().map(|(_, var)| var.clone()).collect();
         let buckets = flat::buckets(&vars, settings.bucket_bytes);
-        let share = |bucket: &flat::Bucket| match sp.settings().zero() {
-            Zero::Stage0 => 0..bucket.elements(),
-            Zero::Stage1 => bucket.share(sp.world_size(), sp.rank()),
+        let zero = sp.settings().zero();
+        let share = |bucket: &flat::Bucket| {
+            if zero.divides_state() {
+                bucket.share(sp.world_size(), sp.rank())
+            } else {
+                0..bucket.elements()
+            }
         };
         let pieces: Vec<Vec<flat::Piece>> = buckets
             .iter()
@@ -110,8 +121,14 @@ impl Trainer {
         let types = pieces.iter().flatten().map(|piece| vars[piece.var].dtype());
         let updater = optimizer::Updater::new(settings.optimizer, types);
         let manners = groups::manners(&settings, &[], &named)?;
+        let divider = (zero == Zero::Stage2).then(|| divide::Divider::new(sp, &vars, &buckets));
+        let held = parameters.all();
+        let held = held.iter().map(|(_, var)| site::bytes(var)).sum();
+        sp.ledger().set(Purpose::Parameters, held);
         let mark = sp.ledger().snapshot();
         Ok(Self {
+            expected: None,
+            divider,
             sp: sp.clone(),
             parameters,
             named,
@@ -149,7 +166,7 @@ impl Trainer {
         Ok(self)
     }
 
-    /// Bytes of optimizer state and master weights that this rank holds. Under `zero = 1` that is its share.
+    /// Bytes of optimizer state and master weights that this rank holds. From `zero = 1` on that is its share.
     pub fn optimizer_bytes(&self) -> u64 {
         self.updater.bytes()
     }

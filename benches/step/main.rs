@@ -10,12 +10,12 @@ mod peer;
 
 use std::{hint::black_box, time::Duration};
 
-use autosp::{Parameters, Settings, TrainSettings, Trainer, loss::cross_entropy};
+use autosp::{Parameters, Settings, TrainSettings, Trainer};
 use candle_core::{DType, Device, Tensor};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group};
 
 /// The example's model.
-#[autosp::sequence_parallel]
+#[autosp::sequence_parallel(loss)]
 #[allow(dead_code, missing_docs, clippy::pedantic)]
 pub mod llama {
     include!("../../examples/models/llama.rs");
@@ -57,7 +57,7 @@ fn train(sp: usize, steps: u64) -> autosp::Result<Duration> {
             let batch = sp.shard(&tokens)?;
             let report = trainer.step(|| {
                 let mut cache = llama::Cache::new(false, DType::F32, &config, sp.device())?;
-                cross_entropy(&model.forward(&batch.tokens, 0, &mut cache)?, &batch.labels)
+                model.forward_loss(&batch.tokens, 0, &mut cache, &batch.labels)
             })?;
             time += Duration::from_secs_f64(black_box(report).seconds);
         }

@@ -55,6 +55,9 @@ struct Options {
     policy: String,
     #[arg(long, default_value_t = 1)]
     zero: usize,
+    /// `tiled`: logits of some tokens at a time; `whole`: of all
+    #[arg(long, default_value = "tiled", value_parser = ["tiled", "whole"])]
+    loss: String,
     /// What cargo passes to a benchmark
     #[arg(long, hide = true)]
     bench: bool,
@@ -130,7 +133,11 @@ fn measure(sp: &Sp, options: &Options) -> Result<()> {
     for &length in &options.seqs {
         let measured = lengthwise(sp, options, length, |batch| {
             trainer.step(|| -> candle_core::Result<Tensor> {
-                let logits = model.forward(&batch.tokens, 0, &mut cache.clone())?;
+                let cache = &mut cache.clone();
+                if options.loss == "tiled" {
+                    return model.forward_loss(&batch.tokens, 0, cache, &batch.labels);
+                }
+                let logits = model.forward(&batch.tokens, 0, cache)?;
                 autosp::loss::cross_entropy(&logits, &batch.labels)
             })
         })?;
@@ -218,6 +225,7 @@ fn show(options: &Options, length: usize, world: usize, parameters: usize, measu
         "zero": options.zero,
         "groups": options.groups,
         "dtype": options.dtype,
+        "loss": options.loss,
         "seq": length,
         "sp": options.sp,
         "world": world,

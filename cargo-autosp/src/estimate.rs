@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use autosp_plan::config::{ConfigError, Float, ModelConfig};
 use autosp_plan::planner::{Abilities, Job, Keep, Layers, Machine, Model, Pins, Rates, estimate};
-use autosp_plan::settings::{Settings, Source, Zero};
+use autosp_plan::settings::{Settings, Source};
 use autosp_plan::{codes, io_reason, units};
 use clap::Args;
 
@@ -150,7 +150,7 @@ fn pins(arguments: &Arguments, model: &Model) -> Result<(Pins, Sources), Failure
             match name {
                 "sp" => pins.sp = Some(settings.sp()),
                 "groups" => pins.groups = Some(settings.groups()),
-                "zero" => pins.stage = Some(stage(settings.zero())),
+                "zero" => pins.stage = Some(settings.zero().number()),
                 _ => {
                     let keep = Keep::on_device(settings.policy());
                     pins.layers = Some(Layers::uniform(keep, model.layers));
@@ -183,13 +183,6 @@ fn pins(arguments: &Arguments, model: &Model) -> Result<(Pins, Sources), Failure
         ..flags
     };
     Ok((pins, sources))
-}
-
-fn stage(zero: Zero) -> u8 {
-    match zero {
-        Zero::Stage0 => 0,
-        Zero::Stage1 => 1,
-    }
 }
 
 /// Those of a file, or the defaults.

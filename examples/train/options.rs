@@ -70,6 +70,9 @@ pub struct Options {
     /// The type of the parameters
     #[arg(long, value_enum, value_name = "TYPE", default_value_t = Type::F32)]
     pub dtype: Type,
+    /// How the loss is taken: of logits that are there whole, or of those of some tokens at a time
+    #[arg(long, value_enum, value_name = "HOW", default_value_t = Loss::Tiled)]
+    pub loss: Loss,
     /// One JSON object a step goes here
     #[arg(long, value_name = "FILE")]
     pub log: Option<PathBuf>,
@@ -118,6 +121,15 @@ impl Type {
             Self::Bf16 => 2e-2,
         }
     }
+}
+
+/// How the loss is taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Loss {
+    /// Logits of all tokens, then their loss
+    Whole,
+    /// Logits, loss and gradients for some tokens at a time
+    Tiled,
 }
 
 /// What a sequence is made of.

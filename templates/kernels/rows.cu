@@ -205,6 +205,97 @@ extern "C" __global__ void silu_backward(const T* x, const T* dy, T* dx, i64 cou
     }
 }
 
+// ---- Casts to and from float, and a sum in float.
+
+__device__ __forceinline__ void write_floats(float* to, const float* from) {
+    #pragma unroll
+    for (int j = 0; j < PACK; j += 4) {
+        if (PACK % 4 == 0) *(float4*)(to + j) = make_float4(from[j], from[j + 1], from[j + 2], from[j + 3]);
+        else to[j] = from[j];
+    }
+}
+
+extern "C" __global__ void widen(const T* x, float* y, i64 count) {
+    for (i64 i = (blockIdx.x * (i64)blockDim.x + threadIdx.x) * PACK; i < count; i += gridDim.x * (i64)blockDim.x * PACK) {
+        float v[PACK + 3];
+        read(v, x + i);
+        write_floats(y + i, v);
+    }
+}
+
+extern "C" __global__ void narrow(const float* x, T* y, i64 count) {
+    for (i64 i = (blockIdx.x * (i64)blockDim.x + threadIdx.x) * PACK; i < count; i += gridDim.x * (i64)blockDim.x * PACK) {
+        float v[PACK];
+        #pragma unroll
+        for (int j = 0; j < PACK; j++) v[j] = x[i + j];
+        write(y + i, v);
+    }
+}
+
+extern "C" __global__ void add_wide(const T* a, const T* b, float* y, i64 count) {
+    for (i64 i = (blockIdx.x * (i64)blockDim.x + threadIdx.x) * PACK; i < count; i += gridDim.x * (i64)blockDim.x * PACK) {
+        float v[PACK + 3], w[PACK];
+        read(v, a + i);
+        read(w, b + i);
+        #pragma unroll
+        for (int j = 0; j < PACK; j++) v[j] += w[j];
+        write_floats(y + i, v);
+    }
+}
+
+// ---- Sums, products, and the gated activation y = x s b, s = 1 / (1 + exp(-x)); dx = dy b s (1 + x (1 - s)), db = dy x s.
+// A result may be an operand: each element is read before it is written.
+
+extern "C" __global__ void add(const T* a, const T* b, T* y, i64 count) {
+    for (i64 i = (blockIdx.x * (i64)blockDim.x + threadIdx.x) * PACK; i < count; i += gridDim.x * (i64)blockDim.x * PACK) {
+        float v[PACK], w[PACK];
+        read(v, a + i);
+        read(w, b + i);
+        #pragma unroll
+        for (int j = 0; j < PACK; j++) v[j] += w[j];
+        write(y + i, v);
+    }
+}
+
+extern "C" __global__ void mul(const T* a, const T* b, T* y, i64 count) {
+    for (i64 i = (blockIdx.x * (i64)blockDim.x + threadIdx.x) * PACK; i < count; i += gridDim.x * (i64)blockDim.x * PACK) {
+        float v[PACK], w[PACK];
+        read(v, a + i);
+        read(w, b + i);
+        #pragma unroll
+        for (int j = 0; j < PACK; j++) v[j] *= w[j];
+        write(y + i, v);
+    }
+}
+
+extern "C" __global__ void gated_forward(const T* x, const T* b, T* y, i64 count) {
+    for (i64 i = (blockIdx.x * (i64)blockDim.x + threadIdx.x) * PACK; i < count; i += gridDim.x * (i64)blockDim.x * PACK) {
+        float v[PACK], w[PACK];
+        read(v, x + i);
+        read(w, b + i);
+        #pragma unroll
+        for (int j = 0; j < PACK; j++) v[j] = v[j] / (1.f + __expf(-v[j])) * w[j];
+        write(y + i, v);
+    }
+}
+
+extern "C" __global__ void gated_backward(const T* x, const T* b, const T* dy, T* dx, T* db, i64 count) {
+    for (i64 i = (blockIdx.x * (i64)blockDim.x + threadIdx.x) * PACK; i < count; i += gridDim.x * (i64)blockDim.x * PACK) {
+        float v[PACK], w[PACK], g[PACK];
+        read(v, x + i);
+        read(w, b + i);
+        read(g, dy + i);
+        #pragma unroll
+        for (int j = 0; j < PACK; j++) {
+            float s = 1.f / (1.f + __expf(-v[j]));
+            w[j] *= g[j] * s * (1.f + v[j] * (1.f - s));
+            g[j] *= v[j] * s;
+        }
+        write(dx + i, w);
+        write(db + i, g);
+    }
+}
+
 // ---- Rotary positions: pairs (i, i + d/2), or (2i, 2i + 1) if interleaved, turned by the angle of their row; sign -1 turns back.
 // x is [b, h, t, d] with the strides `rows`, y is contiguous; tables are [t, d/2], one for each b if `batch_step` is not 0.
 
@@ -253,15 +344,9 @@ extern "C" __global__ void rope(const T* x, const T* cosine, const T* sine, T* y
 
 // ---- Cross-entropy of rows of logits against classes; 0xffffffff is no class. loss = lse - x[class], both 0 without a class.
 
-extern "C" __global__ void loss_forward(const T* x, const u32* classes, float* lse, float* loss, i64 n) {
+// log(sum(exp(x))) of a row, in thread 0.
+__device__ float log_sum_exp(const T* x, i64 n) {
     __shared__ float tops[WARP], totals[WARP];
-    i64 row = blockIdx.x;
-    u32 c = classes[row];
-    if (c == 0xffffffffu) {
-        if (threadIdx.x == 0) lse[row] = loss[row] = 0.f;
-        return;
-    }
-    x += row * n;
     float top = NEGATIVE_INFINITY, total = 0.f;
     for (i64 i = threadIdx.x * PACK; i < n; i += blockDim.x * PACK) {
         float v[PACK], most = top;
@@ -282,13 +367,50 @@ extern "C" __global__ void loss_forward(const T* x, const u32* classes, float* l
     }
     if (threadIdx.x % WARP == 0) { tops[threadIdx.x / WARP] = top; totals[threadIdx.x / WARP] = total; }
     __syncthreads();
-    if (threadIdx.x > 0) return;
+    if (threadIdx.x > 0) return 0.f;
     float most = NEGATIVE_INFINITY, sum = 0.f;
     for (int w = 0; w < blockDim.x / WARP; w++) most = fmaxf(most, tops[w]);
     for (int w = 0; w < blockDim.x / WARP; w++) sum += totals[w] * __expf(tops[w] - most);
-    float log = most + logf(sum);
+    return most + logf(sum);
+}
+
+extern "C" __global__ void loss_forward(const T* x, const u32* classes, float* lse, float* loss, i64 n) {
+    i64 row = blockIdx.x;
+    u32 c = classes[row];
+    if (c == 0xffffffffu) {
+        if (threadIdx.x == 0) lse[row] = loss[row] = 0.f;
+        return;
+    }
+    float log = log_sum_exp(x + row * n, n);
+    if (threadIdx.x > 0) return;
     lse[row] = log;
-    loss[row] = log - up(x[c]);
+    loss[row] = log - up(x[row * n + c]);
+}
+
+// Both at once: the losses, and logits that become scale (softmax - onehot) in their own memory.
+extern "C" __global__ void loss_tile(T* x, const u32* classes, float* loss, i64 n, float scale, int backward) {
+    __shared__ float shared_log;
+    i64 row = blockIdx.x;
+    u32 c = classes[row];
+    bool counts = c != 0xffffffffu;
+    x += row * n;
+    if (counts) {
+        float log = log_sum_exp(x, n);
+        if (threadIdx.x == 0) {
+            loss[row] = log - up(x[c]);
+            shared_log = log;
+        }
+    } else if (threadIdx.x == 0) loss[row] = 0.f;
+    __syncthreads();
+    if (!backward) return;
+    float log = counts ? shared_log : 0.f;
+    for (i64 i = threadIdx.x * PACK; i < n; i += blockDim.x * PACK) {
+        float v[PACK];
+        read(v, x + i);
+        #pragma unroll
+        for (int j = 0; j < PACK; j++) v[j] = counts ? scale * (__expf(v[j] - log) - (i + j == (i64)c ? 1.f : 0.f)) : 0.f;
+        write(x + i, v);
+    }
 }
 
 // dx = scale (exp(x - lse) - [i = class]), 0 without a class.

@@ -24,6 +24,10 @@ pub enum Start {
     File(String),
 }
 
+/// The loss of a model on this rank's tokens and labels.
+pub type Loss =
+    fn(&llama::Llama, &Tensor, &mut llama::Cache, &Tensor) -> candle_core::Result<Tensor>;
+
 /// What one rank found.
 pub struct Found {
     pub loss: f64,
@@ -95,13 +99,20 @@ impl Job {
 
     /// This rank's part, by a loop of one's own.
     pub fn on_rank(&self, sp: &Sp) -> autosp::Result<Found> {
+        self.with_loss(sp, |model, tokens, cache, labels| {
+            cross_entropy(&model.forward(tokens, 0, cache)?, labels)
+        })
+    }
+
+    /// The same with another way to the loss.
+    pub fn with_loss(&self, sp: &Sp, loss: Loss) -> autosp::Result<Found> {
         let parameters = self.parameters(sp.device())?;
         let model = llama::Llama::load(parameters.builder(), &self.config)?;
         let before = sp.ledger().snapshot();
         let batch = sp.shard_targets(&self.tokens, &self.labels)?;
         let (loss, mut store) = sp.scope(|| -> autosp::Result<_> {
             let mut cache = llama::Cache::new(false, DType::F32, &self.config, sp.device())?;
-            let loss = cross_entropy(&model.forward(&batch.tokens, 0, &mut cache)?, &batch.labels)?;
+            let loss = loss(&model, &batch.tokens, &mut cache, &batch.labels)?;
             let gradients = loss.backward()?;
             Ok((f64::from(loss.to_scalar::<f32>()?), gradients))
         })?;

@@ -78,7 +78,7 @@ fn an_own_loop_and_the_trainer_have_the_same_losses() {
                 .with_policy(policy);
             let own = own_loop(settings.clone(), model);
             assert!(own[STEPS as usize - 1] < own[0], "{own:?}");
-            for zero in [Zero::Stage0, Zero::Stage1] {
+            for zero in Zero::ALL {
                 let trained = train(settings.clone().with_zero(zero), model);
                 let bits = |losses: &[f64]| losses.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
                 assert_eq!(bits(&own), bits(&trained), "{model:?} dp {dp} sp {sp}");

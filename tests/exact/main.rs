@@ -10,23 +10,25 @@ mod golden;
 mod job;
 mod leaks;
 mod loops;
+mod losses;
 mod matrix;
 mod models;
 mod packed;
+mod predicted;
 mod repeat;
 mod resume;
 mod trained;
 mod training;
 
 /// The example Llama with the attribute; `autosp_reference::llama` is the same file without.
-#[autosp::sequence_parallel]
+#[autosp::sequence_parallel(loss)]
 #[allow(dead_code, missing_docs, clippy::pedantic)]
 pub mod llama {
     include!("../../examples/models/llama.rs");
 }
 
 /// The example GPT-2 with the attribute.
-#[autosp::sequence_parallel]
+#[autosp::sequence_parallel(loss)]
 #[allow(dead_code, missing_docs, clippy::pedantic)]
 pub mod gpt2 {
     include!("../../examples/models/gpt2.rs");
@@ -47,7 +49,7 @@ pub mod masked {
 }
 
 /// A decoder with a window, a soft cap and interleaved heads, with the attribute.
-#[autosp::sequence_parallel]
+#[autosp::sequence_parallel(loss)]
 #[allow(dead_code, missing_docs, clippy::pedantic)]
 pub mod window {
     include!("../models/window.rs");

@@ -14,6 +14,19 @@ fn same_numbers(
     annotated: impl Fn(VarBuilder, &Tensor) -> Result<Tensor> + Sync,
     plain: impl Fn(VarBuilder, &Tensor) -> Result<Tensor>,
 ) {
+    let loss = |vb: VarBuilder, tokens: &Tensor, labels: &Tensor| {
+        cross_entropy(&annotated(vb, tokens)?, labels)
+    };
+    same_losses(what, s, loss, plain);
+}
+
+/// The same for an annotated model that gives its loss.
+fn same_losses(
+    what: &str,
+    s: usize,
+    annotated: impl Fn(VarBuilder, &Tensor, &Tensor) -> Result<Tensor> + Sync,
+    plain: impl Fn(VarBuilder, &Tensor) -> Result<Tensor>,
+) {
     // Tokens and labels of the Llama's jobs; every third position has no target.
     let job = Job::random(tiny(2), 2, s, 11, |position| position % 3 != 0);
     let parameters = Parameters::init(5, DType::F32, &Device::Cpu);
@@ -36,15 +49,15 @@ fn same_numbers(
         let settings = Settings::default()
             .with_sp(sp)
             .with_dp(dp)
-            .with_groups(groups);
+            .with_groups(groups)
+            .with_loss_bytes(3000);
         let found = autosp::run_with(settings, |sp| {
             let parameters = Parameters::init(5, DType::F32, sp.device());
             let before = sp.ledger().snapshot();
             let batch = sp.shard_targets(&job.tokens, &job.labels)?;
             // Variables come to be with the first call, and the graph has to begin at them.
             let (loss, mut store) = sp.scope(|| -> autosp::Result<_> {
-                let logits = annotated(parameters.builder(), &batch.tokens)?;
-                let loss = cross_entropy(&logits, &batch.labels)?;
+                let loss = annotated(parameters.builder(), &batch.tokens, &batch.labels)?;
                 Ok((f64::from(loss.to_scalar::<f32>()?), loss.backward()?))
             })?;
             sp.reduce_gradients(&mut store, &parameters.vars())?;
@@ -127,4 +140,31 @@ fn a_window_a_soft_cap_and_interleaved_heads() {
             },
         );
     }
+}
+
+/// Logits through the token embedding, whose gradient is the sum of both uses; and a head with a bias.
+#[test]
+fn losses_without_logits() {
+    use crate::window;
+    use autosp_reference::window as reference;
+    {
+        use crate::gpt2;
+        use autosp_reference::gpt2 as reference;
+        same_losses(
+            "gpt-2",
+            45,
+            |vb, tokens, labels| {
+                gpt2::Gpt2::load(vb, &gpt2_config!(gpt2))?.forward_loss(tokens, labels)
+            },
+            |vb, tokens| reference::Gpt2::load(vb, &gpt2_config!(reference))?.forward(tokens),
+        );
+    }
+    same_losses(
+        "window",
+        48,
+        |vb, tokens, labels| {
+            window::Model::load(vb, &window_config!(window, 5))?.forward_loss(tokens, labels)
+        },
+        |vb, tokens| reference::Model::load(vb, &window_config!(reference, 5))?.forward(tokens),
+    );
 }

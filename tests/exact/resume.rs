@@ -182,7 +182,7 @@ fn on_another_mesh() {
         (1, 1, Zero::Stage0),
         (1, 4, Zero::Stage1),
         (2, 1, Zero::Stage0),
-        (2, 4, Zero::Stage1),
+        (2, 4, Zero::Stage2),
     ] {
         // A copy: each mesh goes on from the same place.
         let own = folder.with_file_name(format!("meshes-{dp}-{sp}"));

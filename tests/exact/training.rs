@@ -65,6 +65,8 @@ struct Case {
     zero: Zero,
     policy: Policy,
     groups: usize,
+    /// Tokens of a tile; few enough for several, or more than there are.
+    tile: usize,
 }
 
 fn product() -> Vec<Case> {
@@ -89,7 +91,7 @@ fn product() -> Vec<Case> {
                 };
                 for policy in Policy::ALL {
                     for (sp, dp) in [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (4, 2)] {
-                        for zero in [Zero::Stage0, Zero::Stage1] {
+                        for zero in Zero::ALL {
                             cases.push(Case {
                                 problem,
                                 sp,
@@ -97,6 +99,7 @@ fn product() -> Vec<Case> {
                                 zero,
                                 policy,
                                 groups: 1 + cases.len() % 2,
+                                tile: [24, 4096][cases.len() / 2 % 2],
                             });
                         }
                     }
@@ -127,6 +130,7 @@ fn values(case: &Case) -> Vec<String> {
         format!("{:?}", case.zero),
         format!("{:?}", case.policy),
         format!("{}", case.groups),
+        format!("{}", case.tile),
     ]
 }
 
@@ -311,6 +315,7 @@ impl Case {
             .with_dp(self.dp)
             .with_groups(self.groups)
             .with_policy(self.policy)
+            .with_tile(self.tile)
             .with_zero(self.zero)
     }
 

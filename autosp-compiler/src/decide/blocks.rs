@@ -1,6 +1,7 @@
 //! Finds the loop over a model's blocks and the call that can be a checkpoint scope.
 
 use autosp_plan::plan;
+use syn::visit::Visit;
 
 use crate::place::{Place, Placed};
 use crate::syntax::types::Ty;
@@ -32,7 +33,7 @@ pub(super) fn find(trace: &Trace<'_, '_>, placed: &Placed) -> Vec<Found> {
             if !holds_site {
                 continue;
             }
-            let scope = scope(trace, placed, act, &inside, &l.carried);
+            let scope = scope(trace, placed, act, (body, &inside), &l.carried);
             let (call, why_none) = match &scope {
                 Ok((call, _)) => (numbers.get(*call).map(text), None),
                 Err(why) => (None, Some(why.clone())),
@@ -51,7 +52,7 @@ pub(super) fn find(trace: &Trace<'_, '_>, placed: &Placed) -> Vec<Found> {
     found
 }
 
-fn has_site(trace: &Trace<'_, '_>, placed: &Placed, act: ActId) -> bool {
+pub(super) fn has_site(trace: &Trace<'_, '_>, placed: &Placed, act: ActId) -> bool {
     placed.sites.iter().any(|s| {
         let mut at = Some(trace.nodes[s.matmul].at.act);
         while let Some(a) = at {
@@ -70,7 +71,7 @@ fn scope(
     trace: &Trace<'_, '_>,
     placed: &Placed,
     act: ActId,
-    inside: &[u32],
+    (body, inside): (&syn::Expr, &[u32]),
     carried: &[Carried],
 ) -> Result<(u32, plan::Checkpoint), String> {
     let a = &trace.acts[act];
@@ -149,8 +150,32 @@ fn scope(
             variable: name.clone(),
             input: numbers.id(input),
             captures,
+            last: read_once(body, name),
         },
     ))
+}
+
+/// Whether the loop reads the variable in one place alone, so that nobody has the block's input after the block. A macro may read
+/// anything.
+fn read_once(body: &syn::Expr, name: &str) -> bool {
+    struct Reads<'n>(&'n str, usize);
+    impl Visit<'_> for Reads<'_> {
+        fn visit_expr_path(&mut self, p: &syn::ExprPath) {
+            self.1 += usize::from(p.path.is_ident(self.0));
+        }
+        fn visit_expr_assign(&mut self, a: &syn::ExprAssign) {
+            if !matches!(&*a.left, syn::Expr::Path(p) if p.path.is_ident(self.0)) {
+                self.visit_expr(&a.left);
+            }
+            self.visit_expr(&a.right);
+        }
+        fn visit_macro(&mut self, _: &syn::Macro) {
+            self.1 += 2;
+        }
+    }
+    let mut reads = Reads(name, 0);
+    reads.visit_expr(body);
+    reads.1 == 1
 }
 
 /// Whether a parameter of the function is an `Option` of a reference, which a scope cannot keep.
@@ -195,7 +220,7 @@ fn captured(
     }
 }
 
-fn takes_reference(
+pub(super) fn takes_reference(
     trace: &Trace<'_, '_>,
     callee: ActId,
     m: &syn::ExprMethodCall,

@@ -1,20 +1,32 @@
-//! A loss for models whose forward keeps one token: in the place of the pick, all tokens become rows of the batch, and what
-//! follows runs as it stands.
+//! A loss over all tokens, as a function of its own.
+//!
+//! Where a model keeps one token, all tokens become rows of the batch in the place of the pick, and what follows runs as it stands.
+//! Where the model ends in a linear layer, its logits are not made ([`tail`]): the loss computes them for some tokens at a time.
 
 use std::collections::HashSet;
 
 use autosp_plan::codes;
 use autosp_plan::plan::Plan;
 
+use super::tail::{self, Tail};
 use crate::error::Refusal;
 use crate::ops::{PlaceRule, ShapeRule};
-use crate::place::{Conversion, Placed};
+use crate::place::{Conversion, Place, Placed};
 use crate::trace::graph::{NodeId, Op};
 use crate::trace::shape::Dim;
 use crate::trace::value::Value;
 use crate::trace::{Role, Trace};
 
+/// How the twin for a loss differs from the root's own.
+#[derive(Debug)]
+pub(super) struct Loss {
+    /// Whether all tokens are rows of the batch where the root takes one.
+    pub(super) fold: bool,
+    pub(super) tail: Tail,
+}
+
 /// The twin of a root for every token, where a loss is asked for and can be had; why it cannot goes to `no_loss` and the notes.
+/// `inner` says that another root calls this one.
 ///
 /// # Errors
 /// Those of `build`.
@@ -22,24 +34,65 @@ pub(super) fn twin(
     plan: &mut Plan,
     trace: &Trace<'_, '_>,
     placed: &Placed,
-    root: usize,
+    (root, inner): (usize, bool),
     no_loss: &mut Vec<Refusal>,
-    build: impl FnOnce(&mut Plan) -> Result<usize, Refusal>,
+    build: impl FnOnce(&mut Plan, &Loss) -> Result<usize, Refusal>,
 ) -> Result<Option<usize>, Refusal> {
     if !trace.scope.loss {
         return Ok(None);
     }
-    match foldable(trace, placed) {
-        Ok(true) => build(plan).map(Some),
-        Ok(false) => Ok(None),
-        Err(refusal) => {
-            let function = trace.scope.full_name(root);
-            let note = format!("`{function}` has no loss of its own: {}", refusal.message);
+    let f = &trace.scope.functions[root];
+    let function = trace.scope.full_name(root);
+    let none = |plan: &mut Plan, why: &str| {
+        let note = format!("`{function}` has no loss of its own: {why}");
+        if !plan.notes.contains(&note) {
             plan.notes.push(note);
-            no_loss.push(refusal);
-            Ok(None)
         }
+        Ok(None)
+    };
+    let taken = format!("{}_loss", f.name);
+    let taken = |g: &crate::syntax::Function<'_>| g.owner == f.owner && g.name == taken;
+    if trace.scope.functions.iter().any(taken) {
+        return none(plan, "the module has a function of that name");
     }
+    let (fold, tail) = (foldable(trace, placed), tail::find(trace, placed));
+    let (fold, tail) = match (fold, tail) {
+        (Err(refusal), _) => {
+            let why = refusal.message.clone();
+            no_loss.push(refusal);
+            return none(plan, &why);
+        }
+        (Ok(true), Ok(tail)) => (true, tail),
+        (Ok(true), Err(why)) => {
+            plan.notes
+                .push(format!("the loss of `{function}` makes all logits: {why}"));
+            (true, Tail::default())
+        }
+        (Ok(false), _) if inner => return Ok(None),
+        (Ok(false), Err(why)) => return none(plan, &why),
+        (Ok(false), Ok(_)) if !rows_and_tokens(trace, placed, &trace.acts[0].result) => {
+            return none(plan, "its result is not [batch, sequence, classes]");
+        }
+        (Ok(false), Ok(tail)) => (false, tail),
+    };
+    build(plan, &Loss { fold, tail }).map(Some)
+}
+
+/// Whether a value is a tensor of this rank's tokens, behind their batch.
+fn rows_and_tokens(trace: &Trace<'_, '_>, placed: &Placed, value: &Value) -> bool {
+    let Value::Tensor(node) = *value else {
+        return false;
+    };
+    let sequence = |d: &Dim| match d.0.as_slice() {
+        [f] => trace.atoms.normal(&f.size).as_atom() == Some(placed.sequence),
+        _ => false,
+    };
+    let batch = |d: &Dim| d.0.len() == 1 && d.anchored(&trace.atoms) && !sequence(d);
+    let dims = trace.nodes[node].shape.known();
+    placed.place[node] == Place::Sharded
+        && dims.is_some_and(
+            |dims| matches!(dims, [b, s, rest @ ..] if batch(b) && sequence(s) && rest.len() == 1 && !rest[0].anchored(&trace.atoms)),
+        )
 }
 
 /// Whether the root keeps one token, and what follows would do for every token what it does for that one.
@@ -83,7 +136,9 @@ fn foldable(trace: &Trace<'_, '_>, placed: &Placed) -> Result<bool, Refusal> {
             && n.inputs.iter().any(|i| after.contains(&i.node))
             && placed.live.contains(&node)
         {
-            row_by_row(trace, node, &after)?;
+            // A branch that takes no token has them all already, in the same order.
+            let all = |n: NodeId| dim == 1 && rows_and_tokens(trace, placed, &Value::Tensor(n));
+            row_by_row(trace, node, &after, &all)?;
             after.insert(node);
         }
     }
@@ -122,11 +177,17 @@ fn refusal(trace: &Trace<'_, '_>, node: NodeId, why: &str) -> Refusal {
 }
 
 /// An operation that computes each row of the batch by itself, and nothing from another row.
-fn row_by_row(trace: &Trace<'_, '_>, node: NodeId, after: &HashSet<NodeId>) -> Result<(), Refusal> {
+fn row_by_row(
+    trace: &Trace<'_, '_>,
+    node: NodeId,
+    after: &HashSet<NodeId>,
+    all_tokens: &dyn Fn(NodeId) -> bool,
+) -> Result<(), Refusal> {
     let n = &trace.nodes[node];
     let row = match &n.op {
         Op::Phi { carried: false } => {
-            let all = n.inputs.iter().all(|i| after.contains(&i.node));
+            let ways = &mut n.inputs.iter().map(|i| i.node);
+            let all = ways.all(|way| after.contains(&way) || all_tokens(way));
             return if all {
                 Ok(())
             } else {

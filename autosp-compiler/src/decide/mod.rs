@@ -5,6 +5,8 @@ mod loss;
 mod mask;
 mod reasons;
 mod repeat;
+mod tail;
+mod tiles;
 mod twins;
 pub(crate) mod verify;
 
@@ -52,7 +54,7 @@ pub(crate) fn decide(
         refusals.extend(lost_result(&trace, root));
         match placed {
             Ok(placed) => {
-                if let Err(more) = add(&mut plan, &trace, &placed, root, &mut no_loss) {
+                if let Err(more) = add(&mut plan, &trace, &placed, (root, false), &mut no_loss) {
                     refusals.extend(more);
                 }
                 for function in holders(&trace, &placed) {
@@ -124,7 +126,7 @@ fn add_inner(plan: &mut plan::Plan, scope: &Scope<'_>, table: &'static Table, fu
     let before = plan.clone();
     let outcome = match (lost_result(&trace, function), placed) {
         (Some(lost), _) => Err(vec![lost]),
-        (None, Ok(placed)) => add(plan, &trace, &placed, function, &mut Vec::new()),
+        (None, Ok(placed)) => add(plan, &trace, &placed, (function, true), &mut Vec::new()),
         (None, Err(problems)) => Err(problems),
     };
     if let Err(problems) = outcome {
@@ -269,7 +271,7 @@ fn add(
     plan: &mut plan::Plan,
     trace: &Trace<'_, '_>,
     placed: &Placed,
-    root: usize,
+    (root, inner): (usize, bool),
     no_loss: &mut Vec<Refusal>,
 ) -> Result<(), Vec<Refusal>> {
     let first_site = plan.sites.len();
@@ -310,17 +312,18 @@ fn add(
             plan.blocks.push(block.plan.clone());
         }
     }
-    let twin = match twins::build(plan, trace, placed, &site_ids, &elided, &blocks, false) {
+    let twin = match twins::build(plan, trace, placed, &site_ids, &elided, &blocks, None) {
         Ok(twin) => twin,
         Err(refusal) => {
             plan.sites.truncate(first_site);
             return Err(vec![refusal]);
         }
     };
-    let every_token = |plan: &mut plan::Plan| {
-        twins::build(plan, trace, placed, &site_ids, &elided, &blocks, true)
+    let every_token = |plan: &mut plan::Plan, loss: &loss::Loss| {
+        twins::build(plan, trace, placed, &site_ids, &elided, &blocks, Some(loss))
     };
-    let loss = loss::twin(plan, trace, placed, root, no_loss, every_token).map_err(|r| vec![r])?;
+    let loss = loss::twin(plan, trace, placed, (root, inner), no_loss, every_token)
+        .map_err(|r| vec![r])?;
     let f = &trace.scope.functions[root];
     let (plain, beside) = entries(trace, placed, root)?;
     returns(trace, placed, root).map_err(|r| vec![r])?;

@@ -6,9 +6,10 @@ use autosp_plan::codes;
 use autosp_plan::plan::{Action, Edit, Kind, Plan, Twin};
 
 use super::blocks::Found;
+use super::loss::Loss;
 use super::mask;
 use crate::error::Refusal;
-use crate::ops::Row;
+use crate::ops::{Recorded, Row};
 use crate::place::{Conversion, Place, Placed};
 use crate::syntax::number;
 use crate::trace::graph::{ActId, Node, NodeId, Op};
@@ -23,21 +24,25 @@ pub(super) fn build(
     site_ids: &[usize],
     elided: &[(ActId, u32, u32)],
     blocks: &[Found],
-    all_tokens: bool,
+    loss: Option<&Loss>,
 ) -> Result<usize, Refusal> {
     let mut builder = Builder {
         trace,
         placed,
-        all_tokens,
+        loss,
         edits: vec![Vec::new(); trace.acts.len()],
     };
     builder.facts();
     builder.nodes(site_ids)?;
+    builder.recorded(blocks, elided);
     for u in &placed.valid {
         builder.valid(u)?;
     }
     for (act, outer, inner) in elided {
         builder.push(*act, *outer, Action::Inner(*inner));
+    }
+    for (act, call, tiled) in super::tiles::find(trace, placed, blocks) {
+        builder.push(act, call, Action::Tiled(tiled));
     }
     for block in blocks {
         if let Some((act, call, checkpoint)) = &block.scope {
@@ -50,8 +55,8 @@ pub(super) fn build(
 struct Builder<'t, 's, 'a> {
     trace: &'t Trace<'s, 'a>,
     placed: &'t Placed,
-    /// Whether all tokens are wanted where the function takes one.
-    all_tokens: bool,
+    /// How a twin for the loss differs.
+    loss: Option<&'t Loss>,
     edits: Vec<Vec<Edit>>,
 }
 
@@ -117,7 +122,11 @@ impl Builder<'_, '_, '_> {
             }
         }
         for (node, n) in trace.nodes.iter().enumerate() {
-            let replaced = n.row().and_then(|r| r.twin.clone());
+            let head = self.loss.and_then(|loss| loss.tail.heads.get(&node));
+            let replaced = match head {
+                Some(head) => Some((*head).to_string()),
+                None => n.row().and_then(|r| r.twin.clone()),
+            };
             if let (Some(twin), false) = (replaced, placed.place[node].lazy()) {
                 self.push(n.at.act, n.at.expr, Action::Replace(twin));
             }
@@ -126,7 +135,7 @@ impl Builder<'_, '_, '_> {
             let n = &trace.nodes[*node];
             match conversion {
                 Conversion::Pick { dim } => {
-                    let action = if self.all_tokens {
+                    let action = if self.loss.is_some_and(|loss| loss.fold) {
                         Action::Fold(*dim)
                     } else {
                         Action::Pick(*dim)
@@ -152,6 +161,63 @@ impl Builder<'_, '_, '_> {
             }
         }
         Ok(())
+    }
+
+    /// The operations of blocks that have a form for a block's tape.
+    fn recorded(&mut self, blocks: &[Found], elided: &[(ActId, u32, u32)]) {
+        let trace = self.trace;
+        let calls = blocks.iter().filter_map(|block| block.scope.as_ref());
+        let inside: Vec<ActId> = calls
+            .flat_map(|(act, call, _)| {
+                let calls = trace.acts[*act].calls.iter();
+                calls
+                    .filter(move |(e, _)| e == call)
+                    .map(|(_, callee)| *callee)
+            })
+            .collect();
+        for (node, n) in trace.nodes.iter().enumerate() {
+            let Some(how) = n.row().and_then(|row| row.recorded) else {
+                continue;
+            };
+            let mut within = Some(n.at.act);
+            while let Some(act) = within.filter(|act| !inside.contains(act)) {
+                within = trace.acts[act]
+                    .parent
+                    .filter(|(parent, call)| !self.left_out(elided, *parent, *call))
+                    .map(|(parent, _)| parent);
+            }
+            let lazy = |node: NodeId| self.placed.place[node].lazy();
+            if within.is_none()
+                || lazy(node)
+                || n.inputs.iter().any(|input| lazy(input.node))
+                || self.left_out(elided, n.at.act, n.at.expr)
+            {
+                continue;
+            }
+            let fits = match (self.expr(n.at.act, n.at.expr), how) {
+                (Some(syn::Expr::MethodCall(m)), Recorded::Method) => {
+                    n.row().is_some_and(|row| m.method == row.name())
+                }
+                (Some(syn::Expr::MethodCall(_) | syn::Expr::Binary(_)), Recorded::Operator) => {
+                    n.inputs.len() == 2
+                }
+                _ => false,
+            };
+            if fits {
+                self.push(n.at.act, n.at.expr, Action::Recorded);
+            }
+        }
+    }
+
+    /// Whether the expression is in one that is left out.
+    fn left_out(&self, elided: &[(ActId, u32, u32)], act: ActId, expr: u32) -> bool {
+        let numbers = &self.trace.scope.functions[self.trace.acts[act].function].numbers;
+        let holds = |outer: u32| {
+            let outer = numbers.get(outer);
+            outer.is_some_and(|e| number::within(numbers, e).contains(&expr))
+        };
+        let mut here = elided.iter().filter(|(of, ..)| *of == act);
+        here.any(|(_, outer, inner)| holds(*outer) && !holds(*inner))
     }
 
     fn expr(&self, act: ActId, expr: u32) -> Option<&syn::Expr> {
@@ -275,6 +341,9 @@ impl Builder<'_, '_, '_> {
     }
 
     fn node_kind(&self, node: NodeId) -> Kind {
+        if self.loss.is_some_and(|loss| loss.tail.lazy.contains(&node)) {
+            return Kind::Logits;
+        }
         match self.placed.place[node] {
             Place::Scores => Kind::Scores,
             Place::Weights => Kind::Weights,
@@ -373,7 +442,12 @@ impl Builder<'_, '_, '_> {
         let mut edits = std::mem::take(&mut self.edits[act]);
         drop_moved(&mut edits, &f.numbers);
         // A call is renamed before it is put into a scope.
-        edits.sort_by_key(|e| (e.expr, matches!(e.action, Action::Checkpoint(_))));
+        edits.sort_by_key(|e| {
+            (
+                e.expr,
+                matches!(e.action, Action::Checkpoint(_) | Action::Tiled(_)),
+            )
+        });
         let params = a
             .params
             .iter()

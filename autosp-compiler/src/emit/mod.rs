@@ -1,12 +1,13 @@
 //! The fifth room: the module with its twins, from the source and the plan alone.
 
+mod blocks;
 mod rewrite;
 mod schedule;
 mod signature;
 
 use std::collections::HashMap;
 
-use autosp_plan::plan::{Plan, Root, Twin, Unsharded};
+use autosp_plan::plan::{Action, Kind, Plan, Root, Twin, Unsharded};
 use proc_macro2::TokenStream;
 use quote::{ToTokens, format_ident, quote};
 
@@ -219,7 +220,7 @@ fn checks(sig: &syn::Signature, root: &Root, plan: &Plan, names: &Paths) -> Toke
     }
 }
 
-/// For each function of the item that keeps one token: the loss over all of them.
+/// For each function of the item that has one: the loss over all tokens.
 fn losses(item: &syn::Item, index: usize, plan: &Plan, names: &Paths) -> TokenStream {
     let roots = plan
         .roots
@@ -254,9 +255,14 @@ fn loss(sig: &syn::Signature, root: &Root, twin: &Twin, plan: &Plan, names: &Pat
         &root.function,
     );
     let doc = format!(
-        " The mean cross-entropy, over all ranks, of what [`{}`] gives for one token, for every token of the shard against its label.",
+        " The mean cross-entropy, over all ranks, of what [`{}`] gives for a token, for every token of the shard against its label.",
         sig_name(twin)
     );
+    let value = if twin.result == Kind::Logits {
+        quote!(#rt::head::loss(&#call?, autosp_labels))
+    } else {
+        quote!(#rt::token_loss(&#call?, autosp_labels))
+    };
     quote! {
         #[doc = #doc]
         ///
@@ -266,7 +272,7 @@ fn loss(sig: &syn::Signature, root: &Root, twin: &Twin, plan: &Plan, names: &Pat
         pub #own {
             #rt::in_scope(#function)?;
             #checks
-            #rt::token_loss(&#call?, autosp_labels)
+            #value
         }
     }
 }
@@ -324,6 +330,12 @@ fn twin_fn(sig: &syn::Signature, block: &syn::Block, twin: &Twin, names: &Paths)
     let twin_sig = signature::twin(sig, twin, &names.full);
     let mut block = rewrite::block(block, twin, rt);
     block.stmts.insert(0, names.import());
+    if twin.edits.iter().any(|e| e.action == Action::Recorded) {
+        let full = &names.full;
+        block
+            .stmts
+            .insert(1, syn::parse_quote!(use #full::Recorded as _;));
+    }
     let doc = format!(
         " [`{}`] on one rank's shard of the sequence.",
         sig_name(twin)

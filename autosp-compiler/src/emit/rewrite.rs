@@ -2,11 +2,13 @@
 
 use std::collections::{HashMap, HashSet};
 
-use autosp_plan::plan::{Action, Bound, Checkpoint, MaskRule, Twin};
+use autosp_plan::plan::{Action, Bound, MaskRule, Twin};
 use proc_macro2::TokenStream;
 use quote::{format_ident, quote};
 use syn::visit_mut::{self, VisitMut};
 use syn::{Expr, parse_quote};
+
+use super::blocks;
 
 pub(super) fn block(block: &syn::Block, twin: &Twin, rt: &syn::Ident) -> syn::Block {
     let mut edits: HashMap<u32, Vec<&Action>> = HashMap::new();
@@ -131,6 +133,7 @@ impl Rewriter<'_> {
                     syn::parse_str(path).unwrap_or_else(|_| parse_quote!(unknown));
                 *e = call(&quote!(#rt::#path), e);
             }
+            Action::Recorded => blocks::recorded(e, rt),
             Action::Twin(name) => twin_call(e, name),
             Action::Scores(site) => {
                 let site = format_ident!("Site{site}");
@@ -213,7 +216,8 @@ impl Rewriter<'_> {
             Action::Untyped => {
                 self.untyped.insert(id);
             }
-            Action::Checkpoint(scope) => checkpoint(e, scope, rt),
+            Action::Checkpoint(scope) => blocks::checkpoint(e, scope, rt),
+            Action::Tiled(tiled) => blocks::tiled(e, *tiled, rt),
         }
     }
 
@@ -364,7 +368,7 @@ fn by_reference(e: &Expr) -> Expr {
 }
 
 /// The call with another callee: a receiver becomes the first argument, and `x.apply(&layer)` is `f(&layer, &x)`.
-fn call(callee: &TokenStream, e: &Expr) -> Expr {
+pub(super) fn call(callee: &TokenStream, e: &Expr) -> Expr {
     match e {
         Expr::MethodCall(m) if m.method == "apply" => {
             let (layer, x) = (m.args.first().map(by_reference), by_reference(&m.receiver));
@@ -515,31 +519,4 @@ fn untaken(e: &mut Expr, k: usize, why: &str, rt: &syn::Ident) {
         }
         _ => {}
     }
-}
-
-fn checkpoint(e: &mut Expr, scope: &Checkpoint, rt: &syn::Ident) {
-    let Expr::MethodCall(m) = &mut *e else { return };
-    for arg in &mut m.args {
-        match arg {
-            // A variable that held a reference is a value in the closure.
-            Expr::Path(p)
-                if scope
-                    .captures
-                    .iter()
-                    .any(|(name, by_ref)| *by_ref && p.path.is_ident(name)) =>
-            {
-                *arg = parse_quote!(&#arg);
-            }
-            _ => {}
-        }
-    }
-    let clones = scope.captures.iter().map(|(name, _)| {
-        let name = format_ident!("{name}");
-        quote!(let #name = #name.clone();)
-    });
-    let variable = format_ident!("{}", scope.variable);
-    *e = parse_quote!({
-        #(#clones)*
-        #rt::checkpoint(&#variable, move |#variable| #e)
-    });
 }

@@ -1,4 +1,4 @@
-//! The signature of a twin: no exclusive borrow of the model, and the runtime's types for scores, weights and masks.
+//! The signature of a twin: no exclusive borrow of the model, and the runtime's types for scores, weights, masks and logits.
 
 use autosp_plan::plan::{Kind, Twin};
 use proc_macro2::TokenStream;
@@ -51,6 +51,7 @@ fn retype(ty: &mut syn::Type, kind: Kind, rt: &TokenStream) {
         Kind::Scores => quote!(Scores),
         Kind::Weights => quote!(Weights),
         Kind::Mask => quote!(Mask),
+        Kind::Logits => quote!(Logits),
     };
     Retype(syn::parse_quote!(#rt::#name)).visit_type_mut(ty);
 }

@@ -141,6 +141,17 @@ pub struct Row {
     pub twin: Option<String>,
     /// Whether attention scores, attention weights or masks may pass through it.
     pub scores: bool,
+    /// How a block puts it on its tape.
+    pub recorded: Option<Recorded>,
+}
+
+/// An operation that the runtime records in a block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Recorded {
+    /// By the method of `rt::Recorded` that has its name with `__sp`.
+    Method,
+    /// By the function of `rt::ops` that has its name; it is an operator as well.
+    Operator,
 }
 
 impl Row {
@@ -160,6 +171,7 @@ pub(crate) fn tokenwise() -> &'static Row {
         grad: true,
         twin: None,
         scores: false,
+        recorded: None,
     })
 }
 
@@ -205,14 +217,33 @@ impl Table {
                     grad: flag("grad"),
                     twin: text("twin").map(String::from),
                     scores: flag("scores"),
+                    recorded: None,
                 });
             }
         }
-        let index = rows
+        let index: HashMap<String, usize> = rows
             .iter()
             .enumerate()
             .map(|(i, row)| (row.path.clone(), i))
             .collect();
+        if let Some(recorded) = table.get_ref().get("recorded") {
+            let get = |key: &str| recorded.get_ref().get(key).map(toml::Spanned::get_ref);
+            let owner = get("owner").and_then(DeValue::as_str).unwrap_or_default();
+            for (key, how) in [
+                ("methods", Recorded::Method),
+                ("operators", Recorded::Operator),
+            ] {
+                let names = get(key).and_then(DeValue::as_array);
+                for name in names.into_iter().flatten() {
+                    let path = format!("{owner}::{}", name.get_ref().as_str().unwrap_or_default());
+                    let row = index.get(&path).and_then(|i| rows.get_mut(*i));
+                    let Some(row) = row else {
+                        return Err(format!("`{path}` is recorded, but has no row"));
+                    };
+                    row.recorded = Some(how);
+                }
+            }
+        }
         Ok(Self { rows, index })
     }
 

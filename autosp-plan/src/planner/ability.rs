@@ -79,7 +79,7 @@ impl Abilities {
     pub const ALL: Self = Self::of(&Ability::ALL);
 
     /// What the trainer of this version does.
-    pub const TRAINER: Self = Self::of(&[]);
+    pub const TRAINER: Self = Self::of(&[Ability::Zero2]);
 
     /// These.
     pub const fn of(list: &[Ability]) -> Self {

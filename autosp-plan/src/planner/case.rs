@@ -215,6 +215,11 @@ impl<'a> Case<'a> {
         WIDE * n.div_ceil(self.world) + self.e * arriving + BUCKET
     }
 
+    /// What the update holds beside them: a bucket joined, reduced and gathered.
+    pub(super) fn buckets() -> u64 {
+        3 * BUCKET
+    }
+
     /// Gradients in the update, where their sums take the place of what each rank has found.
     pub(super) fn sums(&self) -> u64 {
         let n = self.model().parameters();
@@ -224,7 +229,7 @@ impl<'a> Case<'a> {
             WIDE * n.div_ceil(self.world)
         };
         let own = if self.choice.stage < 2 { self.e * n } else { 0 };
-        share.max(own) + 3 * BUCKET
+        share.max(own)
     }
 
     /// Moments, and master weights where the parameters have less than four bytes.

@@ -79,6 +79,8 @@ pub struct Memory {
     pub peak: u64,
     /// What stays from step to step: parameters and optimizer.
     pub fixed: u64,
+    /// The most bytes at any moment of what the runtime's ledger counts: parameters, optimizer, gradients, kept by blocks.
+    pub most: [(Part, u64); 4],
     /// Bytes of a host, for all its ranks together.
     pub host: u64,
     /// Elements of the largest tensor.
@@ -133,6 +135,7 @@ pub(super) struct Numbers {
     optimizer: u64,
     gradients: u64,
     sums: u64,
+    buckets: u64,
     /// Gradient of the output projection, which comes first.
     table: u64,
     head: u64,
@@ -157,6 +160,7 @@ impl Numbers {
             optimizer: case.optimizer(),
             gradients: case.gradients(),
             sums: case.sums(),
+            buckets: Case::buckets(),
             table: case.model().embedding() * case.e,
             head: case.head(),
             loss_moment: case.loss_moment(),
@@ -205,7 +209,7 @@ impl Numbers {
                 "the backward of an attention",
                 [grads, kept, head, again + gradients, exchange, workspace],
             ),
-            ("the update", [self.sums, 0, 0, 0, 0, 0]),
+            ("the update", [self.sums, 0, 0, 0, self.buckets, 0]),
         ]
     }
 
@@ -248,6 +252,12 @@ impl Numbers {
             parts,
             region,
             fixed: self.parameters + self.optimizer,
+            most: [
+                (Part::Parameters, self.parameters),
+                (Part::Optimizer, self.optimizer),
+                (Part::Gradients, self.gradients.max(self.sums)),
+                (Part::Kept, self.kept(runs)[0]),
+            ],
             host: (self.host + hosted) * self.ranks_of_host,
             largest: self.largest,
             index_fits: self.index_fits,

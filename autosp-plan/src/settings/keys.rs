@@ -92,6 +92,13 @@ pub static KEYS: &[Key] = &[
         read: ReadAt::Start,
     },
     Key {
+        name: "loss_bytes",
+        kind: Kind::Count,
+        default: Value::Count(512 << 20),
+        doc: "bytes of logits that a loss without whole logits makes at a time; one token at least",
+        read: ReadAt::Forward,
+    },
+    Key {
         name: "policy",
         kind: Kind::Choice(&["all", "qkv", "attention", "input"]),
         default: Value::Choice("all"),
@@ -99,10 +106,17 @@ pub static KEYS: &[Key] = &[
         read: ReadAt::Forward,
     },
     Key {
+        name: "tile",
+        kind: Kind::Count,
+        default: Value::Count(65_536),
+        doc: "tokens of a rank that the parts of a block which compute each token by itself (its MLP) take at a time, where the policy keeps less than `all`; what is large inside them is never there for more",
+        read: ReadAt::Forward,
+    },
+    Key {
         name: "zero",
-        kind: Kind::Choice(&["0", "1"]),
+        kind: Kind::Choice(&["0", "1", "2"]),
         default: Value::Choice("0"),
-        doc: "ZeRO stage of the trainer: 0, every rank holds the whole optimizer state; 1, each of the dp x sp ranks holds and updates its share",
+        doc: "ZeRO stage of the trainer: 0, every rank holds the whole optimizer state; 1, each of the dp x sp ranks holds and updates its share; 2, and of the gradients too, which are divided block by block during the backward",
         read: ReadAt::Start,
     },
 ];

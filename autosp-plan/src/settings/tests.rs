@@ -42,11 +42,14 @@ fn typed_setters_reach_their_row() {
         .with_dp(2)
         .with_groups(3)
         .with_deadline(Duration::from_millis(1500))
+        .with_start_deadline(Duration::from_secs(9))
         .with_attention(Attention::Reference)
         .with_policy(Policy::Input)
         .with_device(Device::CudaShared)
+        .with_tile(512)
+        .with_loss_bytes(4096)
         .with_zero(Zero::Stage1);
-    assert_eq!(settings.zero(), Zero::Stage1);
+    assert_eq!((settings.tile(), settings.zero()), (512, Zero::Stage1));
     assert_eq!(settings.device(), Device::CudaShared);
     assert_eq!(
         Settings::default().with_device(Device::Cuda).device(),
@@ -54,6 +57,7 @@ fn typed_setters_reach_their_row() {
     );
     assert_eq!((settings.sp(), settings.dp(), settings.groups()), (4, 2, 3));
     assert_eq!(settings.deadline(), Duration::from_millis(1500));
+    assert_eq!(settings.loss_bytes(), 4096);
     assert_eq!(
         (settings.attention(), settings.policy()),
         (Attention::Reference, Policy::Input)
@@ -111,7 +115,7 @@ fn an_unknown_name_lists_the_known_ones() {
         .unwrap_err();
     assert_eq!(
         error.to_string(),
-        "unknown setting `gruops` (autosp.toml:2:2), expected one of `sp`, `dp`, `groups`, `deadline`, `start_deadline`, `attention`, `device`, `policy`, `zero`\n  \
+        "unknown setting `gruops` (autosp.toml:2:2), expected one of `sp`, `dp`, `groups`, `deadline`, `start_deadline`, `attention`, `device`, `loss_bytes`, `policy`, `tile`, `zero`\n  \
          help: did you mean `groups`? [AS0308]"
     );
     let far = Settings::default().with("colour", "red").unwrap_err();

@@ -9,6 +9,7 @@ use autosp_plan::codes;
 use candle_core::{DType, Tensor};
 
 use super::{Engine, Tag};
+use crate::ops::{cast, sum_as};
 use crate::{Error, Result};
 
 /// The part of `0..n` that belongs to `rank` of `size`: contiguous, in the order of the ranks, of sizes that differ by at most 1.
@@ -156,13 +157,12 @@ fn sum_in_order(
     for (rank, part) in parts.into_iter().enumerate() {
         let part = part.ok_or_else(|| absent(engine, tag, rank))?;
         expect_like(engine, tag, rank, &own, &part)?;
-        let part = part.to_dtype(wide)?;
         sum = Some(match sum {
             None => part,
-            Some(sum) => (sum + part)?,
+            Some(sum) => sum_as(&sum, &part, wide)?,
         });
     }
-    Ok(sum.unwrap_or_else(|| own.clone()).to_dtype(dtype)?)
+    Ok(cast(&sum.unwrap_or_else(|| own.clone()), dtype)?)
 }
 
 /// What a rank gives away of `x`: detached, and a copy if `x` itself is a variable, which its owner may change in place.

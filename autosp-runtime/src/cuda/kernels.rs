@@ -1,4 +1,4 @@
-//! Our kernels: compiled by NVRTC for the GPU at hand when they are first used, kept for the process.
+//! Our kernels: compiled by NVRTC for the GPU at hand when they are first used, kept for the process, and [on disk](crate::kernel_cache).
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -9,9 +9,10 @@ use cudarc::driver::{
     CudaContext, CudaFunction, CudaModule, CudaStream, DeviceRepr, LaunchArgs, LaunchConfig,
     PushKernelArg,
 };
-use cudarc::nvrtc::{CompileOptions, Ptx, compile_ptx_with_opts};
+use cudarc::nvrtc::Ptx;
 
 use super::failure::{Explain, failure};
+use super::nvrtc;
 use crate::Result;
 
 /// Threads of a block.
@@ -87,8 +88,7 @@ pub(super) fn function(device: &CudaDevice, module: Module, name: &str) -> Resul
     let found = if let Some(found) = loaded.get(&key) {
         Arc::clone(found)
     } else {
-        let compiled = compile(context, &module.source())?;
-        let made = context.load_module(compiled).explain("loading kernels")?;
+        let made = load(context, &module.source())?;
         loaded.insert(key, Arc::clone(&made));
         made
     };
@@ -98,19 +98,18 @@ pub(super) fn function(device: &CudaDevice, module: Module, name: &str) -> Resul
     Ok(Function { function, stream })
 }
 
-fn compile(context: &Arc<CudaContext>, source: &str) -> Result<Ptx> {
-    let (major, minor) = context
-        .compute_capability()
-        .explain("the GPU's architecture")?;
-    let options = CompileOptions {
-        options: vec![
-            format!("--gpu-architecture=compute_{major}{minor}"),
-            "--std=c++17".to_owned(),
-        ],
-        ..CompileOptions::default()
-    };
-    compile_ptx_with_opts(source, options)
-        .map_err(|error| failure("compiling kernels", format_args!("NVRTC: {error}")))
+/// Loads the module of a source, compiled for the GPU; one from the cache that the driver does not take is compiled anew.
+fn load(context: &Arc<CudaContext>, source: &str) -> Result<Arc<CudaModule>> {
+    let load = |cubin| context.load_module(Ptx::from_binary(cubin));
+    let compiled = nvrtc::module(context, source, false)?;
+    match load(compiled.cubin) {
+        Err(error) if compiled.kept => {
+            tracing::warn!(%error, "kept kernels do not load and are compiled again");
+            load(nvrtc::module(context, source, true)?.cubin)
+        }
+        loaded => loaded,
+    }
+    .explain("loading kernels")
 }
 
 /// A launch: a kernel and its arguments.

@@ -5,6 +5,9 @@ use autosp_templates::kernels::{Copy, Element, Rows};
 use candle_core::{DType, Tensor};
 use cudarc::driver::DeviceRepr;
 
+pub(crate) use super::elementwise::{
+    add, add_to, add_wide, cast, gated_backward, gated_forward, mul, silu_backward, silu_forward,
+};
 use super::failure::failure;
 use super::kernels::{
     Launch, MANY, MOST_STEPS, Module, THREADS, aligned, element, function, looping, rows,
@@ -13,7 +16,7 @@ use super::memory::{address, device_of, unwritten};
 use crate::Result;
 
 /// Kernels over all elements of a tensor, in packs where its size allows.
-fn flat(element: Element, count: usize) -> Rows {
+pub(super) fn flat(element: Element, count: usize) -> Rows {
     let pack = if count.is_multiple_of(element.widest()) {
         element.widest()
     } else {
@@ -233,42 +236,6 @@ pub(crate) fn norm_backward(
     Ok(Some([dx, sum(0)?, sum(1)?]))
 }
 
-/// x s(x).
-pub(crate) fn silu_forward(x: &Tensor) -> Result<Option<Tensor>> {
-    elementwise("silu_forward", &[x])
-}
-
-/// dy s (1 + x (1 - s)).
-pub(crate) fn silu_backward(x: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-    elementwise("silu_backward", &[x, grad])
-}
-
-fn elementwise(name: &str, operands: &[&Tensor]) -> Result<Option<Tensor>> {
-    let first = operands[0];
-    let Some(element) = element(first.dtype()) else {
-        return Ok(None);
-    };
-    let operands = operands
-        .iter()
-        .map(|x| contiguous(x))
-        .collect::<Result<Vec<_>>>()?;
-    let count = first.elem_count();
-    let module = flat(element, count);
-    let out = unwritten(&device_of(first)?, first.shape(), first.dtype())?;
-    let addresses = operands
-        .iter()
-        .chain([&out])
-        .map(address)
-        .collect::<Result<Vec<_>>>()?;
-    let count = count as i64;
-    let kernel = function(&device_of(first)?, Module::Rows(module), name)?;
-    let launch = addresses.iter().fold(Launch::new(&kernel), Launch::with);
-    launch
-        .with(&count)
-        .run(looping(first.elem_count(), module.pack), name)?;
-    Ok(Some(out))
-}
-
 /// Which pairs a rope turns, and which way.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Rope {
@@ -412,6 +379,37 @@ pub(crate) fn loss_backward(
         .with(&scale)
         .run(count, "cross-entropy backward")?;
     Ok(out)
+}
+
+/// Losses of rows of logits [rows, n], which become, if there is a scale, scale (softmax - onehot) in their own memory.
+pub(crate) fn loss_tile(
+    logits: &Tensor,
+    classes: &Tensor,
+    scale: Option<f64>,
+) -> Result<Option<Tensor>> {
+    let (count, n) = logits.dims2()?;
+    let Some(element) = element(logits.dtype()).filter(|_| logits.is_contiguous()) else {
+        return Ok(None);
+    };
+    let module = flat(element, n);
+    if !aligned(logits, module.pack) {
+        return Ok(None);
+    }
+    let device = device_of(logits)?;
+    let loss = unwritten(&device, count, DType::F32)?;
+    let (x_at, c_at, loss_at) = (address(logits)?, address(classes)?, address(&loss)?);
+    let (width, backward) = (n as i64, i32::from(scale.is_some()));
+    let scale = scale.unwrap_or(0.0) as f32;
+    let kernel = function(&device, Module::Rows(module), "loss_tile")?;
+    Launch::new(&kernel)
+        .with(&x_at)
+        .with(&c_at)
+        .with(&loss_at)
+        .with(&width)
+        .with(&scale)
+        .with(&backward)
+        .run(count, "cross-entropy of a tile")?;
+    Ok(Some(loss))
 }
 
 /// The gradient of a table [rows, n] from that of the rows that were taken: summed in `f32`, in no fixed order.

@@ -1,3 +1,5 @@
+mod tiled;
+
 use autosp_plan::Settings;
 use candle_core::Var;
 use proptest::prelude::*;

@@ -2,7 +2,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use autosp_plan::Settings;
-use candle_core::{DType, Device};
+use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Shape, Storage};
 
 use super::*;
 use crate::{Parameters, run_with};
@@ -137,4 +137,137 @@ fn outside_a_scope_the_block_just_runs() {
     let y = checkpoint(&x, move |x| x.apply_op1(Held::new(&held))).unwrap();
     assert_eq!(count.load(Ordering::Relaxed), 1);
     assert!(y.sum_all().unwrap().backward().unwrap().get(&x).is_some());
+}
+
+/// The gradients of one block by name, and the most tokens that its inner part has had at once.
+fn block_of_tiles(policy: Policy, tile: usize) -> Found {
+    let settings = Settings::default().with_policy(policy).with_tile(tile);
+    let results = run_with(settings, |sp| {
+        let parameters = Parameters::init(1, DType::F32, &Device::Cpu);
+        let vb = parameters.builder();
+        let init = candle_nn::Init::Randn {
+            mean: 0.0,
+            stdev: 1.0,
+        };
+        let x = vb.get_with_hints((2, 11, 8), "input", init)?;
+        let (up, down) = (
+            candle_nn::linear(8, 12, vb.pp("up"))?,
+            candle_nn::linear(12, 8, vb.pp("down"))?,
+        );
+        let most = Arc::new(AtomicUsize::new(0));
+        let seen = Arc::clone(&most);
+        sp.scope(|| {
+            let y = checkpoint(&x, move |x| {
+                let (up, down, seen) = (up.clone(), down.clone(), Arc::clone(&seen));
+                let y = tiled(x, 1, move |x| {
+                    seen.fetch_max(x.dim(1)?, Ordering::Relaxed);
+                    let wide = crate::ops::linear(&up, x)?;
+                    crate::ops::linear(&down, &crate::ops::mul(crate::ops::silu(&wide), &wide)?)
+                })?;
+                crate::ops::add(x, y)
+            })?;
+            let mut grads = y.sqr()?.sum_all()?.backward()?;
+            collect(&mut grads)?;
+            let values = |x: &Tensor| x.flatten_all()?.to_vec1::<f32>();
+            let mut found = Vec::new();
+            for (name, var) in parameters.named() {
+                found.push((name, values(grads.get(&var).expect("a gradient"))?));
+            }
+            Ok((values(&y)?, found, most.load(Ordering::Relaxed)))
+        })
+    });
+    results.unwrap().remove(0)
+}
+
+#[test]
+fn tiles_change_nothing_but_how_many_tokens_run_at_once() {
+    let (y, gradients, most) = block_of_tiles(Policy::Attention, 100);
+    assert_eq!((gradients.len(), most), (5, 11));
+    // Everything is kept: nothing would be saved.
+    assert_eq!(
+        block_of_tiles(Policy::All, 4),
+        (y.clone(), gradients.clone(), 11)
+    );
+    for policy in [Policy::Attention, Policy::Input] {
+        for (tile, largest) in [(4, 4), (6, 6), (1, 1)] {
+            let (found, tiles, most) = block_of_tiles(policy, tile);
+            assert_eq!(most, largest);
+            // Products of fewer rows add up in another order.
+            let near = |name: &str, found: &[f32], expected: &[f32]| {
+                for (a, b) in found.iter().zip(expected) {
+                    let apart = (a - b).abs();
+                    assert!(apart <= 1e-4 * (1.0 + b.abs()), "{name}: {a} for {b}");
+                }
+            };
+            near("result", &found, &y);
+            for ((name, found), (_, expected)) in tiles.iter().zip(&gradients) {
+                near(name, found, expected);
+            }
+        }
+    }
+}
+
+/// A block whose input nobody else reads takes its memory, once.
+#[test]
+fn the_memory_of_a_blocks_input_is_taken_where_nobody_reads_it() {
+    for policy in Policy::ALL {
+        let settings = Settings::default().with_policy(policy);
+        run_with(settings, |sp| {
+            let x = Var::from_tensor(&Tensor::arange(0f32, 12., &Device::Cpu)?.reshape((3, 4))?)?;
+            sp.scope(|| {
+                let double = |x: &Tensor| crate::ops::add(x, x);
+                // The variable is no block's result: it stays.
+                let a = checkpoint_last(&x, double)?;
+                let b = checkpoint_last(&a, double)?;
+                let c = checkpoint(&b, double)?;
+                assert_eq!(x.sum_all()?.to_vec0::<f32>()?.to_bits(), 66f32.to_bits());
+                assert!(matches!(
+                    &*a.storage_and_layout().0,
+                    Storage::Cpu(CpuStorage::U8(rest)) if rest.is_empty()
+                ));
+                assert_eq!(b.sum_all()?.to_vec0::<f32>()?.to_bits(), 264f32.to_bits());
+                let loss = c.sum_all()?;
+                for round in 0..2 {
+                    match loss.backward() {
+                        Ok(grads) => {
+                            let grad = grads.get(&x).expect("a gradient").to_vec2::<f32>()?;
+                            assert_eq!(grad, [[8.0; 4]; 3]);
+                            assert!(round == 0 || policy != Policy::All);
+                        }
+                        Err(error) => {
+                            assert!((round, policy) == (1, Policy::All), "{error}");
+                            assert!(error.to_string().contains("second"), "{error}");
+                        }
+                    }
+                }
+                Ok(())
+            })
+        })
+        .unwrap();
+    }
+}
+
+/// An own loop that forgets the gradients of blocks is told before it goes on.
+#[test]
+fn gradients_that_nobody_collects_are_an_error_of_the_next_scope() {
+    run_with(Settings::default(), |sp| {
+        let w = Var::from_tensor(&Tensor::arange(0f32, 4., &Device::Cpu)?)?;
+        let step = || {
+            sp.scope(|| {
+                let (x, w) = (Tensor::ones(4, DType::F32, &Device::Cpu)?, w.clone());
+                let y = checkpoint(&x, move |x| crate::ops::mul(x, w.as_tensor()))?;
+                y.sum_all()?.backward()
+            })
+        };
+        let mut grads = step()?;
+        assert!(grads.get(&w).is_none());
+        sp.reduce_gradients(&mut grads, std::slice::from_ref(&w))?;
+        assert!(grads.get(&w).is_some());
+        step()?;
+        let error = step().expect_err("gradients were left behind");
+        assert!(error.to_string().contains("AS0518"), "{error}");
+        step()?;
+        Ok(())
+    })
+    .unwrap();
 }

@@ -7,7 +7,7 @@ use autosp_plan::codes;
 use candle_core::{DType, Device, Result, Tensor};
 use rayon::prelude::*;
 
-use super::{owned, record1, tracked};
+use super::{owned, record_gradient, tracked};
 use crate::Error;
 use crate::random::Stream;
 use crate::scope;
@@ -50,7 +50,7 @@ pub fn dropout(x: &Tensor, p: f32, axes: RowsAndTokens) -> Result<Tensor> {
     if !tracked(x) {
         return Ok(result);
     }
-    record1("dropout", x, owned(&result)?, move |[_], _, grad| {
+    record_gradient("dropout", [x], owned(&result)?, move |grad| {
         Ok([Some(drawn.apply(grad)?)])
     })
 }

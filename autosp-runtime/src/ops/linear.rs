@@ -1,21 +1,21 @@
-//! A linear layer whose weights may be frozen.
+//! A linear layer whose weights may be frozen: `y = x W^T + b`, `dx = dy W`, `dW = dy^T x`, `db` the sum of `dy` over the rows.
 //!
 //! candle walks back into both operands of a matrix product, so that a frozen weight costs a gradient of its own size and the product
-//! that makes it. Here the gradient goes to the input alone: `y = x W^T + b`, `dx = dy W`.
+//! that makes it, and it turns operands round for it. Here the gradients of x and W are one product each; a frozen weight has none.
 
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Result, Shape, Storage, Tensor};
 use candle_nn::{Linear, Module};
 
-use super::{owned, record1, tracked};
+use super::record::{Backward, recorded};
+use super::{owned, record_gradient, taken, tape, tracked};
 
 /// The layer applied to `x` `[.., in]`; as candle's, but that frozen weights get no gradient and cost none.
 ///
 /// # Errors
 /// Those of candle's layer.
 pub fn linear(layer: &Linear, x: &Tensor) -> Result<Tensor> {
-    #[cfg(feature = "cuda")]
-    if x.device().is_cuda() && x.rank() >= 2 {
-        return super::modules::linear(layer, x);
+    if x.rank() >= 2 && (x.device().is_cuda() || tape::holds(x) || tape::holds(layer.weight())) {
+        return product(layer, x);
     }
     let weight = layer.weight();
     if tracked(weight) || !tracked(x) {
@@ -25,13 +25,84 @@ pub fn linear(layer: &Linear, x: &Tensor) -> Result<Tensor> {
     let inside = bias.filter(|bias| !tracked(bias));
     let product = Linear::new(weight.clone(), inside.cloned()).forward(&x.detach())?;
     let back = Linear::new(weight.t()?, None);
-    let y = record1("linear", x, owned(&product)?, move |_, _, grad| {
+    let y = record_gradient("linear", [x], owned(&product)?, move |grad| {
         Ok([Some(back.forward(grad)?)])
     })?;
     match bias.filter(|bias| tracked(bias)) {
         Some(bias) => y.broadcast_add(bias),
         None => Ok(y),
     }
+}
+
+/// The layer as one operation.
+fn product(layer: &Linear, x: &Tensor) -> Result<Tensor> {
+    let (weight, bias) = (layer.weight(), layer.bias());
+    let (out, width) = weight.dims2()?;
+    let mut y = rows(x, width)?.matmul(&weight.detach().t()?)?;
+    if let Some(bias) = bias {
+        y = y.broadcast_add(&bias.detach())?;
+    }
+    let mut shape = x.dims().to_vec();
+    if let Some(last) = shape.last_mut() {
+        *last = out;
+    }
+    let result: (Storage, Shape) = (taken(&y)?, shape.into());
+    let wanted = [tracked(x), tracked(weight)];
+    let gradients =
+        move |grad: &Tensor, x: &Tensor, weight: &Tensor| -> Result<[Option<Tensor>; 2]> {
+            let dx = wanted[0].then(|| grad.matmul(weight)?.reshape(x.shape()));
+            let dw = wanted[1].then(|| grad.t()?.matmul(&rows(x, width)?));
+            Ok([dx.transpose()?, dw.transpose()?])
+        };
+    match bias.filter(|bias| tracked(bias)) {
+        None => {
+            let backward = move |[x, weight]: [&Tensor; 2], grad: &Tensor| {
+                gradients(&rows(grad, out)?, x, weight)
+            };
+            recorded(
+                "linear",
+                [x, weight],
+                result,
+                None,
+                Backward::Operands(Box::new(backward)),
+            )
+        }
+        Some(bias) => {
+            let backward = move |[x, weight, bias]: [&Tensor; 3], grad: &Tensor| {
+                let grad = rows(grad, out)?;
+                let [dx, dw] = gradients(&grad, x, weight)?;
+                Ok([dx, dw, Some(column_sums(&grad)?.to_dtype(bias.dtype())?)])
+            };
+            let operands = [x, weight, bias];
+            recorded(
+                "linear",
+                operands,
+                result,
+                None,
+                Backward::Operands(Box::new(backward)),
+            )
+        }
+    }
+}
+
+/// Contiguous `[rows, width]`, detached.
+fn rows(x: &Tensor, width: usize) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        let x = crate::cuda::ops::contiguous(x)?;
+        return x.reshape((x.elem_count() / width.max(1), width));
+    }
+    let x = x.detach().contiguous()?;
+    x.reshape((x.elem_count() / width.max(1), width))
+}
+
+/// The sum over the rows, taken in a type that is wide enough for many.
+fn column_sums(x: &Tensor) -> Result<Tensor> {
+    let wide = match x.dtype() {
+        DType::BF16 | DType::F16 => DType::F32,
+        same => same,
+    };
+    x.to_dtype(wide)?.sum(0)
 }
 
 #[cfg(test)]

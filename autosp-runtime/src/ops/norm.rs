@@ -5,10 +5,12 @@
 //! `dalpha = sum over rows of dy h`; `dbeta = sum over rows of dy`.
 //! Sources: Zhang and Sennrich, arXiv:1910.07467; Ba, Kiros and Hinton, arXiv:1607.06450.
 
-use candle_core::{D, Result, Shape, Tensor, WithDType, bail};
+use candle_core::{D, Result, Shape, Storage, Tensor, WithDType, bail};
 
 use super::kernel::{dot, sum, sum_over_rows};
-use super::{Kernel, Real, Rows, compute, per_row, record2, record3, tensor, tracked};
+use super::record::{Backward, recorded};
+use super::tape::{Hint, Recipe};
+use super::{Kernel, Real, Rows, compute, per_row, tensor, tracked};
 
 /// What the kernels share. `eps` is in the units of `mean(c^2)`.
 #[derive(Clone, Copy)]
@@ -213,26 +215,56 @@ fn norm(
         };
         Ok([dx, dalpha, dbeta])
     };
-    let forward = Forward(norm);
+    let forward = move |x: &Tensor, alpha: &Tensor, beta: Option<&Tensor>| match beta {
+        None => compute(&Forward(norm), [x, alpha]),
+        Some(beta) => compute(&Forward(norm), [x, alpha, beta]),
+    };
+    let result = forward(x, alpha, beta)?;
+    let again = move |x: &Tensor, alpha: &Tensor, beta: Option<&Tensor>| {
+        Ok(tensor(forward(x, alpha, beta)?))
+    };
+    normed(name, [Some(x), Some(alpha), beta], result, again, grads)
+}
+
+/// Records a norm of `[x, alpha, beta]`. Its result need not be kept: it is one pass away from x.
+fn normed(
+    name: &'static str,
+    operands: [Option<&Tensor>; 3],
+    result: (Storage, Shape),
+    again: impl Fn(&Tensor, &Tensor, Option<&Tensor>) -> Result<Tensor> + Send + Sync + 'static,
+    grads: impl Fn(&Tensor, &Tensor, &Tensor) -> Result<[Option<Tensor>; 3]> + Send + Sync + 'static,
+) -> Result<Tensor> {
+    let [Some(x), Some(alpha), beta] = operands else {
+        bail!("{name}: expected x and alpha")
+    };
+    let hint = tracked(x).then(|| {
+        let (x, alpha, beta) = (x.detach(), alpha.detach(), beta.map(Tensor::detach));
+        Hint::Again(Recipe::new(move || again(&x, &alpha, beta.as_ref())))
+    });
     match beta {
-        None => record2(
-            name,
-            x,
-            alpha,
-            compute(&forward, [x, alpha])?,
-            move |[x, alpha], _, grad| {
+        None => {
+            let backward = move |[x, alpha]: [&Tensor; 2], grad: &Tensor| {
                 let [dx, dalpha, _] = grads(x, alpha, grad)?;
                 Ok([dx, dalpha])
-            },
-        ),
-        Some(beta) => record3(
-            name,
-            x,
-            alpha,
-            beta,
-            compute(&forward, [x, alpha, beta])?,
-            move |[x, alpha, _], _, grad| grads(x, alpha, grad),
-        ),
+            };
+            recorded(
+                name,
+                [x, alpha],
+                result,
+                hint,
+                Backward::Operands(Box::new(backward)),
+            )
+        }
+        Some(beta) => {
+            let backward = move |[x, alpha, _]: [&Tensor; 3], grad: &Tensor| grads(x, alpha, grad);
+            recorded(
+                name,
+                [x, alpha, beta],
+                result,
+                hint,
+                Backward::Operands(Box::new(backward)),
+            )
+        }
     }
 }
 
@@ -262,21 +294,13 @@ fn on_gpu(
         };
         Ok([Some(dx), Some(dalpha), Some(dbeta)])
     };
-    let y = match beta {
-        None => record2(name, x, alpha, result, move |[x, alpha], _, grad| {
-            let [dx, dalpha, _] = grads(x, alpha, grad)?;
-            Ok([dx, dalpha])
-        }),
-        Some(beta) => record3(
-            name,
-            x,
-            alpha,
-            beta,
-            result,
-            move |[x, alpha, _], _, grad| grads(x, alpha, grad),
-        ),
+    let again = move |x: &Tensor, alpha: &Tensor, beta: Option<&Tensor>| match ops::norm_forward(
+        norm, x, alpha, beta,
+    )? {
+        Some(y) => Ok(y),
+        None => bail!("{name}: no kernel for what the forward took"),
     };
-    y.map(Some)
+    normed(name, [Some(x), Some(alpha), beta], result, again, grads).map(Some)
 }
 
 /// The same by candle's differentiable operations, for devices without a kernel here.

@@ -3,7 +3,7 @@
 use autosp_plan::codes;
 use candle_core::{Result, Tensor};
 
-use super::{owned, record1, tracked};
+use super::{owned, record, tracked};
 use crate::comm::{Tag, all_to_all, broadcast};
 use crate::scope::{self, Shard};
 use crate::{Error, Sp};
@@ -115,7 +115,7 @@ pub fn pick_narrow(x: &Tensor, dim: usize, global_index: usize) -> Result<Tensor
     if !tracked(x) {
         return Ok(token);
     }
-    record1("pick", x, owned(&token)?, move |[x], _, grad| {
+    record("pick", [x], owned(&token)?, move |[x], grad| {
         Ok([Some(place.give_back(&sp, x, grad)?)])
     })
 }

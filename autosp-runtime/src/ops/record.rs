@@ -1,29 +1,181 @@
-//! One node of candle's graph whose result has been computed already and whose backward is a closure.
+//! One operation whose result has been computed already and whose backward is a closure.
 //!
-//! candle's graph can only be extended by its custom operations, which compute in `cpu_fwd` or `cuda_fwd`. Here the result is
-//! computed first, on detached tensors and by any means; the custom operation then moves that storage into the graph, on any
-//! device, without a copy.
+//! Inside a block the operation goes on the block's [`tape`]. Elsewhere it becomes a node of candle's graph, which can only be extended
+//! by its custom operations, and these compute in `cpu_fwd` or `cuda_fwd`. Here the result is computed first, on detached tensors
+//! and by any means; the custom operation then moves that storage into the graph, on any device, without a copy.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{
     CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, InplaceOp1, Layout, MetalStorage,
     Result, Shape, Storage, Tensor, bail, op::BackpropOp,
 };
 
+use super::tape::{self, Gradient, Hint, Recipe};
+
 /// Whether a gradient has to be given to this tensor.
 pub(crate) fn tracked(x: &Tensor) -> bool {
     x.track_op()
 }
 
-struct Node<B> {
-    name: &'static str,
-    result: Mutex<Option<(Storage, Shape)>>,
-    backward: B,
+/// The gradients of the operands, in memory of their own; `None` is zero.
+type Grads<const N: usize> = Result<[Option<Tensor>; N]>;
+type FromOperands<const N: usize> = Box<dyn Fn([&Tensor; N], &Tensor) -> Grads<N> + Send + Sync>;
+type FromResult<const N: usize> = Box<dyn Fn(&Tensor, &Tensor) -> Grads<N> + Send + Sync>;
+type FromGradient<const N: usize> = Box<dyn Fn(&Tensor) -> Grads<N> + Send + Sync>;
+
+/// A backward, by what has to be kept for it.
+pub(crate) enum Backward<const N: usize> {
+    Operands(FromOperands<N>),
+    Result(FromResult<N>),
+    Gradient(FromGradient<N>),
 }
 
-impl<B> Node<B> {
-    fn new(name: &'static str, result: (Storage, Shape), backward: B) -> Self {
+/// Records `result` as a function of the operands; `backward(operands, gradient)`, all detached.
+pub(crate) fn record<const N: usize>(
+    name: &'static str,
+    operands: [&Tensor; N],
+    result: (Storage, Shape),
+    backward: impl Fn([&Tensor; N], &Tensor) -> Grads<N> + Send + Sync + 'static,
+) -> Result<Tensor>
+where
+    Node<N>: Graph<N>,
+{
+    recorded(
+        name,
+        operands,
+        result,
+        None,
+        Backward::Operands(Box::new(backward)),
+    )
+}
+
+/// As [`record`], where `backward(result, gradient)` needs no operand.
+pub(crate) fn record_result<const N: usize>(
+    name: &'static str,
+    operands: [&Tensor; N],
+    result: (Storage, Shape),
+    backward: impl Fn(&Tensor, &Tensor) -> Grads<N> + Send + Sync + 'static,
+) -> Result<Tensor>
+where
+    Node<N>: Graph<N>,
+{
+    recorded(
+        name,
+        operands,
+        result,
+        None,
+        Backward::Result(Box::new(backward)),
+    )
+}
+
+/// As [`record`], where `backward(gradient)` needs neither operands nor result.
+pub(crate) fn record_gradient<const N: usize>(
+    name: &'static str,
+    operands: [&Tensor; N],
+    result: (Storage, Shape),
+    backward: impl Fn(&Tensor) -> Grads<N> + Send + Sync + 'static,
+) -> Result<Tensor>
+where
+    Node<N>: Graph<N>,
+{
+    recorded(
+        name,
+        operands,
+        result,
+        None,
+        Backward::Gradient(Box::new(backward)),
+    )
+}
+
+/// As [`record`] and its like, with what a tape may know of the result.
+pub(crate) fn recorded<const N: usize>(
+    name: &'static str,
+    operands: [&Tensor; N],
+    result: (Storage, Shape),
+    hint: Option<Hint>,
+    backward: Backward<N>,
+) -> Result<Tensor>
+where
+    Node<N>: Graph<N>,
+{
+    if tape::is_for_values() {
+        return Ok(tape::result(result, hint));
+    }
+    if !operands.iter().any(|x| tracked(x)) {
+        return Ok(tensor(result));
+    }
+    if !tape::is_recording() {
+        return Node::new(name, result, backward).apply(operands);
+    }
+    let result = tape::variable(result);
+    let back: Box<dyn FnOnce(&Tensor) -> Grads<N> + Send> = match backward {
+        Backward::Gradient(backward) => Box::new(move |grad| backward(grad)),
+        Backward::Result(backward) => {
+            let result = result.detach();
+            Box::new(move |grad| backward(&result, grad))
+        }
+        Backward::Operands(backward) => {
+            let kept = operands.map(Kept::new);
+            Box::new(move |grad| {
+                let mut tensors = Vec::with_capacity(N);
+                for kept in &kept {
+                    tensors.push(kept.get()?);
+                }
+                match <[&Tensor; N]>::try_from(tensors.iter().collect::<Vec<_>>()) {
+                    Ok(operands) => backward(operands, grad),
+                    Err(_) => bail!("{name}: wrong number of operands"),
+                }
+            })
+        }
+    };
+    tape::push(&operands, &result, (hint, true), move |grad| {
+        let own = |tensor: Tensor| Gradient {
+            tensor: tensor.detach(),
+            fresh: true,
+        };
+        Ok(back(&grad.tensor)?.map(|grad| grad.map(own)).into())
+    });
+    Ok(result)
+}
+
+/// An operand that a backward needs.
+pub(crate) enum Kept {
+    Tensor(Tensor),
+    Again(Arc<Recipe>),
+}
+
+impl Kept {
+    pub(crate) fn new(x: &Tensor) -> Self {
+        match tape::hint(x) {
+            Some(Hint::Again(recipe)) => Self::Again(recipe),
+            _ => Self::Tensor(x.detach()),
+        }
+    }
+
+    pub(crate) fn get(&self) -> Result<Tensor> {
+        match self {
+            Self::Tensor(x) => Ok(x.clone()),
+            Self::Again(recipe) => recipe.get(),
+        }
+    }
+}
+
+/// A node of candle's graph.
+pub(crate) struct Node<const N: usize> {
+    name: &'static str,
+    result: Mutex<Option<(Storage, Shape)>>,
+    backward: Backward<N>,
+}
+
+/// Nodes of as many operands as candle's custom operations can have.
+pub(crate) trait Graph<const N: usize> {
+    /// The node's result, in the graph.
+    fn apply(self, operands: [&Tensor; N]) -> Result<Tensor>;
+}
+
+impl<const N: usize> Node<N> {
+    fn new(name: &'static str, result: (Storage, Shape), backward: Backward<N>) -> Self {
         Self {
             name,
             result: Mutex::new(Some(result)),
@@ -66,18 +218,30 @@ impl<B> Node<B> {
             _ => bail!("{}: expected a result on a metal device", self.name),
         }
     }
+
+    /// A gradient for every tracked operand, as candle expects; work for the others would be lost.
+    fn back(&self, operands: [&Tensor; N], result: &Tensor, grad: &Tensor) -> Grads<N> {
+        let detached = operands.map(Tensor::detach);
+        let grad = grad.detach();
+        let mut grads = match &self.backward {
+            Backward::Operands(backward) => backward(detached.each_ref(), &grad)?,
+            Backward::Result(backward) => backward(&result.detach(), &grad)?,
+            Backward::Gradient(backward) => backward(&grad)?,
+        };
+        for (grad, operand) in grads.iter_mut().zip(operands) {
+            *grad = match grad.take() {
+                _ if !tracked(operand) => None,
+                Some(found) => Some(found.detach()),
+                None => Some(operand.zeros_like()?.detach()),
+            };
+        }
+        Ok(grads)
+    }
 }
 
-fn plain((storage, shape): (Storage, Shape)) -> Tensor {
-    Tensor::from_storage(storage, shape, BackpropOp::none(), false)
-}
-
-macro_rules! recorder {
-    ($(#[$doc:meta])* $record:ident, $op:ident, $apply:ident, $n:literal, [$first:ident $(, $more:ident)*], [$($storage:ident),*], $grads:ty) => {
-        impl<B> $op for Node<B>
-        where
-            B: Fn([&Tensor; $n], &Tensor, &Tensor) -> Result<[Option<Tensor>; $n]> + Send + Sync + 'static,
-        {
+macro_rules! graph {
+    ($op:ident, $apply:ident, $n:literal, [$first:ident $(, $more:ident)*], [$($storage:ident),*], $grads:ty) => {
+        impl $op for Node<$n> {
             fn name(&self) -> &'static str {
                 self.name
             }
@@ -91,52 +255,38 @@ macro_rules! recorder {
                 self.metal()
             }
             fn bwd(&self, $first: &Tensor $(, $more: &Tensor)*, result: &Tensor, grad: &Tensor) -> Result<$grads> {
-                let operands = [$first.detach() $(, $more.detach())*];
-                let wanted = [tracked($first) $(, tracked($more))*];
-                let mut grads = (self.backward)(operands.each_ref(), &result.detach(), &grad.detach())?;
-                // candle expects a gradient for every tracked operand, and work for the others would be lost.
-                for ((grad, operand), wanted) in grads.iter_mut().zip(&operands).zip(wanted) {
-                    match grad {
-                        Some(found) if wanted => *found = found.detach(),
-                        None if wanted => *grad = Some(operand.zeros_like()?),
-                        _ => *grad = None,
-                    }
-                }
-                let [$first $(, $more)*] = grads;
-                Ok(recorder!(@grads $first $(, $more)*))
+                let [$first $(, $more)*] = self.back([$first $(, $more)*], result, grad)?;
+                Ok(graph!(@grads $first $(, $more)*))
             }
         }
 
-        $(#[$doc])*
-        pub(crate) fn $record(
-            name: &'static str,
-            $first: &Tensor $(, $more: &Tensor)*,
-            result: (Storage, Shape),
-            backward: impl Fn([&Tensor; $n], &Tensor, &Tensor) -> Result<[Option<Tensor>; $n]> + Send + Sync + 'static,
-        ) -> Result<Tensor> {
-            if !tracked($first) $(&& !tracked($more))* {
-                return Ok(plain(result));
+        impl Graph<$n> for Node<$n> {
+            fn apply(self, [$first $(, $more)*]: [&Tensor; $n]) -> Result<Tensor> {
+                $first.$apply($($more,)* self)
             }
-            $first.$apply($($more,)* Node::new(name, result, backward))
         }
     };
     (@grads $only:ident) => { $only };
     (@grads $($all:ident),*) => { ($($all),*) };
 }
 
-recorder!(
-    /// Records `result` as a function of one operand; `backward(operands, result, gradient)`, all detached.
-    record1, CustomOp1, apply_op1, 1, [a], [_s1], Option<Tensor>
+graph!(CustomOp1, apply_op1, 1, [a], [_s1], Option<Tensor>);
+graph!(
+    CustomOp2,
+    apply_op2,
+    2,
+    [a, b],
+    [_s1, _s2],
+    (Option<Tensor>, Option<Tensor>)
 );
-recorder!(
-    /// Records `result` as a function of two operands.
-    record2, CustomOp2, apply_op2, 2, [a, b], [_s1, _s2], (Option<Tensor>, Option<Tensor>)
+graph!(
+    CustomOp3,
+    apply_op3,
+    3,
+    [a, b, c],
+    [_s1, _s2, _s3],
+    (Option<Tensor>, Option<Tensor>, Option<Tensor>)
 );
-recorder!(
-    /// Records `result` as a function of three operands.
-    record3, CustomOp3, apply_op3, 3, [a, b, c], [_s1, _s2, _s3], (Option<Tensor>, Option<Tensor>, Option<Tensor>)
-);
-
 /// The values of `x` in a storage of their own, contiguous, ready to be recorded. One copy.
 pub(crate) fn owned(x: &Tensor) -> Result<(Storage, Shape)> {
     let copy = x.detach().force_contiguous()?;
@@ -184,6 +334,6 @@ impl InplaceOp1 for Take {
 }
 
 /// A detached tensor around a finished storage.
-pub(crate) fn tensor(result: (Storage, Shape)) -> Tensor {
-    plain(result)
+pub(crate) fn tensor((storage, shape): (Storage, Shape)) -> Tensor {
+    Tensor::from_storage(storage, shape, BackpropOp::none(), false)
 }

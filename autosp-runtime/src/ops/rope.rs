@@ -3,7 +3,7 @@
 
 use candle_core::{D, Result, Shape, Tensor, WithDType, bail};
 
-use super::{Kernel, Real, Rows, compute, per_row, record3, tensor, tracked};
+use super::{Kernel, Real, Rows, compute, per_row, record, record_gradient, tensor, tracked};
 
 /// Which elements make a pair, where the sequence dimension is, and which way to turn.
 #[derive(Clone, Copy)]
@@ -137,17 +137,22 @@ fn apply(rope: Rope, x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
         return composed(rope, x, cos, sin);
     }
     let wanted = [tracked(x), tracked(cos), tracked(sin)];
-    record3(
+    let result = compute(&rope, [x, cos, sin])?;
+    let back = Rope {
+        inverse: true,
+        ..rope
+    };
+    if !wanted[1] && !wanted[2] {
+        let (cos, sin) = (cos.detach(), sin.detach());
+        return record_gradient(rope.name, [x], result, move |grad| {
+            Ok([Some(tensor(compute(&back, [grad, &cos, &sin])?))])
+        });
+    }
+    record(
         rope.name,
-        x,
-        cos,
-        sin,
-        compute(&rope, [x, cos, sin])?,
-        move |[x, cos, sin], _, grad| {
-            let back = Rope {
-                inverse: true,
-                ..rope
-            };
+        [x, cos, sin],
+        result,
+        move |[x, cos, sin], grad| {
             let dx = if wanted[0] {
                 Some(tensor(compute(&back, [grad, cos, sin])?))
             } else {
@@ -181,14 +186,10 @@ fn on_gpu(rope: Rope, x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Option<T
         return Ok(None);
     };
     let result = (super::taken(&y)?, x.shape().clone());
-    let y = record3(
-        rope.name,
-        x,
-        cos,
-        sin,
-        result,
-        move |[_, cos, sin], _, grad| Ok([ops::rope(turn(true), grad, cos, sin)?, None, None]),
-    );
+    let (cos, sin) = (cos.detach(), sin.detach());
+    let y = record_gradient(rope.name, [x], result, move |grad| {
+        Ok([ops::rope(turn(true), grad, &cos, &sin)?])
+    });
     y.map(Some)
 }
 

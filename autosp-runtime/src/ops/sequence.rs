@@ -12,7 +12,7 @@ use autosp_plan::codes;
 use candle_core::shape::Dim;
 use candle_core::{DType, Device, Result, Tensor};
 
-use super::{owned, record1, tracked};
+use super::{owned, record, tracked};
 use crate::comm::{Tag, all_gather, all_reduce_sum};
 use crate::scope::{self, Scope, Shard};
 use crate::{Error, Sp};
@@ -92,7 +92,7 @@ fn reduced(x: &Tensor, dim: usize, mean: bool) -> Result<Tensor> {
     if !tracked(x) {
         return Ok(total);
     }
-    record1(name, x, owned(&total)?, move |[x], _, grad| {
+    record(name, [x], owned(&total)?, move |[x], grad| {
         Ok([Some(over.backward(&sp, x, grad)?)])
     })
 }

@@ -4,7 +4,7 @@ use candle_core::shape::Dim;
 use candle_core::{D, Result, Shape, Tensor, WithDType};
 
 use super::kernel::dot;
-use super::{Kernel, Real, Rows, compute, max, per_row, record1, sum, tensor};
+use super::{Kernel, Real, Rows, compute, max, per_row, record_result, sum, tensor};
 
 struct Forward;
 
@@ -66,11 +66,11 @@ pub fn softmax_last_dim(xs: &Tensor) -> Result<Tensor> {
     if !xs.device().is_cpu() {
         return candle_nn::ops::softmax(xs, D::Minus1);
     }
-    record1(
+    record_result(
         "softmax-last-dim",
-        xs,
+        [xs],
         compute(&Forward, [xs])?,
-        |_, y, grad| Ok([Some(tensor(compute(&Backward, [y, grad])?))]),
+        |y, grad| Ok([Some(tensor(compute(&Backward, [y, grad])?))]),
     )
 }
 

@@ -1,18 +1,16 @@
 //! One recorded operation for each run of a site.
 
-use std::sync::{Mutex, PoisonError};
-
 use autosp_plan::codes;
 use autosp_plan::settings::Policy;
-use candle_core::{CpuStorage, CudaStorage, CustomOp3, Shape, Storage, Tensor};
+use candle_core::Tensor;
 
 use super::backward::RankBackward;
 use super::forward::{Ran, RankForward};
-use super::{HeadPlan, Kept, Memo, Place, SiteRef};
+use super::{HeadPlan, Memo, Place, SiteRef};
 use crate::attention::Spec;
 use crate::error::{Error, Result};
-use crate::memory::tape::{self, Turn};
-use crate::ops::taken;
+use crate::memory::replay::{self, Turn};
+use crate::ops::{record_gradient, record_result, taken};
 use crate::scope::{Scope, Shard};
 
 /// Runs a site on this rank's shards q [b, H, len, d], k [b, G, len, d] and v [b, G, len, dv], and returns the output
@@ -67,7 +65,7 @@ pub(crate) fn run(
         scope,
     };
 
-    let turn = tape::turn()?;
+    let turn = replay::turn()?;
     let inputs = [q.detach(), k.detach(), v.detach()];
     let Ran { out, mut kept, kv } = if let Turn::Replay(memo) = &turn {
         let mut io = RankForward::replay(&place, inputs, memo)?;
@@ -83,7 +81,7 @@ pub(crate) fn run(
         if matches!(policy, Policy::Qkv | Policy::Attention) {
             let groups = kept.into_iter().zip(kv);
             let groups = groups.map(|(kept, kv)| (kept.q, kv, kept.output));
-            tape::keep(Memo::new(site.name, policy, place.plan.ranks(), groups)?);
+            replay::keep(Memo::new(site.name, policy, place.plan.ranks(), groups)?);
         }
         return Ok(out);
     }
@@ -91,89 +89,25 @@ pub(crate) fn run(
         return Ok(out);
     }
     if place.plan.ranks() == 1 {
-        // The output is the kept one: the graph holds it, and its memory becomes the operation's result.
+        // The output is the kept one: whoever records it holds it, and its memory becomes the operation's result.
         for kept in &mut kept {
             kept.output.o = Tensor::zeros(0, out.dtype(), out.device())?;
         }
     }
-    let shape = out.shape().clone();
-    let finished = Mutex::new(Some((taken(&out)?, shape)));
-    Ok(q.apply_op3(
-        k,
-        v,
-        Recorded {
-            place,
-            kept,
-            finished,
-        },
-    )?)
-}
-
-/// The operation q, k, v -> O: its forward hands over what the schedule computed, its backward runs the emitted one.
-struct Recorded {
-    place: Place,
-    kept: Vec<Kept>,
-    finished: Mutex<Option<(Storage, Shape)>>,
-}
-
-impl Recorded {
-    fn result(&self) -> Result<(Storage, Shape)> {
-        let finished = self
-            .finished
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
-        finished.ok_or_else(|| super::forward::missing(self.place.site.name))
-    }
-}
-
-impl CustomOp3 for Recorded {
-    fn name(&self) -> &'static str {
-        self.place.site.name
-    }
-
-    fn cpu_fwd(
-        &self,
-        _: &CpuStorage,
-        _: &candle_core::Layout,
-        _: &CpuStorage,
-        _: &candle_core::Layout,
-        _: &CpuStorage,
-        _: &candle_core::Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        match self.result()? {
-            (Storage::Cpu(storage), shape) => Ok((storage, shape)),
-            _ => Err(super::forward::missing(self.place.site.name).into()),
-        }
-    }
-
-    fn cuda_fwd(
-        &self,
-        _: &CudaStorage,
-        _: &candle_core::Layout,
-        _: &CudaStorage,
-        _: &candle_core::Layout,
-        _: &CudaStorage,
-        _: &candle_core::Layout,
-    ) -> candle_core::Result<(CudaStorage, Shape)> {
-        match self.result()? {
-            (Storage::Cuda(storage), shape) => Ok((storage, shape)),
-            _ => Err(super::forward::missing(self.place.site.name).into()),
-        }
-    }
-
-    fn bwd(
-        &self,
-        _: &Tensor,
-        _: &Tensor,
-        _: &Tensor,
-        output: &Tensor,
-        grad: &Tensor,
-    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let output = output.detach();
-        let mut io = RankBackward::new(&self.place, &self.kept, &output, grad.detach());
-        (self.place.site.backward)(&mut io)?;
-        let [dq, dk, dv] = io.finish()?;
-        Ok((Some(dq), Some(dk), Some(dv)))
-    }
+    let result = (taken(&out)?, out.shape().clone());
+    let single = place.plan.ranks() == 1;
+    let backward = move |output: &Tensor, grad: &Tensor| {
+        let mut io = RankBackward::new(&place, &kept, output, grad.detach());
+        (place.site.backward)(&mut io)?;
+        Ok(io.finish()?.map(Some))
+    };
+    Ok(if single {
+        record_result(site.name, [q, k, v], result, backward)?
+    } else {
+        // The groups have kept their outputs in head layout.
+        let none = Tensor::zeros(0, q.dtype(), q.device())?;
+        record_gradient(site.name, [q, k, v], result, move |grad| {
+            backward(&none, grad)
+        })?
+    })
 }

@@ -1,7 +1,7 @@
 //! The variables as flat buckets, and which part of a bucket belongs to a rank.
 //!
 //! A bucket is a run of consecutive variables of one type, end to end. Gradients are summed bucket by bucket and updated variables are
-//! gathered bucket by bucket. Under ZeRO stage 1 each rank owns an equal share of every bucket; else it owns all of it.
+//! gathered bucket by bucket. From ZeRO stage 1 on each rank owns an equal share of every bucket; else it owns all of it.
 
 use std::ops::Range;
 

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use super::flat::{Bucket, buckets, wide};
 use crate::comm::{Tag, all_gather, reduce_scatter_as};
-use crate::ops::{Real, Rows, Visit, visit};
+use crate::ops::{Real, Rows, Visit, cast, visit};
 use crate::{Error, Result, Sp, memory, scope};
 
 /// Bytes of gradients that [`Sp::reduce_gradients`] sums at once.
@@ -50,7 +50,7 @@ impl Sp {
             })
             .collect();
         let own = detached(grads, &named);
-        presence(self, &own, &[])?.require(&named)?;
+        presence(self, &here(&own), &[])?.require(&named)?;
         for (var, sum) in vars.iter().zip(sums(self, own, vars, BUCKET)?) {
             grads.insert(var, sum.to_dtype(var.dtype())?);
         }
@@ -69,7 +69,7 @@ pub(crate) fn detached(grads: &GradStore, named: &[(String, Var)]) -> Vec<Option
 /// What all ranks have said about their gradients.
 pub(crate) struct Presence {
     /// Whether any rank has a gradient of variable i.
-    anywhere: Vec<bool>,
+    pub(crate) anywhere: Vec<bool>,
     /// Whether every rank has said yes to question i.
     pub(crate) unanimous: Vec<bool>,
 }
@@ -100,13 +100,15 @@ impl Presence {
     }
 }
 
+/// Which gradients there are.
+pub(crate) fn here(grads: &[Option<Tensor>]) -> Vec<bool> {
+    grads.iter().map(Option::is_some).collect()
+}
+
 /// Tells all ranks which gradients are here, and asks them yes-or-no questions.
-pub(crate) fn presence(sp: &Sp, grads: &[Option<Tensor>], questions: &[bool]) -> Result<Presence> {
-    let here = grads.iter().map(Option::is_some);
-    let own: Vec<u8> = here
-        .chain(questions.iter().copied())
-        .map(u8::from)
-        .collect();
+pub(crate) fn presence(sp: &Sp, here: &[bool], questions: &[bool]) -> Result<Presence> {
+    let both = here.iter().chain(questions);
+    let own: Vec<u8> = both.copied().map(u8::from).collect();
     let width = own.len();
     let own = Tensor::from_vec(own, (1, width), &candle_core::Device::Cpu)?;
     let all = if sp.world_size() == 1 {
@@ -115,10 +117,10 @@ pub(crate) fn presence(sp: &Sp, grads: &[Option<Tensor>], questions: &[bool]) ->
         all_gather(sp.world_group(), tag("present"), &own, 0)?
     };
     let all = all.to_vec2::<u8>()?;
-    let anywhere = (0..grads.len())
+    let anywhere = (0..here.len())
         .map(|i| all.iter().any(|rank| rank[i] == 1))
         .collect();
-    let unanimous = (grads.len()..width)
+    let unanimous = (here.len()..width)
         .map(|i| all.iter().all(|rank| rank[i] == 1))
         .collect();
     Ok(Presence {
@@ -147,7 +149,7 @@ pub(crate) fn reduce(
     let mut flat = Vec::with_capacity(bucket.vars.len());
     for (var, grad) in vars[bucket.vars.clone()].iter().zip(grads) {
         flat.push(match grad {
-            Some(grad) => grad.to_dtype(dtype)?.flatten_all()?,
+            Some(grad) => cast(&grad, dtype)?.flatten_all()?,
             None => Tensor::zeros(var.elem_count(), dtype, var.device())?,
         });
     }

@@ -1,7 +1,7 @@
 //! Checkpoints: what training needs to go on, on disk.
 //!
 //! [`Trainer::save_checkpoint`] writes the variables, the optimizer's state with the master weights, the counters that steps and random
-//! numbers depend on, and what the program notes, such as its position in the data. Under `zero = 1` every rank writes the state that it
+//! numbers depend on, and what the program notes, such as its position in the data. From `zero = 1` on every rank writes the state that it
 //! holds. State is written by variable and element, not by rank, so that any mesh can take it up: [`Trainer::resume`].
 
 mod files;
@@ -11,7 +11,6 @@ use std::ops::Range;
 use std::path::Path;
 
 use autosp_plan::codes;
-use autosp_plan::settings::Zero;
 use candle_core::safetensors::MmapedSafetensors;
 use candle_core::{Device, Tensor};
 
@@ -142,13 +141,11 @@ impl Trainer {
 
     /// The file with the state that `rank` writes; `None` if another rank writes the same.
     fn state_file(&self, rank: usize) -> Option<String> {
-        match self.sp.settings().zero() {
-            Zero::Stage0 => (rank == 0).then(|| "optimizer.safetensors".to_owned()),
-            Zero::Stage1 => Some(format!(
-                "optimizer-{rank}-of-{}.safetensors",
-                self.sp.world_size()
-            )),
+        if self.sp.settings().zero().divides_state() {
+            let size = self.sp.world_size();
+            return Some(format!("optimizer-{rank}-of-{size}.safetensors"));
         }
+        (rank == 0).then(|| "optimizer.safetensors".to_owned())
     }
 
     /// What a part of a piece's state is called in a file: `part:first element:variable`.

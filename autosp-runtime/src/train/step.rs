@@ -3,18 +3,21 @@
 use std::time::Instant;
 
 use autosp_plan::codes;
-use autosp_plan::settings::Zero;
 use candle_core::{DType, Tensor};
 
 use super::flat::wide;
-use super::{Evaluation, StepReport, Trainer, reduce};
-use crate::{Bytes, Error, Result, loss, memory};
+use super::{Evaluation, StepReport, Trainer, divide, reduce};
+use crate::site::bytes;
+use crate::{Bytes, Error, Purpose, Result, loss, memory};
 
 /// The micro-batches of a step so far.
 #[derive(Default)]
 struct Gathered {
-    /// The gradients of a single micro-batch as they are; of several the sum on this rank, each times its weight.
+    /// The gradients of a single micro-batch as they are; of several the sum on this rank, each times its weight. Under `zero = 2`
+    /// those are sums over the ranks, of which this rank has its share, bucket by bucket.
     grads: Vec<Option<Tensor>>,
+    /// Under `zero = 2`, the variables of which some rank has found a gradient.
+    found: Vec<bool>,
     losses: Mean,
 }
 
@@ -141,7 +144,7 @@ impl Trainer {
 
     /// Forward and backward of one micro-batch.
     fn backward<E>(
-        &self,
+        &mut self,
         gathered: &mut Gathered,
         loss: impl FnOnce() -> Result<Tensor, E>,
     ) -> Result<()>
@@ -149,13 +152,23 @@ impl Trainer {
         Error: From<E>,
     {
         loss::take_targets();
-        let (value, own) = self.sp.scope(|| -> Result<_> {
+        let (sp, named, divider) = (&self.sp, &self.named, &mut self.divider);
+        let (value, own) = sp.scope(|| -> Result<_> {
             let loss = loss()?;
             let value = scalar(&loss)?;
-            let mut grads = loss.backward()?;
+            let mut grads = divide::during(divider, || loss.backward())?;
             drop(loss);
             memory::collect(&mut grads)?;
-            Ok((value, reduce::detached(&grads, &self.named)))
+            let own = reduce::detached(&grads, named);
+            drop(grads);
+            let own = if let Some(divider) = divider {
+                divider.finish(own, &mut gathered.found)?
+            } else {
+                let all = own.iter().chain(&gathered.grads).flatten();
+                sp.ledger().set(Purpose::Gradients, all.map(bytes).sum());
+                own
+            };
+            Ok((value, own))
         })?;
         gathered.losses.add(value, loss::take_targets())?;
         let weights: Vec<f64> = gathered.losses.losses.iter().map(|(w, _)| *w).collect();
@@ -190,27 +203,32 @@ impl Trainer {
 
     /// Sums, clips and applies the gradients.
     fn update(&mut self, started: Instant, gathered: Gathered) -> Result<StepReport> {
-        let Gathered { grads, losses } = gathered;
+        let Gathered {
+            grads,
+            found,
+            losses,
+        } = gathered;
         let (total, value) = losses.end()?;
         let single = losses.losses.len() == 1;
         let finite = losses.losses.iter().all(|(_, value)| value.is_finite());
-        let sharded = self.sp.settings().zero() == Zero::Stage1;
-        let presence = reduce::presence(&self.sp, &grads, &[finite])?;
+        let sharded = self.sp.settings().zero().divides_state();
+        let divided = self.divider.is_some();
+        let here = if divided { found } else { reduce::here(&grads) };
+        let presence = reduce::presence(&self.sp, &here, &[finite])?;
         presence.require(&self.named)?;
-        let mut grads = grads.into_iter();
         let reduction = tracing::info_span!("reduction").entered();
-        let mut sums = Vec::with_capacity(self.buckets.len());
-        for bucket in &self.buckets {
-            // Those of one batch are as candle computed them: in f32 they would only be larger.
-            let travels = if single {
-                bucket.dtype
-            } else {
-                wide(bucket.dtype)
-            };
-            let grads = grads.by_ref();
-            let sum = reduce::reduce(&self.sp, bucket, grads, &self.vars, (travels, sharded))?;
-            sums.push(if single { sum } else { (sum / total)? });
+        let mut sums = if divided {
+            grads.into_iter().flatten().collect()
+        } else {
+            self.reduced(grads, single, sharded)?
+        };
+        if !single {
+            for sum in &mut sums {
+                *sum = (&*sum / total)?;
+            }
         }
+        let ledger = self.sp.ledger();
+        ledger.set(Purpose::Gradients, sums.iter().map(bytes).sum());
         let grad_norm = reduce::global_norm(&self.sp, &sums, sharded)?;
         drop(reduction);
         let skipped = !(presence.unanimous[0] && grad_norm.is_finite());
@@ -231,9 +249,13 @@ impl Trainer {
                 .map_or(1.0, |most| (most / (grad_norm + 1e-6)).min(1.0));
             self.apply(learning_rate, scale, sums, sharded)?;
         }
+        let ledger = self.sp.ledger();
+        ledger.set(Purpose::Gradients, 0);
+        ledger.set(Purpose::Optimizer, self.updater.bytes());
         self.steps += 1;
         let bytes = self.bytes()?;
         let (seconds, valid_tokens) = (started.elapsed().as_secs_f64(), losses.targets());
+        self.check(seconds)?;
         tracing::info!(
             loss = value,
             grad_norm,
@@ -255,6 +277,27 @@ impl Trainer {
             exchange_bytes: bytes.exchange,
             skipped,
         })
+    }
+
+    /// The gradients summed over the ranks, bucket by bucket.
+    fn reduced(
+        &self,
+        grads: Vec<Option<Tensor>>,
+        single: bool,
+        sharded: bool,
+    ) -> Result<Vec<Tensor>> {
+        let mut grads = grads.into_iter();
+        let sum = |bucket: &super::flat::Bucket| {
+            // Those of one batch are as candle computed them: in f32 they would only be larger.
+            let travels = if single {
+                bucket.dtype
+            } else {
+                wide(bucket.dtype)
+            };
+            let grads = grads.by_ref();
+            reduce::reduce(&self.sp, bucket, grads, &self.vars, (travels, sharded))
+        };
+        self.buckets.iter().map(sum).collect()
     }
 
     /// Updates the variables from the summed gradients, of which this rank has its pieces, bucket by bucket.

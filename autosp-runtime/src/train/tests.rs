@@ -1,3 +1,4 @@
+mod divided;
 mod sharded;
 
 use autosp_plan::Settings;

@@ -177,7 +177,7 @@ mod tests {
             "ulysses",
             "block.forward(&x)",
             "two tensors are carried",
-            "sp         = 4            autosp.toml:1",
+            "sp             = 4            autosp.toml:1",
         ] {
             assert!(text.contains(part), "{part} is missing in\n{text}");
         }

@@ -113,7 +113,9 @@ impl Zoo {
             .unwrap_or_else(|e| panic!("{name}, one device: {e}"));
         for sp in [1, 2, 4] {
             let labels = self.labels(&tokens).expect("labels");
-            let found = autosp::run_with(Settings::default().with_sp(sp), |sp| {
+            // A few tokens at a time.
+            let settings = Settings::default().with_sp(sp).with_loss_bytes(600);
+            let found = autosp::run_with(settings, |sp| {
                 let vars = autosp_reference::variables(&start)?;
                 let batch = sp.shard_targets(&tokens, &labels)?;
                 let (loss, mut store) = sp.scope(|| -> autosp::Result<_> {

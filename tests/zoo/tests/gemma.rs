@@ -1,6 +1,6 @@
 //! Gemma: soft caps, windows in some layers, norms with `1 + w`.
 
-use autosp_zoo::{config, decoder, with, zoo, Kind, Zoo};
+use autosp_zoo::{config, decoder, with, zoo, zoo_loss, Kind, Zoo};
 use serde_json::json;
 
 autosp_zoo::models!["gemma", "gemma2", "gemma3"];
@@ -62,4 +62,11 @@ fn gemma2_2b() -> Zoo {
 zoo!(gemma2: gemma2, gemma2_2b(), |m, json, vb, tokens| {
     let config: m::Config = config(json)?;
     m::Model::new(false, &config, vb)?.forward(tokens, 0)
+});
+
+// The soft cap of the logits is in the tiles of the loss.
+zoo_loss!(gemma2_loss: gemma2, gemma2_2b(), |m, json, vb, tokens, labels| {
+    m::Model::new(false, &config(json)?, vb)?.forward_loss(tokens, 0, labels)
+}, {
+    m::Model::new(false, &config(json)?, vb)?.forward(tokens, 0)
 });

@@ -1,6 +1,6 @@
 //! Qwen and its like.
 
-use autosp_zoo::{config, decoder, with, zoo, Kind, Zoo};
+use autosp_zoo::{config, decoder, with, zoo, zoo_loss, Kind, Zoo};
 use serde_json::json;
 
 autosp_zoo::models!["qwen2", "qwen3", "qwen2_moe"];
@@ -19,6 +19,13 @@ fn qwen2() -> Zoo {
 zoo!(qwen2_last: qwen2, Zoo { kind: Kind::Last, ..qwen2() }, |m, json, vb, tokens| {
     let config: m::Config = config(json)?;
     m::ModelForCausalLM::new(&config, vb)?.forward(tokens, 0)
+});
+
+// The head is a layer of candle-transformers, whose weights are not seen.
+zoo_loss!(qwen2_loss: qwen2, Zoo { kind: Kind::Last, ..qwen2() }, |m, json, vb, tokens, labels| {
+    m::ModelForCausalLM::new(&config(json)?, vb)?.forward_loss(tokens, 0, labels)
+}, {
+    m::ModelForCausalLM::new(&config(json)?, vb)?.forward(tokens, 0)
 });
 
 zoo!(qwen3: qwen3, Zoo {
