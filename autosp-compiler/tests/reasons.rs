@@ -1,31 +1,8 @@
 //! Models that cannot be sharded: what is said first is true of the model, and names the line, the operation and a way out.
 
-use std::path::Path;
-use std::process::Command;
+mod common;
 
-/// The models of candle-transformers, where cargo keeps them.
-fn models() -> std::path::PathBuf {
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).join("../Cargo.toml");
-    let output = Command::new(cargo)
-        .args([
-            "metadata",
-            "--format-version",
-            "1",
-            "--offline",
-            "--manifest-path",
-        ])
-        .arg(manifest)
-        .output()
-        .expect("cargo metadata");
-    let text = String::from_utf8(output.stdout).expect("UTF-8");
-    let found = text
-        .split("\"manifest_path\":\"")
-        .filter_map(|m| m.split('"').next())
-        .find(|m| m.contains("/candle-transformers-0"));
-    let manifest = found.expect("candle-transformers");
-    Path::new(manifest).with_file_name("src").join("models")
-}
+use common::packages::models;
 
 const RECURRENCE: &str = "one after another";
 const CONVOLUTION: &str = "the tokens at the ends of a shard need those of the shards beside it";

@@ -25,8 +25,7 @@ fn main() {
         write(&out, &format!("{name}_slow"), &plain(name, &text));
         files.insert(name.to_string(), file.trim().to_string());
     }
-    let all = std::env::var_os("CARGO_FEATURE_MUTANTS").is_some();
-    mutants::write(&source, &files, &out, all);
+    mutants::write(&source, &files, &out);
     for file in ["with_tracing", "utils"] {
         let folder = if file == "utils" {
             source.parent().expect("src")

@@ -4,7 +4,8 @@ use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::path::Path;
 
-/// Models that are renamed, reordered, outlined and inlined, all at once. The numbers of the first ones are tested by default.
+/// Models that are renamed, reordered, inlined and outlined: their plans after each and after all of it, their numbers after all of
+/// it.
 const KEPT: [&str; 10] = [
     "llama",
     "chatglm",
@@ -17,20 +18,17 @@ const KEPT: [&str; 10] = [
     "stable_lm",
     "distilbert",
 ];
-const KEPT_BY_DEFAULT: usize = 2;
 
 /// What becomes of a change.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Becomes {
     /// Refused when it is compiled, with this code.
     Refused(&'static str),
-    /// The same numbers as on one device. Tested by default, or only with the feature `mutants`.
-    Compared { by_default: bool },
+    /// Other numbers than the model's, on ranks as on one device.
+    Compared,
 }
 
-use Becomes::Refused;
-const ALWAYS: Becomes = Becomes::Compared { by_default: true };
-const ON_DEMAND: Becomes = Becomes::Compared { by_default: false };
+use Becomes::{Compared, Refused};
 
 /// Name, model, what becomes of it, the text that is replaced where it stands first, and the new text.
 type Row = (
@@ -46,14 +44,14 @@ const CHANGED: &[Row] = &[
     ("qwen2_softmax_axis", "qwen2", Refused("AS0204"), "ops::softmax_last_dim(&attn_weights)", "ops::softmax(&attn_weights, 2)"),
     ("bert_softmax_axis", "bert", Refused("AS0204"), "(&attention_scores, candle::D::Minus1)", "(&attention_scores, 1)"),
     // The mask: its comparison, its window, its fill.
-    ("gemma_comparison", "gemma", ALWAYS, "if i < j {", "if i + 1 < j {"),
-    ("falcon_comparison", "falcon", ON_DEMAND, "u8::from(j > i)", "u8::from(j > i + 3)"),
-    ("mpt_comparison", "mpt", ON_DEMAND, "u8::from(j > i)", "u8::from(j > i + 2)"),
-    ("qwen2_window", "qwen2", ALWAYS, "j + self.sliding_window < i", "j + self.sliding_window < i + 2"),
-    ("phi3_window", "phi3", ON_DEMAND, "i < j ", "i < j || j + 3 < i "),
-    ("falcon_fill", "falcon", ON_DEMAND, "mask, -1e9)?", "mask, -2.0)?"),
-    ("bert_fill", "bert", ALWAYS, "Tensor::try_from(f32::MIN)?", "Tensor::try_from(-1.5f32)?"),
-    ("distilbert_fill", "distilbert", ON_DEMAND, "&mask, f32::NEG_INFINITY)?", "&mask, -0.5)?"),
+    ("gemma_comparison", "gemma", Compared, "if i < j {", "if i + 1 < j {"),
+    ("falcon_comparison", "falcon", Compared, "u8::from(j > i)", "u8::from(j > i + 3)"),
+    ("mpt_comparison", "mpt", Compared, "u8::from(j > i)", "u8::from(j > i + 2)"),
+    ("qwen2_window", "qwen2", Compared, "j + self.sliding_window < i", "j + self.sliding_window < i + 2"),
+    ("phi3_window", "phi3", Compared, "i < j ", "i < j || j + 3 < i "),
+    ("falcon_fill", "falcon", Compared, "mask, -1e9)?", "mask, -2.0)?"),
+    ("bert_fill", "bert", Compared, "Tensor::try_from(f32::MIN)?", "Tensor::try_from(-1.5f32)?"),
+    ("distilbert_fill", "distilbert", Compared, "&mask, f32::NEG_INFINITY)?", "&mask, -0.5)?"),
     // Transposes that are missing.
     ("phi3_transpose", "phi3", Refused("AS0203"),
         ".reshape((b_sz, q_len, self.num_kv_heads, self.head_dim))?\n            .transpose(1, 2)?",
@@ -63,26 +61,26 @@ const CHANGED: &[Row] = &[
     ("gemma_transpose", "gemma", Refused("AS0203"), "attn_output\n            .transpose(1, 2)?\n", "attn_output\n"),
     // Tokens in another order, or summed.
     ("gemma_flip", "gemma", Refused("AS0203"), "let residual = xs;", "let xs = &xs.flip(&[1])?; let residual = xs;"),
-    ("gemma_flip_width", "gemma", ON_DEMAND, "let residual = xs;", "let xs = &xs.flip(&[2])?; let residual = xs;"),
+    ("gemma_flip_width", "gemma", Compared, "let residual = xs;", "let xs = &xs.flip(&[2])?; let residual = xs;"),
     ("stable_lm_roll", "stable_lm", Refused("AS0203"), "let residual = xs;", "let xs = &xs.roll(1, 1)?; let residual = xs;"),
     ("llama_cumsum", "llama", Refused("AS0203"), "let residual = x;", "let x = &x.cumsum(1)?; let residual = x;"),
-    ("llama_cumsum_width", "llama", ON_DEMAND, "let residual = x;", "let x = &(x.cumsum(2)? * 0.1)?; let residual = x;"),
-    ("llama_mean", "llama", ON_DEMAND, "let residual = x;", "let x = &x.broadcast_sub(&x.mean_keepdim(1)?)?; let residual = x;"),
+    ("llama_cumsum_width", "llama", Compared, "let residual = x;", "let x = &(x.cumsum(2)? * 0.1)?; let residual = x;"),
+    ("llama_mean", "llama", Compared, "let residual = x;", "let x = &x.broadcast_sub(&x.mean_keepdim(1)?)?; let residual = x;"),
     ("bert_cumsum", "bert", Refused("AS0203"), "context_layer.flatten_from(candle::D::Minus2)?;", "context_layer.flatten_from(candle::D::Minus2)?.cumsum(1)?;"),
     // Positions of the keys alone: of both together nobody could tell.
-    ("llama_rope_offset", "llama", ALWAYS, "self.apply_rotary_emb(&k, index_pos, cache)?", "self.apply_rotary_emb(&k, index_pos + 1, cache)?"),
-    ("qwen2_rope_offset", "qwen2", ON_DEMAND, "candle_nn::rotary_emb::rope(&k.contiguous()?, &cos, &sin)?",
+    ("llama_rope_offset", "llama", Compared, "self.apply_rotary_emb(&k, index_pos, cache)?", "self.apply_rotary_emb(&k, index_pos + 1, cache)?"),
+    ("qwen2_rope_offset", "qwen2", Compared, "candle_nn::rotary_emb::rope(&k.contiguous()?, &cos, &sin)?",
         "{ let cos = self.cos.narrow(0, seqlen_offset + 2, seq_len)?; let sin = self.sin.narrow(0, seqlen_offset + 2, seq_len)?; candle_nn::rotary_emb::rope(&k.contiguous()?, &cos, &sin)? }"),
-    ("chatglm_rope_offset", "chatglm", ON_DEMAND, "rotary_emb.apply(&key_layer, seqlen_offset)?", "rotary_emb.apply(&key_layer, seqlen_offset + 1)?"),
-    ("gemma_rope_reversed", "gemma", ON_DEMAND, "candle_nn::rotary_emb::rope(&k.contiguous()?, &cos, &sin)?", "candle_nn::rotary_emb::rope(&k.contiguous()?, &cos.flip(&[0])?, &sin)?"),
-    ("stable_lm_rotation", "stable_lm", ON_DEMAND, "&xs[1].neg()?, &xs[0]", "&xs[1], &xs[0]"),
+    ("chatglm_rope_offset", "chatglm", Compared, "rotary_emb.apply(&key_layer, seqlen_offset)?", "rotary_emb.apply(&key_layer, seqlen_offset + 1)?"),
+    ("gemma_rope_reversed", "gemma", Compared, "candle_nn::rotary_emb::rope(&k.contiguous()?, &cos, &sin)?", "candle_nn::rotary_emb::rope(&k.contiguous()?, &cos.flip(&[0])?, &sin)?"),
+    ("stable_lm_rotation", "stable_lm", Compared, "&xs[1].neg()?, &xs[0]", "&xs[1], &xs[0]"),
     // Scales.
-    ("chatglm_scale", "chatglm", ON_DEMAND, "(matmul_result / self.norm_factor)?", "(matmul_result * self.norm_factor)?"),
-    ("mpt_scale", "mpt", ON_DEMAND, "* self.softmax_scale)?", "/ self.softmax_scale)?"),
+    ("chatglm_scale", "chatglm", Compared, "(matmul_result / self.norm_factor)?", "(matmul_result * self.norm_factor)?"),
+    ("mpt_scale", "mpt", Compared, "* self.softmax_scale)?", "/ self.softmax_scale)?"),
 ];
 
-/// Parts of the models written otherwise: helpers put in the place of their calls, and calls of new helpers.
-const REWRITTEN: &[(&str, &str, &str)] = &[
+/// Helpers put in the place of their calls: model, call, body.
+const INLINED: [(&str, &str, &str); 11] = [
     (
         "llama",
         "self.apply_rotary_emb(&q, index_pos, cache)?",
@@ -93,10 +91,12 @@ const REWRITTEN: &[(&str, &str, &str)] = &[
         "masked_fill(&att, &mask, f32::NEG_INFINITY)?",
         "{ let fill = Tensor::new(f32::NEG_INFINITY, att.device())?.broadcast_as(mask.shape().dims())?; mask.where_cond(&fill, &att)? }",
     ),
+    ("qwen2", ROTATED, ROTATED_INLINE),
+    ("gemma", ROTATED, ROTATED_INLINE),
     (
-        "bert",
-        "self.transpose_for_scores(&query_layer)?",
-        "{ let mut shape = query_layer.dims().to_vec(); shape.pop(); shape.push(self.num_attention_heads); shape.push(self.attention_head_size); query_layer.reshape(shape.as_slice())?.transpose(1, 2)?.contiguous()? }",
+        "phi3",
+        ROTATED,
+        "{ let n = query_states.dim(2)?; let table = (self.rotary_emb.cos.narrow(0, seqlen_offset, n)?, self.rotary_emb.sin.narrow(0, seqlen_offset, n)?); (self.rotary_emb.rope(&query_states.contiguous()?, &table.0, &table.1)?, self.rotary_emb.rope(&key_states.contiguous()?, &table.0, &table.1)?) };",
     ),
     (
         "falcon",
@@ -104,25 +104,46 @@ const REWRITTEN: &[(&str, &str, &str)] = &[
         "({ let l = query.dim(D::Minus1)?; Tensor::cat(&[&query.narrow(D::Minus1, l / 2, l - l / 2)?.neg()?, &query.narrow(D::Minus1, 0, l / 2)?], D::Minus1)? })",
     ),
     (
+        "mpt",
+        "masked_fill(\n                &attn_weights,\n                &mask.broadcast_as(attn_weights.shape())?,\n                f32::NEG_INFINITY,\n            )?",
+        "{ let wide = mask.broadcast_as(attn_weights.shape())?; let fill = Tensor::new(f32::NEG_INFINITY, attn_weights.device())?.broadcast_as(wide.shape().dims())?; wide.where_cond(&fill, &attn_weights)? }",
+    ),
+    (
+        "chatglm",
+        "masked_fill(\n                &matmul_result,\n                &mask.broadcast_left((matmul_result.dim(0)?, matmul_result.dim(1)?))?,\n                f32::NEG_INFINITY,\n            )?",
+        "{ let wide = mask.broadcast_left((matmul_result.dim(0)?, matmul_result.dim(1)?))?; let fill = Tensor::new(f32::NEG_INFINITY, matmul_result.device())?.broadcast_as(wide.shape().dims())?; wide.where_cond(&fill, &matmul_result)? }",
+    ),
+    (
         "stable_lm",
         "rotate_half(q)?",
         "({ let halves = q.chunk(2, D::Minus1)?; Tensor::cat(&[&halves[1].neg()?, &halves[0]], D::Minus1)? })",
+    ),
+    (
+        "bert",
+        "self.transpose_for_scores(&query_layer)?",
+        "{ let mut shape = query_layer.dims().to_vec(); shape.pop(); shape.push(self.num_attention_heads); shape.push(self.attention_head_size); query_layer.reshape(shape.as_slice())?.transpose(1, 2)?.contiguous()? }",
     ),
     (
         "distilbert",
         "masked_fill(&scores.to_dtype(DType::F32)?, &mask, f32::NEG_INFINITY)?",
         "{ let scores = scores.to_dtype(DType::F32)?; let fill = Tensor::new(f32::NEG_INFINITY, scores.device())?.broadcast_as(mask.shape().dims())?; mask.where_cond(&fill, &scores)? }",
     ),
-    ("qwen2", HEADS, OUTLINED_HEADS),
-    ("gemma", HEADS, OUTLINED_HEADS),
-    ("phi3", HEADS, OUTLINED_HEADS),
 ];
 
-const HEADS: &str = "query_states\n            .reshape((b_sz, q_len, self.num_heads, self.head_dim))?\n            .transpose(1, 2)?;";
-const OUTLINED_HEADS: &str =
-    "outlined_heads(&query_states, (b_sz, q_len, self.num_heads, self.head_dim))?;";
+const ROTATED: &str = "self.rotary_emb\n                .apply_rotary_emb_qkv(&query_states, &key_states, seqlen_offset)?;";
+const ROTATED_INLINE: &str = "{ let (_, _, n, _) = query_states.dims4()?; let cos = self.rotary_emb.cos.narrow(0, seqlen_offset, n)?; let sin = self.rotary_emb.sin.narrow(0, seqlen_offset, n)?; (candle_nn::rotary_emb::rope(&query_states.contiguous()?, &cos, &sin)?, candle_nn::rotary_emb::rope(&key_states.contiguous()?, &cos, &sin)?) };";
 
-/// New helpers, for whoever calls them.
+/// Calls of new helpers in the place of what they compute: what is replaced, and the call.
+const OUTLINED: [(&str, &str); 3] = [
+    ("candle_nn::ops::softmax_last_dim(", "outlined_softmax("),
+    ("candle_nn::ops::softmax(", "outlined_softmax_along("),
+    (
+        "query_states\n            .reshape((b_sz, q_len, self.num_heads, self.head_dim))?\n            .transpose(1, 2)?;",
+        "outlined_heads(&query_states, (b_sz, q_len, self.num_heads, self.head_dim))?;",
+    ),
+];
+
+/// The new helpers.
 const HELPERS: &str = "
 fn outlined_softmax(scores: &Tensor) -> Result<Tensor> { let kept = scores; candle_nn::ops::softmax_last_dim(kept) }
 fn outlined_softmax_along(scores: &Tensor, along: candle::D) -> Result<Tensor> { candle_nn::ops::softmax(scores, along) }
@@ -142,8 +163,8 @@ const RENAMED: [&str; 9] = [
     "query_layer",
 ];
 
-/// One file for `tests/mutants.rs`: modules, a line of test for each, and all sources. With `all`, the numbers of every mutant.
-pub fn write(models: &Path, file_of: &HashMap<String, String>, out: &Path, all: bool) {
+/// One file for `tests/mutants.rs`: modules, a line of test for each, and all sources.
+pub fn write(models: &Path, file_of: &HashMap<String, String>, out: &Path) {
     let text = |model: &str| {
         let file = file_of.get(model).expect("a model of models.txt");
         std::fs::read_to_string(models.join(file)).expect("a model file")
@@ -151,15 +172,18 @@ pub fn write(models: &Path, file_of: &HashMap<String, String>, out: &Path, all: 
     let (mut annotated, mut plain, mut tests) = (String::new(), String::new(), String::new());
     let (mut refused, mut pairs) = (String::new(), String::new());
     let mut originals: Vec<&str> = Vec::new();
-    for (i, model) in KEPT.into_iter().enumerate() {
+    for model in KEPT {
         let original = text(model);
         let mutant = kept(model, &original);
-        let _ = write!(pairs, "({model:?}, {original:?}, {mutant:?}),");
-        if all || i < KEPT_BY_DEFAULT {
-            annotated += &super::annotated(&format!("{model}_kept"), &mutant);
-            let _ = writeln!(tests, "kept!({model}_kept, {model});");
-            originals.push(model);
+        for (way, mutated) in WAYS {
+            let text = mutated(model, &original);
+            assert_ne!(text.replace(HELPERS, ""), original, "{model} is not {way}");
+            let _ = write!(pairs, "(\"{model}, {way}\", {original:?}, {text:?}),");
         }
+        let _ = write!(pairs, "({model:?}, {original:?}, {mutant:?}),");
+        annotated += &super::annotated(&format!("{model}_kept"), &mutant);
+        let _ = writeln!(tests, "kept!({model}_kept, {model});");
+        originals.push(model);
     }
     for (name, model, becomes, from, to) in CHANGED {
         let original = text(model);
@@ -169,13 +193,12 @@ pub fn write(models: &Path, file_of: &HashMap<String, String>, out: &Path, all: 
             Refused(code) => {
                 let _ = write!(refused, "({name:?}, {code:?}, {mutant:?}),");
             }
-            Becomes::Compared { by_default } if all || *by_default => {
+            Compared => {
                 annotated += &super::annotated(name, &mutant);
                 plain += &super::plain(name, &mutant);
                 let _ = writeln!(tests, "changed!({name}, {model});");
                 originals.push(model);
             }
-            Becomes::Compared { .. } => {}
         }
     }
     originals.sort_unstable();
@@ -191,20 +214,41 @@ pub fn write(models: &Path, file_of: &HashMap<String, String>, out: &Path, all: 
     std::fs::write(out.join("mutants.rs"), file).expect("a file in OUT_DIR");
 }
 
-/// The same model, written otherwise.
+/// A way to write a model otherwise: what it is called, and the text after it.
+type Way = (&'static str, fn(&str, &str) -> String);
+
+const WAYS: [Way; 4] = [
+    ("renamed", renamed),
+    ("reordered", |_, text| reversed(text)),
+    ("inlined", inlined),
+    ("outlined", outlined),
+];
+
+/// The same model, written otherwise in every way at once.
 fn kept(model: &str, text: &str) -> String {
+    reversed(&renamed(model, &outlined(model, &inlined(model, text))))
+}
+
+fn inlined(model: &str, text: &str) -> String {
     let mut text = text.to_string();
-    for (_, from, to) in REWRITTEN.iter().filter(|(m, _, _)| *m == model) {
+    for (_, from, to) in INLINED.iter().filter(|(m, _, _)| *m == model) {
         assert!(text.contains(from), "{model} has no `{from}`");
         text = text.replacen(from, to, 1);
     }
-    text = text
-        .replace("candle_nn::ops::softmax_last_dim(", "outlined_softmax(")
-        .replace("candle_nn::ops::softmax(", "outlined_softmax_along(");
-    for word in RENAMED {
-        text = rename(&text, word, &format!("renamed_{word}"));
-    }
-    reversed(&text) + HELPERS
+    text
+}
+
+fn outlined(_: &str, text: &str) -> String {
+    let text = OUTLINED
+        .iter()
+        .fold(text.to_string(), |text, (from, to)| text.replace(from, to));
+    text + HELPERS
+}
+
+fn renamed(_: &str, text: &str) -> String {
+    RENAMED.iter().fold(text.to_string(), |text, word| {
+        rename(&text, word, &format!("renamed_{word}"))
+    })
 }
 
 /// Replaces whole words.

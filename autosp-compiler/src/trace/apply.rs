@@ -176,6 +176,7 @@ impl<'a> Trace<'_, 'a> {
             .get(1)
             .and_then(|a| a.0.size())
             .and_then(|s| s.poly.as_constant());
+        let parts = parts.filter(|parts| *parts <= super::PARTS as i64);
         let (Some(parts), Some(input)) = (parts, inputs.first()) else {
             return Self::lost(what);
         };

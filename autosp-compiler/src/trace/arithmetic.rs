@@ -76,6 +76,9 @@ impl<'a> Trace<'_, 'a> {
                     }
                     _ => self.fresh_feature("size"),
                 };
+                if poly.is_large() {
+                    return Self::lost(&text(b));
+                }
                 Value::Size(l.with(&r, poly))
             }
             (Value::Num(l), Value::Num(r)) => Value::Num(l.zip(r).and_then(|(l, r)| match b.op {

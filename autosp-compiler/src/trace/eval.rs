@@ -2,7 +2,7 @@
 
 use super::graph::{ActId, At};
 use super::value::{Closure, Cond, Presence, Size, Value};
-use super::{DEPTH, NESTING, Role, STEPS, Trace};
+use super::{DEPTH, NESTING, PARTS, Role, STEPS, Trace};
 use crate::syntax::asserts::Kind;
 use crate::syntax::text;
 use crate::syntax::types::Ty;
@@ -50,6 +50,13 @@ impl<'a> Trace<'_, 'a> {
         self.nesting += 1;
         let mut value = self.eval_inner(act, e, at);
         self.nesting -= 1;
+        let mut left = PARTS;
+        if !value.fits(&mut left) {
+            value = match value {
+                Value::Bool(_) => Value::Bool(Cond::Unknown),
+                _ => Self::lost("a value of so many parts"),
+            };
+        }
         if let Value::Unknown(reason) = &value
             && reason.span.is_none()
         {
@@ -390,6 +397,9 @@ impl<'a> Trace<'_, 'a> {
                 let (Some(start), Some(end)) = ends else {
                     return Self::lost("a part of a tensor's sizes");
                 };
+                if end.saturating_sub(start) > PARTS as i64 {
+                    return Self::lost("a part of a tensor's sizes");
+                }
                 let elems: Vec<Value> = (start..end).map(|k| self.dim_of(node, k, at)).collect();
                 let any = Box::new(elems.first().cloned().unwrap_or(Value::Opaque));
                 let elems = Some(elems);

@@ -48,6 +48,8 @@ const DEPTH: usize = 32;
 const NESTING: usize = 100;
 /// Expressions evaluated in one trace; more means a program that this interpreter was not made for.
 const STEPS: usize = 200_000;
+/// Parts of one value, such as the elements of a list: a program doubles them with every line, if it wants to.
+const PARTS: usize = 1_000;
 
 /// How one function was evaluated once.
 pub(crate) struct Act {

@@ -66,6 +66,21 @@ pub(crate) enum Cond {
     Unknown,
 }
 
+impl Cond {
+    /// Whether this condition has at most so many parts, which are counted down.
+    fn fits(&self, left: &mut usize) -> bool {
+        let Some(rest) = left.checked_sub(1) else {
+            return false;
+        };
+        *left = rest;
+        match self {
+            Self::And(a, b) | Self::Or(a, b) => a.fits(left) && b.fits(left),
+            Self::Not(c) => c.fits(left),
+            Self::Known(_) | Self::Compare(..) | Self::Unknown => true,
+        }
+    }
+}
+
 /// A host array over index ranges: what `(0..t).flat_map(|i| (0..t).map(move |j| ..)).collect()` makes.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Host {
@@ -198,6 +213,25 @@ impl Value {
         match self {
             Self::Tensor(n) | Self::ShapeOf(n) => Some(*n),
             _ => None,
+        }
+    }
+
+    /// Whether this value has at most so many parts, which are counted down.
+    pub(crate) fn fits(&self, left: &mut usize) -> bool {
+        let Some(rest) = left.checked_sub(1) else {
+            return false;
+        };
+        *left = rest;
+        match self {
+            Self::Tuple(v) => v.iter().all(|v| v.fits(left)),
+            Self::List { elems, any } => {
+                any.fits(left) && elems.iter().flatten().all(|v| v.fits(left))
+            }
+            Self::Option(_, v) | Self::Copies(v, _) => v.fits(left),
+            Self::Bool(c) => c.fits(left),
+            Self::Select(c, a, b) => c.fits(left) && a.fits(left) && b.fits(left),
+            Self::Host(host) => host.elem.fits(left),
+            _ => true,
         }
     }
 
