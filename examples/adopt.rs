@@ -69,9 +69,11 @@ fn make_crate(root: &Path, folder: &Path) -> io::Result<()> {
     let profiles = workspace
         .find("[profile.")
         .map_or("", |at| &workspace[at..]);
+    // A literal string of TOML, where a backslash is one.
+    let path = format!("'{}'", root.display());
     let manifest = format!(
         "[package]\nname = \"adopted\"\nversion = \"0.0.0\"\nedition = \"2021\"\npublish = false\n\n\
-         [dependencies]\nautosp = {{ path = {root:?} }}\ncandle-core = \"0.11.1\"\ncandle-nn = \"0.11.1\"\n\
+         [dependencies]\nautosp = {{ path = {path} }}\ncandle-core = \"0.11.1\"\ncandle-nn = \"0.11.1\"\n\
          candle-transformers = \"=0.11.1\"\nserde = {{ version = \"1\", features = [\"derive\"] }}\n\n\
          [workspace]\n\n{profiles}"
     );
