@@ -70,6 +70,11 @@ where
     entered(x, LAST.get() == Some(x.id()), f)
 }
 
+/// What comes in with the call of a model is its caller's, though a block made it.
+pub(crate) fn entered_model() {
+    LAST.set(None);
+}
+
 fn entered<F>(x: &Tensor, own: bool, f: F) -> Result<Tensor>
 where
     F: Fn(&Tensor) -> Result<Tensor> + Send + Sync + 'static,

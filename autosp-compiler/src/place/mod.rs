@@ -12,6 +12,7 @@
 //! sequence in its shape, the runtime cuts this rank's rows out of it; a sum over the sequence is taken over all ranks.
 
 mod branches;
+mod given;
 mod keys;
 mod layout;
 mod rules;

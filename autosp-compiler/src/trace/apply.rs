@@ -45,6 +45,11 @@ impl<'a> Trace<'_, 'a> {
             let own = e.map(|e| self.at(at.act, e).expr);
             let elements = e.map(list_elements).unwrap_or_default();
             for (i, node) in tensors.iter().enumerate() {
+                if matches!(self.nodes[*node].shape, Shape::Partial(_))
+                    && let Some(rank) = self.late_rank(*node)
+                {
+                    self.with_rank(*node, rank);
+                }
                 let expr = if tensors.len() > 1 {
                     elements.get(i).map(|e| self.at(at.act, e).expr)
                 } else {

@@ -80,6 +80,8 @@ pub(crate) struct Node {
     pub(crate) sizes_read: bool,
     /// The innermost branch that it is made in and that may be left untaken.
     pub(crate) branch: Option<super::branch::Branch>,
+    /// Which call of a closure it is made in, 0 outside of closures.
+    pub(crate) call: u32,
 }
 
 impl Node {

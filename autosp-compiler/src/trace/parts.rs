@@ -103,6 +103,13 @@ impl<'a> Trace<'_, 'a> {
             dims[d].0.splice(0..0, copies.0);
             return Ok((Shape::Known(dims), Vec::new()));
         }
+        if let Some((Value::List { elems: None, .. }, _)) = args.first() {
+            // One stands for all, however many there are.
+            let own = dims[d].clone();
+            dims[d] = Dim::of(self.fresh_feature("count"));
+            dims[d].0.extend(own.0);
+            return Ok((Shape::Known(dims), vec![(0, d)]));
+        }
         let mut total = Poly::default();
         for input in inputs {
             match &self.nodes[*input].shape {

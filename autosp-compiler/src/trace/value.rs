@@ -218,6 +218,21 @@ impl Value {
         }
     }
 
+    /// All sizes in this value.
+    pub(crate) fn sizes<'v>(&'v self, out: &mut Vec<&'v Size>) {
+        match self {
+            Self::Size(s) => out.push(s),
+            Self::Tuple(v) => v.iter().for_each(|v| v.sizes(out)),
+            Self::List { elems, any } => match elems {
+                Some(elems) => elems.iter().for_each(|v| v.sizes(out)),
+                None => any.sizes(out),
+            },
+            Self::Option(Presence::None, _) => {}
+            Self::Option(_, v) | Self::Copies(v, _) => v.sizes(out),
+            _ => {}
+        }
+    }
+
     /// All tensors in this value.
     pub(crate) fn tensors(&self, out: &mut Vec<NodeId>) {
         match self {

@@ -7,7 +7,7 @@ use syn::visit::{self, Visit};
 
 use super::Trace;
 use super::graph::{ActId, At, NodeId};
-use super::value::{Presence, Value};
+use super::value::{Cond, Presence, Value};
 use crate::syntax::number::{WRITERS, is_assignment};
 use crate::syntax::text;
 
@@ -201,6 +201,8 @@ pub(super) struct Round {
     torn: Vec<String>,
     /// Options that hold nothing before the loop and that it reads: they have to hold nothing after a round too.
     absent: Vec<String>,
+    /// What else it writes to, with what that held before: what it holds where there is no round.
+    others: Vec<(String, Value)>,
     at: At,
 }
 
@@ -209,6 +211,7 @@ impl Round {
         act: ActId,
         carried: Vec<(String, NodeId)>,
         absent: Vec<String>,
+        others: Vec<(String, Value)>,
         at: At,
     ) -> Self {
         let torn = Vec::new();
@@ -217,6 +220,7 @@ impl Round {
             carried,
             torn,
             absent,
+            others,
             at,
         }
     }
@@ -243,6 +247,12 @@ impl Trace<'_, '_> {
         let Some(round) = self.rounds.pop() else {
             return;
         };
+        for (name, before) in round.others {
+            if let Some(after) = self.lookup(act, &name).map(|b| b.value) {
+                let value = self.join(before, after, &Cond::Unknown, round.at);
+                self.assign(act, &name, value);
+            }
+        }
         for name in round.torn {
             let what = format!("{name}, which a round changes before it is left early");
             self.assign(act, &name, Self::lost(&what));
