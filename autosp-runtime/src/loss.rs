@@ -15,7 +15,7 @@ use rayon::prelude::*;
 
 use crate::comm::{Tag, all_gather};
 use crate::ops::{
-    Kernel, Real, Rows, Visit, compute, max, owned, per_row, record, sum, tensor, visit,
+    Kernel, Real, Rows, Visit, compute, max, owned, per_row, record, sum, tensor, visit, wide,
 };
 use crate::{Error, scope};
 
@@ -49,11 +49,7 @@ thread_local! {
 pub fn cross_entropy(logits: &Tensor, labels: &Tensor) -> Result<Tensor> {
     let width = logits.dim(D::Minus1)?;
     let classes = classes(&logits.dims()[..logits.rank() - 1], width, labels)?;
-    let dtype = if logits.dtype() == DType::F64 {
-        DType::F64
-    } else {
-        DType::F32
-    };
+    let dtype = wide(logits.dtype());
     let valid = classes.iter().filter(|class| class.is_some()).count();
     #[cfg(feature = "cuda")]
     if logits.device().is_cuda()

@@ -19,7 +19,7 @@ use autosp_plan::settings::Policy;
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Result, Tensor, TensorId, Var};
 
-use crate::ops::{accumulate, cast, owned, record_gradient, taken, tape, tensor, tracked};
+use crate::ops::{accumulate, cast, owned, record_gradient, taken, tape, tensor, tracked, wide};
 use crate::scope::{self, Scope};
 use crate::site;
 use crate::{Error, Sp};
@@ -135,10 +135,10 @@ where
     let wanted = tracked(x);
     let taken_from = |x: &Tensor| Ok::<_, candle_core::Error>((taken(x)?, x.shape().clone()));
     let (result, tape, memos, kept) = if policy == Policy::All {
-        let input = match (own, wanted) {
-            (true, true) => tape::variable(taken_from(x)?),
-            (false, true) => tape::variable(owned(x)?),
-            (_, false) => x.detach(),
+        let input = if own && wanted {
+            tape::variable(taken_from(x)?)
+        } else {
+            tape::input(x, wanted)?
         };
         let (y, tape) = tape::record(&input, &f)?;
         let result = if tape.movable {
@@ -218,11 +218,7 @@ fn again(
     memos: &replay::Memos,
 ) -> Result<tape::Block> {
     let _span = tracing::debug_span!("recomputation").entered();
-    let input = if wanted {
-        tape::variable(owned(x)?)
-    } else {
-        x.clone()
-    };
+    let input = tape::input(x, wanted)?;
     let (_, tape) = replay::again(memos, || tape::record(&input, f))?;
     Ok(tape)
 }
@@ -233,13 +229,10 @@ fn sink(variable: &Tensor, grad: Tensor) -> Result<()> {
         let grad = match sink.remove(&variable.id()) {
             None => grad,
             Some((earlier, _)) => {
-                let wide = match variable.dtype() {
-                    DType::BF16 | DType::F16 => DType::F32,
-                    same => same,
-                };
+                let sum = wide(variable.dtype());
                 // What was cast, now or for an earlier sum, is nobody else's.
-                let own = wide != variable.dtype();
-                accumulate(cast(&earlier, wide)?, own, &cast(&grad, wide)?)?
+                let own = sum != variable.dtype();
+                accumulate(cast(&earlier, sum)?, own, &cast(&grad, sum)?)?
             }
         };
         sink.insert(variable.id(), (grad.detach(), variable.dtype()));

@@ -35,10 +35,10 @@ pub use positions::{fold, pick, pick_narrow, slice};
 pub use rope::{rope, rope_i, rope_thd};
 pub use softmax::{softmax, softmax_last_dim};
 
-pub(crate) use arithmetic::{accumulate, cast, sum_as};
+pub(crate) use arithmetic::{accumulate, cast, sum_as, wide};
 pub(crate) use kernel::{Kernel, Real, Rows, Visit, compute, max, per_row, sum, visit};
 pub(crate) use record::{
-    Kept, owned, record, record_gradient, record_result, taken, tensor, tracked,
+    Kept, owned, record, record_gradient, record_hinted, record_result, taken, tensor, tracked,
 };
 pub(crate) use tape::Gradient;
 

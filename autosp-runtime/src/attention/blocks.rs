@@ -8,17 +8,10 @@ use candle_core::{D, DType, Tensor};
 use crate::Result;
 use crate::attention::{Gradients, Output, Spec};
 use crate::mask::Band;
+use crate::ops::wide;
 
 /// Scores of a block: 64 Mi elements, 256 MiB in `f32`.
 const SCORES: usize = 1 << 26;
-
-fn wide(dtype: DType) -> DType {
-    if dtype == DType::F64 {
-        DType::F64
-    } else {
-        DType::F32
-    }
-}
 
 /// [b, h, s, d] in the type to compute in, valid tokens alone.
 fn raised(x: &Tensor, valid: usize) -> Result<Tensor> {

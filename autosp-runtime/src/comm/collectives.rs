@@ -9,7 +9,7 @@ use autosp_plan::codes;
 use candle_core::{DType, Tensor};
 
 use super::{Engine, Tag};
-use crate::ops::{cast, sum_as};
+use crate::ops::{cast, sum_as, wide};
 use crate::{Error, Result};
 
 /// The part of `0..n` that belongs to `rank` of `size`: contiguous, in the order of the ranks, of sizes that differ by at most 1.
@@ -149,17 +149,13 @@ fn sum_in_order(
     let own = parts[engine.rank()]
         .clone()
         .ok_or_else(|| absent(engine, tag, engine.rank()))?;
-    let wide = match own.dtype() {
-        DType::BF16 | DType::F16 => DType::F32,
-        same => same,
-    };
     let mut sum: Option<Tensor> = None;
     for (rank, part) in parts.into_iter().enumerate() {
         let part = part.ok_or_else(|| absent(engine, tag, rank))?;
         expect_like(engine, tag, rank, &own, &part)?;
         sum = Some(match sum {
             None => part,
-            Some(sum) => sum_as(&sum, &part, wide)?,
+            Some(sum) => sum_as(&sum, &part, wide(own.dtype()))?,
         });
     }
     Ok(cast(&sum.unwrap_or_else(|| own.clone()), dtype)?)

@@ -1,5 +1,6 @@
 //! Operations element by element on tensors of one shape, in float, rounded once. Each returns `None` where it has no kernel.
 
+use autosp_templates::kernels::Element;
 use candle_core::{DType, Tensor};
 
 use super::kernels::{Launch, Module, aligned, element, function, looping};
@@ -40,11 +41,12 @@ pub(crate) fn gated_backward(x: &Tensor, b: &Tensor, grad: &Tensor) -> Result<Op
 /// Adds `from` to a contiguous `into`. False, and nothing is done, where there is no kernel.
 pub(crate) fn add_to(into: &Tensor, from: &Tensor) -> Result<bool> {
     let whole = aligned(into, 16 / into.dtype().size_in_bytes());
-    if into.dtype() != from.dtype() || element(into.dtype()).is_none() || !whole {
+    let Some(element) = element(into.dtype()).filter(|_| into.dtype() == from.dtype() && whole)
+    else {
         return Ok(false);
-    }
+    };
     let from = contiguous(from)?;
-    launch("add", &[into, &from], &[into])?;
+    launch(element, "add", &[into, &from], &[into])?;
     Ok(true)
 }
 
@@ -55,20 +57,24 @@ pub(crate) fn cast(x: &Tensor, dtype: DType) -> Result<Option<Tensor>> {
         (DType::F32, narrow @ (DType::BF16 | DType::F16)) => ("narrow", narrow),
         _ => return Ok(None),
     };
+    let Some(element) = element(narrow) else {
+        return Ok(None);
+    };
     let x = contiguous(x)?;
     let y = unwritten(&device_of(&x)?, x.shape(), dtype)?;
-    launch_as(narrow, name, &[&x], &[&y])?;
+    launch(element, name, &[&x], &[&y])?;
     Ok(Some(y))
 }
 
 /// a + b of half precision in `f32`.
 pub(crate) fn add_wide(a: &Tensor, b: &Tensor) -> Result<Option<Tensor>> {
-    if a.dtype() != b.dtype() || !matches!(a.dtype(), DType::BF16 | DType::F16) {
+    let half = a.dtype() == b.dtype() && matches!(a.dtype(), DType::BF16 | DType::F16);
+    let Some(element) = element(a.dtype()).filter(|_| half) else {
         return Ok(None);
-    }
+    };
     let (a, b) = (contiguous(a)?, contiguous(b)?);
     let y = unwritten(&device_of(&a)?, a.shape(), DType::F32)?;
-    launch_as(a.dtype(), "add_wide", &[&a, &b], &[&y])?;
+    launch(element, "add_wide", &[&a, &b], &[&y])?;
     Ok(Some(y))
 }
 
@@ -77,9 +83,10 @@ fn elementwise<const N: usize, const M: usize>(
     operands: [&Tensor; N],
 ) -> Result<Option<[Tensor; M]>> {
     let first = operands[0];
-    if element(first.dtype()).is_none() || operands.iter().any(|x| x.dtype() != first.dtype()) {
+    let same = operands.iter().all(|x| x.dtype() == first.dtype());
+    let Some(element) = element(first.dtype()).filter(|_| same) else {
         return Ok(None);
-    }
+    };
     let operands = operands
         .into_iter()
         .map(contiguous)
@@ -90,23 +97,13 @@ fn elementwise<const N: usize, const M: usize>(
     }
     let operands: Vec<&Tensor> = operands.iter().collect();
     let written: Vec<&Tensor> = results.iter().collect();
-    launch(name, &operands, &written)?;
+    launch(element, name, &operands, &written)?;
     Ok(results.try_into().ok())
 }
 
-/// Runs a kernel over all elements of contiguous tensors of one shape and type.
-fn launch(name: &str, operands: &[&Tensor], results: &[&Tensor]) -> Result<()> {
-    match operands.first() {
-        Some(first) => launch_as(first.dtype(), name, operands, results),
-        None => Ok(()),
-    }
-}
-
-/// As [`launch`], with the kernels of type `dtype`.
-fn launch_as(dtype: DType, name: &str, operands: &[&Tensor], results: &[&Tensor]) -> Result<()> {
-    let (Some(first), Some(element)) = (operands.first(), element(dtype)) else {
-        return Ok(());
-    };
+/// Runs a kernel of the element's module over all elements of contiguous tensors of one shape.
+fn launch(element: Element, name: &str, operands: &[&Tensor], results: &[&Tensor]) -> Result<()> {
+    let first = operands[0];
     let module = flat(element, first.elem_count());
     let addresses = operands
         .iter()

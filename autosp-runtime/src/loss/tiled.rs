@@ -8,14 +8,13 @@
 use std::sync::{Mutex, PoisonError};
 
 use candle_core::{
-    CpuStorage, D, DType, Device, InplaceOp1, InplaceOp2, Layout, Result, Tensor, Var, WithDType,
-    bail,
+    CpuStorage, D, DType, Device, InplaceOp1, Layout, Result, Tensor, Var, WithDType, bail,
 };
 use rayon::prelude::*;
 
 use super::head::{Head, Logits, Step};
 use super::{Forward, add_over_ranks, counted, sum_of_losses};
-use crate::ops::{Real, max, owned, record_gradient, sum, tracked, visit};
+use crate::ops::{Real, accumulate, max, owned, record_gradient, sum, tracked, visit, wide};
 use crate::{memory, scope};
 
 /// Bytes of logits where no settings are in force.
@@ -71,13 +70,14 @@ pub(super) fn mean(logits: &Logits, classes: Vec<Option<u32>>, width: usize) -> 
         } else {
             value.zeros_like()?
         };
+        let dtype = operand.dtype();
         let part = record_gradient(
             "linear cross-entropy",
             [&operand],
             owned(&part)?,
             move |grad| {
                 let factor = grad.to_dtype(DType::F64)?.to_scalar::<f64>()? / unit;
-                let gradient = gradient.as_ref().map(|g| scaled(g, factor));
+                let gradient = gradient.as_ref().map(|g| scaled(g, factor, dtype));
                 Ok([gradient.transpose()?])
             },
         )?;
@@ -102,26 +102,17 @@ fn rows_of_a_tile(rows: usize, bytes_of_a_row: usize) -> usize {
     even.next_multiple_of(ROWS).clamp(1, most)
 }
 
-/// `gradient` times a factor, rounded once.
-fn scaled(gradient: &Tensor, factor: f64) -> Result<Tensor> {
+/// `gradient` times a factor in the type `dtype`, rounded once.
+fn scaled(gradient: &Tensor, factor: f64, dtype: DType) -> Result<Tensor> {
     #[allow(
         clippy::float_cmp,
         reason = "it is one, and not about one, where the loss itself is walked back"
     )]
     if factor == 1.0 {
-        return Ok(gradient.clone());
+        return gradient.to_dtype(dtype);
     }
     let wide = gradient.to_dtype(wide(gradient.dtype()))?;
-    (wide * factor)?.to_dtype(gradient.dtype())
-}
-
-/// The type that sums run in.
-fn wide(dtype: DType) -> DType {
-    if dtype == DType::F64 {
-        DType::F64
-    } else {
-        DType::F32
-    }
+    (wide * factor)?.to_dtype(dtype)
 }
 
 /// An operand of the loss, with its gradient.
@@ -158,7 +149,7 @@ struct Tiles<'a> {
     weight: Option<Tensor>,
     bias: Option<Tensor>,
     /// Variables of a layer that is not seen into.
-    variables: Vec<(Tensor, Tensor)>,
+    variables: Vec<Found>,
 }
 
 impl<'a> Tiles<'a> {
@@ -289,8 +280,8 @@ impl<'a> Tiles<'a> {
                         .iter_mut()
                         .find(|(known, _)| known.id() == variable.id());
                     match known {
-                        Some((_, sum)) => *sum = (&*sum + grad)?,
-                        None => self.variables.push((variable, grad)),
+                        Some((_, sum)) => add(sum, grad)?,
+                        None => self.variables.push((variable, Some(grad))),
                     }
                 }
                 if let (Some(dx), Some(grad)) = (&self.dx, grads.remove(&leaf)) {
@@ -398,10 +389,6 @@ impl<'a> Tiles<'a> {
             dtype: wide(self.dtype()),
             unit: self.unit,
         };
-        let shaped = |gradient: Option<Tensor>, operand: &Tensor| -> Result<_> {
-            let gradient = gradient.map(|g| g.to_dtype(operand.dtype())).transpose()?;
-            Ok((operand.clone(), gradient))
-        };
         let x = &self.logits.x;
         let dx = self.dx.map(|dx| dx.reshape(x.shape())).transpose()?;
         let mut all = vec![(x.clone(), dx)];
@@ -415,14 +402,12 @@ impl<'a> Tiles<'a> {
                 Some(gradient) if *columns => Some(gradient.t()?.contiguous()?),
                 other => other,
             };
-            all.push(shaped(gradient, weight)?);
+            all.push((weight.clone(), gradient));
             if let Some(bias) = bias {
-                all.push(shaped(self.bias, bias)?);
+                all.push((bias.clone(), self.bias));
             }
         }
-        for (variable, gradient) in self.variables {
-            all.push(shaped(Some(gradient), &variable)?);
-        }
+        all.extend(self.variables);
         Ok((own, all))
     }
 }
@@ -447,55 +432,13 @@ fn add_product(sum: &mut Option<Tensor>, dz: &Tensor, x: &Tensor) -> Result<()> 
     add(sum, product)
 }
 
+/// Adds to a sum whose memory is its own.
 fn add(sum: &mut Option<Tensor>, more: Tensor) -> Result<()> {
     *sum = Some(match sum.take() {
         None => more,
-        Some(sum) if sum.device().is_cpu() => {
-            sum.inplace_op2(&more, &Add)?;
-            sum
-        }
-        Some(sum) => (sum + more)?,
+        Some(sum) => accumulate(sum, true, &more)?,
     });
     Ok(())
-}
-
-/// Adds a tensor of the same shape, both contiguous.
-struct Add;
-
-impl InplaceOp2 for Add {
-    fn name(&self) -> &'static str {
-        "add in place"
-    }
-
-    fn cpu_fwd(
-        &self,
-        to: &mut CpuStorage,
-        to_layout: &Layout,
-        from: &CpuStorage,
-        from_layout: &Layout,
-    ) -> Result<()> {
-        fn add<T: Real>(to: &mut [T], from: &[T]) {
-            to.par_chunks_mut(1 << 14)
-                .zip(from.par_chunks(1 << 14))
-                .for_each(|(to, from)| {
-                    for (to, from) in to.iter_mut().zip(from) {
-                        *to = *to + *from;
-                    }
-                });
-        }
-        let (Some((a, b)), Some((c, d))) = (
-            to_layout.contiguous_offsets(),
-            from_layout.contiguous_offsets(),
-        ) else {
-            bail!("add in place: expected contiguous tensors")
-        };
-        match (to, from) {
-            (CpuStorage::F32(to), CpuStorage::F32(from)) => add(&mut to[a..b], &from[c..d]),
-            (CpuStorage::F64(to), CpuStorage::F64(from)) => add(&mut to[a..b], &from[c..d]),
-            _ => bail!("add in place: expected two tensors in f32 or in f64"),
-        }
-        Ok(())
-    }
 }
 
 /// Rows of logits become the gradient of `scale` times the sum of their losses; the sum is left in `total`.

@@ -6,7 +6,7 @@ use autosp_plan::settings::Policy;
 use candle_core::{Result, Tensor};
 
 use super::sink;
-use crate::ops::{Gradient, Kept, owned, taken, tape, tracked};
+use crate::ops::{Gradient, Kept, taken, tape, tracked};
 use crate::scope;
 
 /// Runs `f(x)`, which computes each token along dim `dim` by itself.
@@ -40,12 +40,7 @@ where
         let mut parts = Vec::with_capacity(tiles.len());
         for tile in &tiles {
             let part = cut(&x, dim, tile)?;
-            let input = if wanted {
-                tape::variable(owned(&part)?)
-            } else {
-                part
-            };
-            let (_, block) = tape::record(&input, &f)?;
+            let (_, block) = tape::record(&tape::input(&part, wanted)?, &f)?;
             parts.extend(block.backward(&cut(&grad.tensor, dim, tile)?, &mut sink)?);
         }
         if parts.len() < tiles.len() {

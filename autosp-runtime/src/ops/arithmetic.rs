@@ -2,9 +2,8 @@
 
 use candle_core::{CpuStorage, DType, InplaceOp2, Layout, Result, Tensor, bail};
 
-use super::record::{Backward, recorded};
 use super::tape::{self, Hint, Recipe};
-use super::{Kernel, Real, Rows, compute, taken, tensor, tracked};
+use super::{Kernel, Real, Rows, compute, record, record_hinted, taken, tensor, tracked};
 
 /// What can stand beside an operator of candle's tensors.
 pub trait Operand {
@@ -81,13 +80,7 @@ pub fn mul(a: impl Operand, b: impl Operand) -> Result<Tensor> {
         let db = wanted[1].then(|| product(grad, a)).transpose()?;
         Ok([da, db])
     };
-    recorded(
-        "mul",
-        [&a, &b],
-        result,
-        None,
-        Backward::Operands(Box::new(backward)),
-    )
+    record("mul", [&a, &b], result, backward)
 }
 
 /// `silu(x) b`.
@@ -99,12 +92,12 @@ fn gated(x: &Tensor, b: &Tensor) -> Result<Tensor> {
         let [dx, db] = gate_backward(x, b, grad)?;
         Ok([Some(dx), Some(db)])
     };
-    recorded(
+    record_hinted(
         "silu mul",
         [x, b],
         result,
         Some(Hint::Again(recipe)),
-        Backward::Operands(Box::new(backward)),
+        backward,
     )
 }
 
@@ -138,13 +131,7 @@ fn record_silu(
 ) -> Result<Tensor> {
     let hint = tape::holds(xs).then(|| Hint::Silu(xs.clone()));
     let backward = move |[x]: [&Tensor; 1], grad: &Tensor| Ok([backward(x, grad)?]);
-    recorded(
-        "silu",
-        [xs],
-        result,
-        hint,
-        Backward::Operands(Box::new(backward)),
-    )
+    record_hinted("silu", [xs], result, hint, backward)
 }
 
 struct SiluBackward;
@@ -217,6 +204,14 @@ fn gate_backward(x: &Tensor, b: &Tensor, grad: &Tensor) -> Result<[Tensor; 2]> {
         (inner * slope)?
     };
     Ok([dx, (candle_nn::ops::silu(x)? * grad)?])
+}
+
+/// The type that many numbers of type `dtype` are added in: half precision in `f32`, others in their own.
+pub(crate) fn wide(dtype: DType) -> DType {
+    match dtype {
+        DType::BF16 | DType::F16 => DType::F32,
+        same => same,
+    }
 }
 
 /// `x` in another type, detached.

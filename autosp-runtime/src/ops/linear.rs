@@ -3,11 +3,10 @@
 //! candle walks back into both operands of a matrix product, so that a frozen weight costs a gradient of its own size and the product
 //! that makes it, and it turns operands round for it. Here the gradients of x and W are one product each; a frozen weight has none.
 
-use candle_core::{DType, Result, Shape, Storage, Tensor};
+use candle_core::{Result, Shape, Storage, Tensor};
 use candle_nn::{Linear, Module};
 
-use super::record::{Backward, recorded};
-use super::{owned, record_gradient, taken, tape, tracked};
+use super::{cast, owned, record, record_gradient, taken, tape, tracked, wide};
 
 /// The layer applied to `x` `[.., in]`; as candle's, but that frozen weights get no gradient and cost none.
 ///
@@ -59,13 +58,7 @@ fn product(layer: &Linear, x: &Tensor) -> Result<Tensor> {
             let backward = move |[x, weight]: [&Tensor; 2], grad: &Tensor| {
                 gradients(&rows(grad, out)?, x, weight)
             };
-            recorded(
-                "linear",
-                [x, weight],
-                result,
-                None,
-                Backward::Operands(Box::new(backward)),
-            )
+            record("linear", [x, weight], result, backward)
         }
         Some(bias) => {
             let backward = move |[x, weight, bias]: [&Tensor; 3], grad: &Tensor| {
@@ -74,13 +67,7 @@ fn product(layer: &Linear, x: &Tensor) -> Result<Tensor> {
                 Ok([dx, dw, Some(column_sums(&grad)?.to_dtype(bias.dtype())?)])
             };
             let operands = [x, weight, bias];
-            recorded(
-                "linear",
-                operands,
-                result,
-                None,
-                Backward::Operands(Box::new(backward)),
-            )
+            record("linear", operands, result, backward)
         }
     }
 }
@@ -98,11 +85,7 @@ fn rows(x: &Tensor, width: usize) -> Result<Tensor> {
 
 /// The sum over the rows, taken in a type that is wide enough for many.
 fn column_sums(x: &Tensor) -> Result<Tensor> {
-    let wide = match x.dtype() {
-        DType::BF16 | DType::F16 => DType::F32,
-        same => same,
-    };
-    x.to_dtype(wide)?.sum(0)
+    cast(x, wide(x.dtype()))?.sum(0)
 }
 
 #[cfg(test)]

@@ -8,9 +8,8 @@
 use candle_core::{D, Result, Shape, Storage, Tensor, WithDType, bail};
 
 use super::kernel::{dot, sum, sum_over_rows};
-use super::record::{Backward, recorded};
 use super::tape::{Hint, Recipe};
-use super::{Kernel, Real, Rows, compute, per_row, tensor, tracked};
+use super::{Kernel, Real, Rows, compute, per_row, record_hinted, tensor, tracked};
 
 /// What the kernels share. `eps` is in the units of `mean(c^2)`.
 #[derive(Clone, Copy)]
@@ -247,23 +246,11 @@ fn normed(
                 let [dx, dalpha, _] = grads(x, alpha, grad)?;
                 Ok([dx, dalpha])
             };
-            recorded(
-                name,
-                [x, alpha],
-                result,
-                hint,
-                Backward::Operands(Box::new(backward)),
-            )
+            record_hinted(name, [x, alpha], result, hint, backward)
         }
         Some(beta) => {
             let backward = move |[x, alpha, _]: [&Tensor; 3], grad: &Tensor| grads(x, alpha, grad);
-            recorded(
-                name,
-                [x, alpha, beta],
-                result,
-                hint,
-                Backward::Operands(Box::new(backward)),
-            )
+            record_hinted(name, [x, alpha, beta], result, hint, backward)
         }
     }
 }

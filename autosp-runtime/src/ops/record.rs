@@ -25,7 +25,7 @@ type FromResult<const N: usize> = Box<dyn Fn(&Tensor, &Tensor) -> Grads<N> + Sen
 type FromGradient<const N: usize> = Box<dyn Fn(&Tensor) -> Grads<N> + Send + Sync>;
 
 /// A backward, by what has to be kept for it.
-pub(crate) enum Backward<const N: usize> {
+enum Backward<const N: usize> {
     Operands(FromOperands<N>),
     Result(FromResult<N>),
     Gradient(FromGradient<N>),
@@ -41,13 +41,22 @@ pub(crate) fn record<const N: usize>(
 where
     Node<N>: Graph<N>,
 {
-    recorded(
-        name,
-        operands,
-        result,
-        None,
-        Backward::Operands(Box::new(backward)),
-    )
+    record_hinted(name, operands, result, None, backward)
+}
+
+/// As [`record`], with what a tape may know of the result.
+pub(crate) fn record_hinted<const N: usize>(
+    name: &'static str,
+    operands: [&Tensor; N],
+    result: (Storage, Shape),
+    hint: Option<Hint>,
+    backward: impl Fn([&Tensor; N], &Tensor) -> Grads<N> + Send + Sync + 'static,
+) -> Result<Tensor>
+where
+    Node<N>: Graph<N>,
+{
+    let backward = Backward::Operands(Box::new(backward));
+    recorded(name, operands, result, hint, backward)
 }
 
 /// As [`record`], where `backward(result, gradient)` needs no operand.
@@ -60,13 +69,8 @@ pub(crate) fn record_result<const N: usize>(
 where
     Node<N>: Graph<N>,
 {
-    recorded(
-        name,
-        operands,
-        result,
-        None,
-        Backward::Result(Box::new(backward)),
-    )
+    let backward = Backward::Result(Box::new(backward));
+    recorded(name, operands, result, None, backward)
 }
 
 /// As [`record`], where `backward(gradient)` needs neither operands nor result.
@@ -79,17 +83,11 @@ pub(crate) fn record_gradient<const N: usize>(
 where
     Node<N>: Graph<N>,
 {
-    recorded(
-        name,
-        operands,
-        result,
-        None,
-        Backward::Gradient(Box::new(backward)),
-    )
+    let backward = Backward::Gradient(Box::new(backward));
+    recorded(name, operands, result, None, backward)
 }
 
-/// As [`record`] and its like, with what a tape may know of the result.
-pub(crate) fn recorded<const N: usize>(
+fn recorded<const N: usize>(
     name: &'static str,
     operands: [&Tensor; N],
     result: (Storage, Shape),

@@ -111,10 +111,7 @@ struct Over {
 impl Over {
     /// The type that sums are taken in.
     fn wide(self) -> DType {
-        match self.dtype {
-            DType::BF16 | DType::F16 => DType::F32,
-            same => same,
-        }
+        super::wide(self.dtype)
     }
 
     fn all_ranks(self, sp: &Sp, direction: &'static str, x: &Tensor) -> Result<Tensor> {

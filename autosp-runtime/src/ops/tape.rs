@@ -210,6 +210,15 @@ pub(crate) struct Block {
     pub(crate) movable: bool,
 }
 
+/// What a block begins with: a copy of `x` on the tape if a gradient is `wanted` for it, else its values.
+pub(crate) fn input(x: &Tensor, wanted: bool) -> Result<Tensor> {
+    if wanted {
+        Ok(variable(super::owned(x)?))
+    } else {
+        Ok(x.detach())
+    }
+}
+
 /// Runs `f` on `input` and records it. The input is a [`variable`] if a gradient is wanted for it. The result is `f`'s, and belongs to
 /// no graph of candle's that anybody should follow.
 ///

@@ -9,6 +9,7 @@ use candle_core::{DType, Tensor, Var};
 
 use crate::Result;
 use crate::comm::chunk;
+use crate::ops::wide;
 
 /// Consecutive variables of one type.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,15 +29,6 @@ pub(crate) struct Piece {
     pub(crate) var: usize,
     /// Elements of the flat variable.
     pub(crate) range: Range<usize>,
-}
-
-/// The type in which gradients of a variable are summed and the variable is updated: not less than `f32`.
-pub(crate) fn wide(dtype: DType) -> DType {
-    if dtype == DType::F64 {
-        DType::F64
-    } else {
-        DType::F32
-    }
 }
 
 /// Divides variables into buckets of at most `bytes` bytes in their wide type; a larger variable has a bucket of its own.

@@ -6,11 +6,10 @@ mod gpu;
 use candle_core::{DType, Device, Tensor, WithDType};
 use rayon::prelude::*;
 
-use super::flat::wide;
 use super::groups::Manner;
 use super::settings::Optimizer;
 use crate::Result;
-use crate::ops::Real;
+use crate::ops::{Real, wide};
 
 /// Elements that one task updates.
 const BLOCK: usize = 16 * 1024;

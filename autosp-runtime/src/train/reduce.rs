@@ -5,9 +5,9 @@ use candle_core::backprop::GradStore;
 use candle_core::{DType, Tensor, Var, WithDType};
 use rayon::prelude::*;
 
-use super::flat::{Bucket, buckets, wide};
+use super::flat::{Bucket, buckets};
 use crate::comm::{Tag, all_gather, reduce_scatter_as};
-use crate::ops::{Real, Rows, Visit, cast, visit};
+use crate::ops::{Real, Rows, Visit, cast, visit, wide};
 use crate::{Error, Result, Sp, memory, scope};
 
 /// Bytes of gradients that [`Sp::reduce_gradients`] sums at once.

@@ -15,10 +15,11 @@ use candle_core::safetensors::MmapedSafetensors;
 use candle_core::{Device, Tensor};
 
 use super::Trainer;
-use super::flat::{Piece, wide};
+use super::flat::Piece;
 use super::optimizer::Part;
 use super::settings::Optimizer;
 use crate::comm::{Tag, all_gather, barrier};
+use crate::ops::wide;
 use crate::{Error, Result};
 use files::{Checkpoint, Manifest};
 

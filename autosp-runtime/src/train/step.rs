@@ -5,8 +5,8 @@ use std::time::Instant;
 use autosp_plan::codes;
 use candle_core::{DType, Tensor};
 
-use super::flat::wide;
 use super::{Evaluation, StepReport, Trainer, divide, reduce};
+use crate::ops::wide;
 use crate::site::bytes;
 use crate::{Bytes, Error, Purpose, Result, loss, memory};
 

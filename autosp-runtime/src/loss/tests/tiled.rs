@@ -242,6 +242,32 @@ fn half_precision_sums_the_weight_in_f32_and_f16_does_not_vanish() {
     }
 }
 
+/// Many targets of one class: the sum of their gradients, before it is divided by their number, is larger than f16 holds.
+#[test]
+fn f16_does_not_overflow_where_a_class_has_many_targets() {
+    let (tokens, device) = (72_000, Device::Cpu);
+    let gradients = |dtype: DType| -> candle_core::Result<[Vec<f64>; 2]> {
+        let x = Tensor::ones((tokens, 2), dtype, &device)?;
+        let weight = Var::zeros((4, 2), dtype, &device)?;
+        let bias = Var::zeros(4, dtype, &device)?;
+        let labels = Tensor::zeros(tokens, DType::U32, &device)?;
+        let loss = linear_cross_entropy(&x, &weight, Some(bias.as_tensor()), &labels)?;
+        let grads = loss.backward()?;
+        Ok([weight, bias].map(|v| flat(grads.get(&v).unwrap())))
+    };
+    // softmax - onehot with four equal logits: 1/4 - 1 for the class, 1/4 for the others, the mean over tokens alike.
+    let [dw, db] = gradients(DType::F16).unwrap();
+    assert!(close(&db, &[-0.75, 0.25, 0.25, 0.25], 1e-3), "{db:?}");
+    assert!(
+        close(
+            &dw,
+            &[-0.75, -0.75, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25],
+            1e-3
+        ),
+        "{dw:?}"
+    );
+}
+
 #[test]
 fn runs_are_equal_to_the_bit() {
     let problem = Problem::new(9, 2, 40, 31, 0x5555_7777);

@@ -117,7 +117,7 @@ fn by_tape(
     x: &Tensor,
     grad: &Tensor,
 ) -> Result<Found> {
-    let (y, block) = record(&variable(ops::owned(x)?), |x| program(model, steps, x))?;
+    let (y, block) = record(&input(x, true)?, |x| program(model, steps, x))?;
     let mut sums: HashMap<TensorId, Tensor> = HashMap::new();
     let of_x = block.backward(grad, &mut |variable, grad| {
         let sum = match sums.remove(&variable.id()) {
@@ -179,7 +179,7 @@ proptest! {
 fn nothing_is_kept_that_no_backward_needs() {
     let model = Model::new();
     let x = numbers(7, &[ROWS, WIDTH]);
-    let (_, block) = record(&variable(ops::owned(&x).unwrap()), |x| {
+    let (_, block) = record(&input(&x, true).unwrap(), |x| {
         let y = ops::add(x, &x.t__sp()?.contiguous__sp()?.reshape__sp((ROWS, WIDTH))?)?;
         assert!(is_recording());
         ops::linear(&model.square, &y)
@@ -194,7 +194,7 @@ fn nothing_is_kept_that_no_backward_needs() {
 #[test]
 fn an_error_in_a_block_ends_its_tape() {
     let x = numbers(7, &[ROWS, WIDTH]);
-    assert!(record(&variable(ops::owned(&x).unwrap()), |x| x.reshape__sp(5)).is_err());
+    assert!(record(&input(&x, true).unwrap(), |x| x.reshape__sp(5)).is_err());
     assert!(!is_recording() && !is_for_values());
 }
 
@@ -221,7 +221,7 @@ fn casts_are_known_in_both_runs_of_a_block() {
         }
         Ok(turned)
     };
-    record(&variable(ops::owned(&half).unwrap()), seen).unwrap();
+    record(&input(&half, true).unwrap(), seen).unwrap();
     values(|| seen(&half)).unwrap();
 }
 
@@ -230,7 +230,7 @@ fn casts_are_known_in_both_runs_of_a_block() {
 fn gates_have_the_same_bits_in_both_runs_of_a_block() {
     let x = numbers(7, &[ROWS, WIDTH]).to_dtype(DType::BF16).unwrap();
     let gated = |x: &Tensor| ops::mul(ops::silu(x)?, ops::add(x, x)?);
-    let (recorded, _) = record(&variable(ops::owned(&x).unwrap()), gated).unwrap();
+    let (recorded, _) = record(&input(&x, true).unwrap(), gated).unwrap();
     let alone = values(|| gated(&x)).unwrap();
     let bits = |x: &Tensor| x.to_dtype(DType::F32).unwrap().to_vec2::<f32>().unwrap();
     assert_eq!(bits(&recorded), bits(&alone));
