@@ -257,7 +257,7 @@ impl<'a> Trace<'_, 'a> {
         };
         let mut out = Vec::new();
         let mut touches = Vec::new();
-        let mut pick = None;
+        let (mut pick, mut each) = (None, None);
         for (d, dim) in dims.iter().enumerate() {
             match places.get(d) {
                 None => out.push(dim.clone()),
@@ -296,6 +296,10 @@ impl<'a> Trace<'_, 'a> {
                     let at = self.at(at.act, e);
                     self.use_size(at, &s.clone(), Role::Valid);
                     if dim.anchored(&self.atoms) {
+                        if let (Some(counter), None) = (self.counts_rows_of(dim, s), each) {
+                            each = Some((d, counter));
+                            continue;
+                        }
                         if self.counts_tokens(s) {
                             let reason = Self::scan(what);
                             return Value::Tensor(self.unknown(reason, inputs.to_vec(), at, what));
@@ -312,8 +316,13 @@ impl<'a> Trace<'_, 'a> {
             }
         }
         // One token out of many: a rule of its own, if nothing else is cut.
-        let op = match pick {
-            Some(dim) if touches.len() == 1 => Op::Pick { dim },
+        let op = match (pick, each) {
+            (Some(dim), None) if touches.len() == 1 => Op::Pick { dim },
+            (None, Some((dim, counter))) if touches.is_empty() => Op::Each { dim, counter },
+            (_, Some(_)) => {
+                let reason = Self::scan(what);
+                return Value::Tensor(self.unknown(reason, inputs.to_vec(), at, what));
+            }
             _ => Op::Row(row),
         };
         let node = self.node(op, inputs.to_vec(), Shape::Known(out), at, what);

@@ -121,7 +121,12 @@ impl<'a> Trace<'_, 'a> {
                 }
                 self.unknown_call_of(&full, &text(m), &args, at)
             }
-            _ => self.builtin(act, receiver, &name, args, m, at),
+            _ => match args.first() {
+                Some((value, _)) if name == "push" && self.fills(act, &m.receiver, value, at) => {
+                    Value::Unit
+                }
+                _ => self.builtin(act, receiver, &name, args, m, at),
+            },
         }
     }
 
@@ -251,22 +256,8 @@ impl<'a> Trace<'_, 'a> {
             if let Some(function) = self.scope.method(&ty, name) {
                 return self.enter_path(function, at, args);
             }
-            if matches!(
-                ty.as_str(),
-                "u8" | "u32" | "u64" | "i64" | "usize" | "f32" | "f64"
-            ) && matches!(name.as_str(), "from" | "try_from")
-            {
-                return match args.into_iter().next().map(|a| a.0) {
-                    Some(Value::Bool(c)) => Value::from_bool(c),
-                    Some(other) => other,
-                    None => Value::Opaque,
-                };
-            }
-            if matches!(
-                (ty.as_str(), name.as_str()),
-                ("Box" | "Arc" | "Rc" | "RefCell" | "Mutex" | "Some", "new")
-            ) {
-                return args.into_iter().next().map_or(Value::Opaque, |a| a.0);
+            if let Some(made) = Self::made_value(&ty, name, &args) {
+                return made;
             }
             if matches!(name.as_str(), "min" | "max") && args.len() == 2 {
                 return self.min_max(&args, at);
@@ -300,6 +291,25 @@ impl<'a> Trace<'_, 'a> {
         }
         let layer = self.made_layer(&full, &args, c);
         layer.unwrap_or_else(|| self.unknown_call(&text(c), &args, at))
+    }
+
+    /// A value of a type of the standard library.
+    fn made_value(ty: &str, name: &str, args: &[Arg<'a>]) -> Option<Value> {
+        let first = || args.first().map_or(Value::Opaque, |a| a.0.clone());
+        Some(match (ty, name) {
+            ("u8" | "u32" | "u64" | "i64" | "usize" | "f32" | "f64", "from" | "try_from") => {
+                match first() {
+                    Value::Bool(c) => Value::from_bool(c),
+                    other => other,
+                }
+            }
+            ("Box" | "Arc" | "Rc" | "RefCell" | "Mutex" | "Some", "new") => first(),
+            ("Vec", "new" | "with_capacity") => Value::List {
+                elems: Some(Vec::new()),
+                any: Box::new(Value::Opaque),
+            },
+            _ => return None,
+        })
     }
 
     /// `Conv1d::new(weight, ..)`: a layer made of the model's own weights.

@@ -285,10 +285,22 @@ impl<'a> Trace<'_, 'a> {
             Value::Range(_, end, _) if end.origins.is_empty() => Some(false),
             _ => None,
         };
+        let over = match &iter {
+            Value::Range(start, end, _) if start.poly == super::size::Poly::default() => {
+                Some((**end).clone())
+            }
+            _ => None,
+        };
         let elem = self.element(iter);
-        if let (Some(true), Value::Size(round)) = (tokens, &elem) {
-            self.counters.extend(round.poly.as_atom());
+        let mut counter = None;
+        if let (Some(true), Value::Size(round)) = (tokens, &elem)
+            && let Some(atom) = round.poly.as_atom()
+        {
+            let end = over.as_ref().map(|end| end.poly.clone());
+            self.counters.push(super::each::Counter { atom, end });
+            counter = Some(atom);
         }
+        let (first, returned) = (self.nodes.len(), self.acts[act].returns.len());
         let handed = self.handed_on(act, f, tokens);
         let over_parts = has_object(&elem);
         let before = self.carry_in(act, &f.body, at);
@@ -298,7 +310,11 @@ impl<'a> Trace<'_, 'a> {
         self.block(act, &f.body);
         self.acts[act].scopes.pop();
         self.note_recurrence(act, f, &handed, at.span);
+        if let Some(round) = self.rounds.last_mut() {
+            round.over = over.filter(|_| super::each::straight(&f.body));
+        }
         let carried = self.carry_out(act, &before);
+        self.keep_rows_apart(act, (first, counter), returned, at);
         self.end_round(act, f, &carried);
         if over_parts {
             self.acts[act].loops.push(Loop {
@@ -320,6 +336,7 @@ impl<'a> Trace<'_, 'a> {
     fn carry_in(&mut self, act: ActId, body: &syn::Block, at: At) -> Vec<(String, NodeId, NodeId)> {
         let mut carried = Vec::new();
         let (mut absent, mut others) = (Vec::new(), Vec::new());
+        let mut filled: Vec<super::each::Filled> = Vec::new();
         for name in number::assigned_locals(body) {
             let known = |(n, _): &(String, Value)| *n == name;
             if carried.iter().any(|(n, _, _)| *n == name) || others.iter().any(known) {
@@ -338,6 +355,11 @@ impl<'a> Trace<'_, 'a> {
                 }
                 // It may stay absent, which the end of the round shows.
                 Some(Value::Option(Presence::None, _)) => absent.push(name),
+                Some(Value::List { elems: Some(e), .. })
+                    if e.is_empty() && super::each::only_pushed(body, &name) =>
+                {
+                    filled.push(super::each::Filled::new(name));
+                }
                 Some(other) => {
                     others.push((name.clone(), other.clone()));
                     let any = self.any_round(other, &name);
@@ -348,8 +370,9 @@ impl<'a> Trace<'_, 'a> {
         }
         let names = carried.iter().map(|(name, _, phi)| (name.clone(), *phi));
         absent.retain(|name| number::reads(body, name));
-        self.rounds
-            .push(Round::new(act, names.collect(), absent, others, at));
+        let mut round = Round::new(act, names.collect(), absent, others, at);
+        round.filled = filled;
+        self.rounds.push(round);
         carried
     }
 

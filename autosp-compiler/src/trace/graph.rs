@@ -35,6 +35,11 @@ pub(crate) enum Op {
     Phi { carried: bool },
     /// The pick of one token along the sequence dimension `dim`.
     Pick { dim: usize },
+    /// One row of dimension `dim` in each round of a loop over them: all of them, one after another.
+    Each {
+        dim: usize,
+        counter: super::size::AtomId,
+    },
     /// What a loop over rows on the host listed; their numbers, or values.
     Rows { index: bool },
     /// Something that could not be followed.

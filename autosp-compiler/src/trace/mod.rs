@@ -13,6 +13,7 @@ mod call;
 mod cause;
 mod closure;
 mod control;
+mod each;
 mod eval;
 mod fold;
 pub(crate) mod graph;
@@ -137,7 +138,7 @@ pub(crate) struct Trace<'s, 'a> {
     /// A softmax was to be computed of something that was lost.
     pub(crate) lost_softmax: bool,
     /// Counters of loops over the tokens.
-    counters: Vec<size::AtomId>,
+    counters: Vec<each::Counter>,
     /// Inputs whose rank was taken from their uses.
     pub(crate) assumed_ranks: Vec<String>,
     /// Helpers of libraries that were followed through a definition of our own: the path as written, and the definition.
@@ -490,7 +491,7 @@ impl<'s, 'a> Trace<'s, 'a> {
                 None => self.sized(any),
             },
             Value::Option(Presence::None, _) => false,
-            Value::Option(_, v) | Value::Copies(v, _) => self.sized(v),
+            Value::Option(_, v) | Value::Copies(v, _) | Value::Each(v, _) => self.sized(v),
             Value::Select(_, a, b) => self.sized(a) || self.sized(b),
             _ => false,
         }

@@ -444,6 +444,7 @@ impl<'a> Trace<'_, 'a> {
                     .ok_or_else(|| lost(what))?;
                 let count = match args.first().map(|a| &a.0) {
                     Some(Value::Copies(_, count)) => Dim::repeated(count.poly.clone()),
+                    Some(Value::Each(_, count)) => Dim::of(count.poly.clone()),
                     Some(Value::List { elems: None, .. }) => Dim::of(self.fresh_feature("count")),
                     _ => Dim::of(Poly::constant(inputs.len() as i64)),
                 };

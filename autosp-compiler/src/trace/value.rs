@@ -150,6 +150,8 @@ pub(crate) enum Value {
     },
     /// `vec![x; n]`: one value, n times.
     Copies(Box<Value>, Box<Size>),
+    /// A list of one tensor for each round of a loop, and the number of rounds.
+    Each(Box<Value>, Box<Size>),
     /// `(index, element)` pairs and other adapters keep the element only.
     Option(Presence, Box<Value>),
     /// An instance of a struct: its type and the path to it.
@@ -213,7 +215,7 @@ impl Value {
             } => elems.iter().find_map(Self::lost),
             Self::List { any, .. } => any.lost(),
             Self::Option(Presence::None, _) => None,
-            Self::Option(_, v) | Self::Copies(v, _) => v.lost(),
+            Self::Option(_, v) | Self::Copies(v, _) | Self::Each(v, _) => v.lost(),
             _ => None,
         }
     }
@@ -243,7 +245,7 @@ impl Value {
                 None => any.tensors(out),
             },
             Self::Option(Presence::None, _) => {}
-            Self::Option(_, v) | Self::Copies(v, _) => v.tensors(out),
+            Self::Option(_, v) | Self::Copies(v, _) | Self::Each(v, _) => v.tensors(out),
             _ => {}
         }
     }

@@ -194,7 +194,7 @@ impl<'a> Trace<'_, 'a> {
 
 /// A loop that evaluation is in.
 pub(super) struct Round {
-    act: ActId,
+    pub(super) act: ActId,
     /// Variables that it carries round, and what stands for them at the beginning of each round.
     carried: Vec<(String, NodeId)>,
     /// Those that had another value where a round was left early.
@@ -203,6 +203,10 @@ pub(super) struct Round {
     absent: Vec<String>,
     /// What else it writes to, with what that held before: what it holds where there is no round.
     others: Vec<(String, Value)>,
+    /// Lists that it fills.
+    pub(super) filled: Vec<super::each::Filled>,
+    /// How many rounds there are, where each runs to its end.
+    pub(super) over: Option<super::value::Size>,
     at: At,
 }
 
@@ -221,6 +225,8 @@ impl Round {
             torn,
             absent,
             others,
+            filled: Vec::new(),
+            over: None,
             at,
         }
     }
@@ -247,6 +253,7 @@ impl Trace<'_, '_> {
         let Some(round) = self.rounds.pop() else {
             return;
         };
+        self.end_filling(act, round.filled, round.over.as_ref(), round.at);
         for (name, before) in round.others {
             if let Some(after) = self.lookup(act, &name).map(|b| b.value) {
                 let value = self.join(before, after, &Cond::Unknown, round.at);

@@ -1,10 +1,10 @@
-//! Forms that one model alone has: blocks in a fold, sizes that are read late.
+//! Forms that one model alone has: blocks in a fold, sizes that are read late, a mask that is made row by row.
 
 use autosp_zoo::{config, decoder, with, zoo, zoo_loss, Kind, Zoo};
 use candle::DType;
 use serde_json::json;
 
-autosp_zoo::models!["mistral", "granitemoehybrid", "nvembed"];
+autosp_zoo::models!["mistral", "granitemoehybrid", "nvembed", "stella"];
 
 /// Scales that are one would be left out.
 fn granite() -> Zoo {
@@ -51,4 +51,33 @@ zoo!(nvembed: nvembed, Zoo {
     let padding = json["padding"].as_u64().unwrap_or_default() as u32;
     let mask = tokens.ge(padding)?.to_dtype(DType::F32)?;
     m::Model::new(&config(json)?, vb)?.forward(&mask, tokens, DType::F32)
+});
+
+fn stella(variant: &str) -> Zoo {
+    let config = json!({
+        "variant": variant, "vocab_size": 24, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2,
+        "num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 64, "rope_theta": 1e4,
+        "embed_head": {"in_features": 32, "out_features": 28}, "norm_eps": 1e-6, "activation_fn": "silu",
+        "type_vocab_size": 2, "scaling_factor": 0.0, "padding": 3,
+    });
+    Zoo {
+        config,
+        off: vec![json!({"padding": 0}), json!({"rope_theta": 100.0})],
+        kind: Kind::Last,
+        ..Zoo::default()
+    }
+}
+
+// A row for each text: the mean over its tokens.
+zoo!(stella_large: stella, stella("Large"), |m, json, vb, tokens| {
+    let padding = json["padding"].as_u64().unwrap_or_default() as u32;
+    let config: m::Config = config(json)?;
+    m::EmbeddingModel::new(&config, vb.pp("base"), vb.pp("head"))?.forward(tokens, &tokens.ge(padding)?)
+});
+
+// The other norm, the other order and one token type.
+zoo!(stella_small: stella, Zoo { sparse: vec!["token_type_embeddings"], ..stella("Small") }, |m, json, vb, tokens| {
+    let padding = json["padding"].as_u64().unwrap_or_default() as u32;
+    let config: m::Config = config(json)?;
+    m::EmbeddingModel::new(&config, vb.pp("base"), vb.pp("head"))?.forward_norm(tokens, &tokens.ge(padding)?)
 });
