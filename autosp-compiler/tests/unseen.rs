@@ -353,3 +353,22 @@ fn a_value_comes_from_where_it_is_given() {
     let flat = "let (b, s, h) = x.dims3()?; let y = x.unsqueeze(3)?.flatten_from(2)?.flatten(0, 1)?; let x = &(x + y.reshape((b, s, h))?)?;";
     assert_eq!(refusals(&with(flat, "")), Vec::<String>::new());
 }
+
+/// `None` and constants in patterns are no variables.
+#[test]
+fn a_pattern_that_is_a_value_binds_nothing() {
+    let kept = "let o = self.maybe.clone(); let o: Option<Tensor> = match &o { Some(_) => Some(x.clone()), None => None }; let x = &match o { Some(o) => (x + o)?, None => x.clone() };";
+    let field = "post_attention_norm: RmsNorm,\n    mlp: Mlp,\n}";
+    let source = with(kept, "").replacen(
+        field,
+        "post_attention_norm: RmsNorm,\n    mlp: Mlp, maybe: Option<Tensor> }",
+        1,
+    );
+    assert_eq!(refusals(&source), Vec::<String>::new());
+    // The constant is 1, and the arm of 1 is not taken for 3 heads.
+    let source = with(
+        "let x = &match self.attention.num_heads { ONE => x.clone(), _ => (x * ONE as f64)? };",
+        "const ONE: usize = 1;",
+    );
+    assert_eq!(in_twins(&source, "ONE as f64"), 1);
+}

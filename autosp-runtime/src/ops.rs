@@ -26,7 +26,7 @@ pub(crate) mod tape;
 
 pub use arithmetic::{Operand, add, mul, silu};
 pub use dropout::{RowsAndTokens, dropout, dropout_layer};
-pub use layer::{layer, no_cache, norm_layer};
+pub use layer::{Layer, layer, no_cache, norm_layer};
 pub use linear::linear;
 pub use modules::embedding;
 pub use movement::Recorded;

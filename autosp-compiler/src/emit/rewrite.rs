@@ -131,7 +131,23 @@ impl Rewriter<'_> {
             Action::Replace(path) => {
                 let path: syn::Path =
                     syn::parse_str(path).unwrap_or_else(|_| parse_quote!(unknown));
-                *e = call(&quote!(#rt::#path), e);
+                *e = match &*e {
+                    // A variable may be the layer or a reference to it, which the call of a method does not ask.
+                    Expr::MethodCall(m)
+                        if path.segments.last().is_some_and(is_layer) && variable(m) =>
+                    {
+                        let (layer, x) = (&m.receiver, &m.args);
+                        let method = path
+                            .segments
+                            .last()
+                            .map(|s| format_ident!("{}__sp", s.ident));
+                        parse_quote!({
+                            use #rt::ops::Layer as _;
+                            #layer.#method(#x)
+                        })
+                    }
+                    _ => call(&quote!(#rt::#path), e),
+                };
             }
             Action::Recorded => blocks::recorded(e, rt),
             Action::Twin(name) => twin_call(e, name),
@@ -359,6 +375,16 @@ fn strip(e: &Expr) -> Expr {
     }
 }
 
+/// The layers whose types are not the runtime's.
+fn is_layer(name: &syn::PathSegment) -> bool {
+    name.ident == "layer" || name.ident == "norm_layer"
+}
+
+/// Whether a layer is called that is no field.
+fn variable(m: &syn::ExprMethodCall) -> bool {
+    m.method == "forward" && !matches!(&*m.receiver, Expr::Field(_))
+}
+
 fn by_reference(e: &Expr) -> Expr {
     if matches!(e, Expr::Reference(_)) {
         e.clone()
@@ -371,7 +397,8 @@ fn by_reference(e: &Expr) -> Expr {
 pub(super) fn call(callee: &TokenStream, e: &Expr) -> Expr {
     match e {
         Expr::MethodCall(m) if m.method == "apply" => {
-            let (layer, x) = (m.args.first().map(by_reference), by_reference(&m.receiver));
+            // `apply` takes a reference, however it is written.
+            let (layer, x) = (m.args.first(), by_reference(&m.receiver));
             parse_quote!(#callee(#layer, #x))
         }
         Expr::MethodCall(m) if m.method == "apply_t" => {

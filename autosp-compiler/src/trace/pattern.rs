@@ -101,6 +101,11 @@ impl<'a> Trace<'_, 'a> {
     }
 
     fn bind_name(&mut self, act: ActId, i: &'a syn::PatIdent, value: Value, by_ref: bool) {
+        // What has that name already is compared with, not bound.
+        let name = i.ident.to_string();
+        if name == "None" || self.scope.consts.contains_key(&name) {
+            return;
+        }
         // `rest @ ..` is several.
         let value = match &i.subpat {
             Some((_, p)) if matches!(**p, syn::Pat::Rest(_)) => Self::lost(&crate::syntax::text(i)),

@@ -27,13 +27,6 @@ zoo!(qwen2_base: qwen2, qwen2(), |m, json, vb, tokens| {
     m::Model::new(&config, vb)?.forward(tokens, 0, None)
 });
 
-// With a mask from the caller, that the model makes row by row.
-zoo!(qwen2_padded: qwen2, Zoo { config: with(qwen2().config, json!({"padding": 3})), off: vec![json!({"padding": 0})], ..qwen2() }, |m, json, vb, tokens| {
-    let config: m::Config = config(json)?;
-    let padding = json["padding"].as_u64().unwrap_or_default() as u32;
-    m::Model::new(&config, vb)?.forward(tokens, 0, Some(&tokens.ge(padding)?))
-});
-
 // The head is a layer of candle-transformers, whose weights are not seen.
 zoo_loss!(qwen2_loss: qwen2, Zoo { kind: Kind::Last, ..qwen2() }, |m, json, vb, tokens, labels| {
     m::ModelForCausalLM::new(&config(json)?, vb)?.forward_loss(tokens, 0, labels)
