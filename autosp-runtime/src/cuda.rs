@@ -10,6 +10,7 @@
 pub(crate) mod attention;
 mod cudnn;
 mod device;
+pub(crate) mod doctor;
 mod elementwise;
 mod failure;
 pub(crate) mod gemm;

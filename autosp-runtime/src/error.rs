@@ -8,6 +8,7 @@ use std::fmt;
 
 use autosp_plan::codes::{self, Code};
 use autosp_plan::settings::SettingsError;
+use serde_json::{Value, json};
 
 /// What can go wrong, as `autosp::Result`.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -90,6 +91,21 @@ impl Error {
             help: help.clone(),
             source: None,
         }))
+    }
+
+    /// The form in which an error travels to other processes.
+    pub(crate) fn to_json(&self) -> Value {
+        json!({ "code": self.code().id, "message": self.message(), "help": self.help() })
+    }
+
+    /// Reads [`to_json`](Self::to_json) back; `None` for anything else.
+    pub(crate) fn from_json(json: &Value) -> Option<Self> {
+        let word = |name: &str| json[name].as_str();
+        let error = Self::new(*codes::find(word("code")?)?, word("message")?);
+        Some(match word("help") {
+            Some(help) => error.with_help(help),
+            None => error,
+        })
     }
 
     /// Reads the printed form back: the code at the end, the help before it.

@@ -8,6 +8,7 @@ pub mod config;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 pub mod data;
+pub mod doctor;
 pub mod error;
 #[cfg(any(feature = "cuda", test))]
 mod kernel_cache;

@@ -109,10 +109,10 @@ fn times(device: &Device, dtype: DType, options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// An operation of some tensors; its result is contracted with the last of them for a gradient.
+/// An operation of some tensors.
 type Operation = fn(&[Tensor]) -> candle_core::Result<Tensor>;
 
-/// Operations with the shapes of their operands. Those of the second list get no gradient.
+/// Operations with the shapes of their operands, of which the first so many get a gradient.
 fn operations() -> Vec<(&'static str, Operation, Vec<Vec<usize>>, usize)> {
     let rows = vec![96, 1000];
     vec![
@@ -161,7 +161,7 @@ fn distances(device: &Device, dtype: DType) -> Result<()> {
         let operands: Vec<Tensor> = shapes
             .iter()
             .map(|shape| {
-                // A tenth for wide products, so that losses are in the range of a model's.
+                // Smaller where products follow, so that losses are in the range of a model's.
                 let scale = if shape.len() == 2 && shape[1] == 128 {
                     0.3
                 } else {
@@ -237,10 +237,12 @@ fn results(
     let grads = (&y * weights)?.sum_all()?.backward()?;
     let exact = |x: &Tensor| x.detach().to_device(&Device::Cpu)?.to_dtype(DType::F64);
     let mut all = vec![exact(&y)?];
-    for var in &leaves[..gradients] {
-        if let Some(grad) = grads.get(var) {
-            all.push(exact(grad)?);
-        }
+    for (i, var) in leaves[..gradients].iter().enumerate() {
+        let grad = grads.get(var).ok_or_else(|| {
+            let text = format!("expected a gradient of operand {i}, found none");
+            Error::new(codes::NOT_EQUIVALENT, text)
+        })?;
+        all.push(exact(grad)?);
     }
     Ok(all)
 }

@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use autosp_plan::codes;
-use autosp_plan::settings::{RENDEZVOUS_VARIABLE, SECRET_VARIABLE};
+use autosp_plan::settings::SECRET_VARIABLE;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use self::output::say;
@@ -175,26 +175,21 @@ fn named(line: &str, count: usize) -> Option<usize> {
 
 /// What all ranks get from the launcher, besides who they are.
 fn variables(arguments: &Arguments, count: u16) -> Result<Vec<(&'static str, String)>, Failure> {
-    let port = match std::env::var(RENDEZVOUS_VARIABLE) {
-        // The ranks read it themselves.
-        Ok(_) => 0,
-        Err(_) => TcpListener::bind("127.0.0.1:0")
-            .and_then(|free| free.local_addr())
-            .map_err(|error| refused(format!("no free port on this host: {error}")))?
-            .port(),
-    };
+    // AUTOSP_RENDEZVOUS goes before it; the ranks read that themselves.
+    let port = TcpListener::bind("127.0.0.1:0")
+        .and_then(|free| free.local_addr())
+        .map_err(|error| refused(format!("no free port on this host: {error}")))?
+        .port();
     let mut bytes = [0; 32];
     getrandom::fill(&mut bytes).map_err(|error| refused(format!("no random numbers: {error}")))?;
-    let digit = |n: u8| char::from_digit(n.into(), 16).unwrap_or('0');
-    let secret: String = bytes
+    let secret = bytes
         .iter()
-        .flat_map(|byte| [digit(byte >> 4), digit(byte & 15)])
-        .collect();
+        .fold(String::new(), |text, byte| text + &format!("{byte:02x}"));
     let mut all = vec![
         ("WORLD_SIZE", count.to_string()),
         ("LOCAL_WORLD_SIZE", count.to_string()),
         ("MASTER_ADDR", "127.0.0.1".to_owned()),
-        ("MASTER_PORT", port.max(1).to_string()),
+        ("MASTER_PORT", port.to_string()),
         (SECRET_VARIABLE, secret),
     ];
     if arguments.gpus.is_some() {

@@ -12,6 +12,7 @@ use std::{
 use clap::{Parser, Subcommand, ValueEnum};
 
 mod adopt;
+mod doctor;
 mod estimate;
 mod expand;
 mod explain;
@@ -60,6 +61,8 @@ enum Command {
     Launch(launch::Arguments),
     /// Print what training a model needs in memory and time, the choices that fit, and the longest sequence
     Estimate(estimate::Arguments),
+    /// Print what this machine is and how fast, and save it for `estimate`
+    Doctor(doctor::Arguments),
     /// Print what an error code means and what to do; without a code, all of them
     Explain {
         /// An error code, such as AS0203
@@ -126,6 +129,7 @@ fn run() -> ExitCode {
         #[cfg(unix)]
         Command::Launch(arguments) => launch::run(&arguments),
         Command::Estimate(arguments) => estimate::run(&arguments),
+        Command::Doctor(arguments) => doctor::run(&arguments),
         Command::Explain { code, markdown } => explain::run(code.as_deref(), markdown),
     };
     let written = match &outcome {

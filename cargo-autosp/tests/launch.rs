@@ -28,6 +28,13 @@ fn all_ranks_run_and_their_lines_say_whose_they_are() {
     }
 }
 
+/// As for the ranks themselves.
+#[test]
+fn an_empty_place_of_rank_0_is_none() {
+    let done = Job::launch_with("sum", 2, &["AUTOSP_RENDEZVOUS="]).wait();
+    assert_eq!(done.code, Some(0), "{done:?}");
+}
+
 #[test]
 fn the_variables_of_other_launchers_work_as_well() {
     for set in [Loose::torchrun, Loose::slurm, Loose::mpirun] {

@@ -34,7 +34,8 @@ const LINGER: Duration = Duration::from_secs(2);
 /// What is to be written to one rank; `None` is the end.
 pub(crate) type Queue = Receiver<Option<Frame>>;
 
-/// The sockets of a process to all other ranks, and the threads that serve them.
+/// The sockets of a process to all other ranks, and the threads that serve them. Dropped, it sends what is left and waits a moment
+/// until the others have it.
 pub(crate) struct Links {
     world: Arc<World>,
     sockets: Vec<TcpStream>,
@@ -79,9 +80,10 @@ impl Links {
         }
         Ok(links)
     }
+}
 
-    /// Sends what is left, and waits a moment until the others have it.
-    pub(crate) fn close(self) {
+impl Drop for Links {
+    fn drop(&mut self) {
         self.world.hang_up();
         let until = Instant::now() + LINGER;
         while !self.threads.iter().all(JoinHandle::is_finished) && Instant::now() < until {
@@ -90,7 +92,7 @@ impl Links {
         for socket in &self.sockets {
             let _ = socket.shutdown(Shutdown::Both);
         }
-        for thread in self.threads {
+        for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
     }

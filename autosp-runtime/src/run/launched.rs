@@ -50,8 +50,10 @@ pub struct Launched {
     pub rank: usize,
     /// All ranks.
     pub world: usize,
-    /// This process's place among those of its host; its GPU.
+    /// This process's place among those of its host.
     pub local_rank: usize,
+    /// Its GPU, counted among those it is shown: that of its place, or the only one (`srun --gpus-per-task=1`).
+    pub gpu: usize,
     /// Whether all ranks are on this host.
     pub one_host: bool,
     /// Where rank 0 is found: `host:port`.
@@ -235,11 +237,13 @@ impl Names {
                 self.by
             )));
         }
+        let shown = get("CUDA_VISIBLE_DEVICES").map(|list| list.split(',').count());
         Ok(Launched {
             by: self.by,
             rank,
             world,
             local_rank,
+            gpu: if shown == Some(1) { 0 } else { local_rank },
             one_host,
             address: String::new(),
         })

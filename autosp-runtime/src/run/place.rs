@@ -28,7 +28,7 @@ impl Place {
     pub(super) fn of(settings: &Settings) -> Result<Self> {
         // Each process of a launched run has a GPU of its own, also for what it does by itself.
         let own = launched().ok().flatten();
-        Self::of_process(settings, 0, own.map_or(0, |launched| launched.local_rank))
+        Self::of_process(settings, 0, own.map_or(0, |launched| launched.gpu))
     }
 
     /// The place of the process whose first rank is `first_rank`, and whose first GPU is `first`.

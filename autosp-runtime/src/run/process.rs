@@ -49,7 +49,7 @@ fn run_as<T: Send>(
     let settings = &launched.fit(settings)?;
     let mesh = Mesh::from_settings(settings)?;
     let rank = launched.rank;
-    let place = Place::of_process(settings, rank, launched.local_rank)?;
+    let place = Place::of_process(settings, rank, launched.gpu)?;
     let identity = Identity::new(settings, program()?, run);
     let sockets = meet(launched, secret, &identity, settings.start_deadline())?;
     tracing::info!(rank, world = launched.world, by = %launched.by, "all ranks are here");
@@ -70,7 +70,8 @@ fn run_as<T: Send>(
         settings,
     };
     let results = crew.run(f, GRACE.min(settings.deadline()), &exit);
-    links.close();
+    // The others get this process's last words.
+    drop(links);
     results
 }
 

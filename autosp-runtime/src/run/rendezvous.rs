@@ -8,8 +8,9 @@ pub(super) mod proof;
 
 use std::fmt::Write as _;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
-use std::sync::mpsc::{Sender, channel};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::Builder;
 use std::time::{Duration, Instant};
 
 use autosp_plan::{Settings, codes};
@@ -25,6 +26,9 @@ const PERIOD: Duration = Duration::from_millis(10);
 
 /// How long a connection may take to prove itself.
 const PROOF: Duration = Duration::from_secs(10);
+
+/// Connections that may prove themselves at the same time: at least all ranks of a host, and not what somebody else may open.
+const UNPROVEN: usize = 256;
 
 /// What all ranks of a run have in common.
 #[derive(Debug, Clone)]
@@ -97,23 +101,37 @@ struct Meeting<'a> {
     until: Instant,
 }
 
-/// Somebody who knows the secret, or not.
-type Caller = io::Result<Asked>;
-
 impl Meeting<'_> {
     /// The part of rank 0.
     fn gather(&self) -> Result<Vec<Option<TcpStream>>> {
         let world = self.launched.world;
-        let listener = self.listen_for_all()?;
-        let mut here: Vec<Option<Asked>> = (0..world).map(|_| None).collect();
-        let result = self.welcome(&listener, &mut here);
+        let mut door = Door::open(self.listen_for_all()?, self.secret);
+        let mut here: Vec<Option<(Asked, String)>> = (0..world).map(|_| None).collect();
+        let result = self.wait(&mut door, &mut here, |asked, here| {
+            match self.admit(&asked, here) {
+                Ok((rank, place)) => Ok(Some((rank, (asked, place)))),
+                Err(error) => {
+                    // The run fails with the same words there.
+                    let _ = asked.answer(self.secret, &refusal(&error));
+                    Err(error)
+                }
+            }
+        });
+        let result = result.and_then(|()| {
+            let session = nonce().map_err(|error| failed(format!("no random numbers: {error}")))?;
+            let places = here
+                .iter()
+                .map(|rank| rank.as_ref().map(|(_, place)| place));
+            let places: Vec<_> = places.collect();
+            Ok(json!({ "places": places, "session": session }))
+        });
         let answer = match &result {
             Ok(answer) => answer.clone(),
             Err(error) => refusal(error),
         };
         let mut sockets = Vec::with_capacity(world);
-        for (rank, asked) in here.into_iter().enumerate() {
-            let socket = asked.map(|asked| asked.answer(self.secret, &answer));
+        for (rank, caller) in here.into_iter().enumerate() {
+            let socket = caller.map(|(asked, _)| asked.answer(self.secret, &answer));
             sockets.push(match (socket, &result) {
                 (Some(Err(error)), Ok(_)) => return Err(self.gone(rank, &error)),
                 (socket, _) => socket.and_then(io::Result::ok),
@@ -122,45 +140,40 @@ impl Meeting<'_> {
         result.map(|_| sockets)
     }
 
-    /// Waits until all ranks are here and alike: what all are told then.
-    fn welcome(&self, listener: &TcpListener, here: &mut [Option<Asked>]) -> Result<Value> {
-        let world = self.launched.world;
-        let mut places = vec![String::new(); world];
+    /// Waits until all ranks above this one are in `here`; `take` says which of them a caller is, and `None` for one of another run.
+    fn wait<T>(
+        &self,
+        door: &mut Door,
+        here: &mut [Option<T>],
+        mut take: impl FnMut(Asked, &[Option<T>]) -> Result<Option<(usize, T)>>,
+    ) -> Result<()> {
+        let above = self.launched.rank + 1..self.launched.world;
         let mut strangers = 0;
-        let (callers, called) = channel();
-        while here.iter().flatten().count() + 1 < world {
-            accept(listener, self.secret, &callers)?;
-            match called.recv_timeout(PERIOD) {
-                Ok(Ok(asked)) => {
-                    match self.admit(&asked, here) {
-                        Ok((rank, place)) => {
-                            places[rank] = place;
-                            here[rank] = Some(asked);
-                        }
-                        Err(error) => {
-                            // The run fails with the same words there.
-                            let _ = asked.answer(self.secret, &refusal(&error));
-                            return Err(error);
-                        }
-                    }
-                }
-                Ok(Err(error)) => {
-                    tracing::warn!(%error, "a connection was turned away");
-                    strangers += 1;
-                }
-                Err(_) => {}
+        loop {
+            let missing: Vec<usize> = above.clone().filter(|&rank| here[rank].is_none()).collect();
+            if missing.is_empty() {
+                return Ok(());
             }
             if Instant::now() >= self.until {
-                let missing: Vec<usize> = (1..world).filter(|&rank| here[rank].is_none()).collect();
                 return Err(self.missing(&missing, strangers));
             }
+            let known = match door.next() {
+                None => continue,
+                Some(Ok(asked)) => take(asked, here)?,
+                Some(Err(error)) => {
+                    tracing::warn!(%error, "a connection was turned away");
+                    None
+                }
+            };
+            match known {
+                Some((rank, caller)) => here[rank] = Some(caller),
+                None => strangers += 1,
+            }
         }
-        let session = nonce().map_err(|error| failed(format!("no random numbers: {error}")))?;
-        Ok(json!({ "places": places, "session": session }))
     }
 
     /// The rank of a caller and where it listens.
-    fn admit(&self, asked: &Asked, here: &[Option<Asked>]) -> Result<(usize, String)> {
+    fn admit<T>(&self, asked: &Asked, here: &[Option<T>]) -> Result<(usize, String)> {
         let (hello, world) = (&asked.message, self.launched.world);
         let number = |name: &str| hello[name].as_u64().map(|n| n as usize);
         let (rank, other_world) = (number("rank"), number("world"));
@@ -205,9 +218,14 @@ impl Meeting<'_> {
     /// The part of every other rank.
     fn join(&self) -> Result<Vec<Option<TcpStream>>> {
         let Launched { rank, world, .. } = *self.launched;
-        let listener = TcpListener::bind((self.interface(), 0))
-            .map_err(|error| failed(format!("rank {rank} cannot listen: {error}")))?;
-        let port = listener.local_addr().map_or(0, |place| place.port());
+        let mut first = self.reach_rank_0()?;
+        // The others reach this rank where rank 0 does.
+        let listener = first
+            .local_addr()
+            .and_then(|own| TcpListener::bind((own.ip(), 0)))
+            .and_then(|listener| Ok((listener.local_addr()?.port(), listener)));
+        let (port, listener) =
+            listener.map_err(|error| failed(format!("rank {rank} cannot listen: {error}")))?;
         let properties: serde_json::Map<String, Value> = self
             .own
             .properties()
@@ -215,7 +233,6 @@ impl Meeting<'_> {
             .map(|(name, value)| (name, Value::String(value)))
             .collect();
         let hello = json!({ "rank": rank, "world": world, "port": port, "properties": properties });
-        let mut first = self.reach_rank_0()?;
         let answer = self.say(&mut first, &hello, 0)?;
         let session = answer["session"].as_str().unwrap_or_default();
         let mut sockets: Vec<Option<TcpStream>> = (0..world).map(|_| None).collect();
@@ -230,20 +247,16 @@ impl Meeting<'_> {
             )?;
             *place_there = Some(socket);
         }
-        let (callers, called) = channel();
-        while let Some(missing) = (rank + 1..world).find(|&peer| sockets[peer].is_none()) {
-            accept(&listener, self.secret, &callers)?;
-            if let Ok(Ok(asked)) = called.recv_timeout(PERIOD) {
-                let peer = asked.message["rank"].as_u64().unwrap_or(0) as usize;
-                if asked.message["session"] == session && (rank + 1..world).contains(&peer) {
-                    let socket = asked.answer(self.secret, &json!({}));
-                    sockets[peer] = Some(socket.map_err(|error| self.gone(peer, &error))?);
-                }
+        let mut door = Door::open(listener, self.secret);
+        self.wait(&mut door, &mut sockets, |asked, _| {
+            let peer = asked.message["rank"].as_u64().unwrap_or(0) as usize;
+            if asked.message["session"] != session || !(rank + 1..world).contains(&peer) {
+                return Ok(None);
             }
-            if Instant::now() >= self.until {
-                return Err(self.missing(&[missing], 0));
-            }
-        }
+            let socket = asked.answer(self.secret, &json!({}));
+            let socket = socket.map_err(|error| self.gone(peer, &error))?;
+            Ok(Some((peer, socket)))
+        })?;
         Ok(sockets)
     }
 
@@ -262,26 +275,13 @@ impl Meeting<'_> {
             .with_help("export AUTOSP_SECRET, the same on all hosts"),
             _ => self.gone(peer, &error),
         })?;
-        let error = &answer["error"];
-        let word = |name: &str| error[name].as_str();
-        match (word("code").and_then(codes::find), word("message")) {
-            (Some(code), Some(message)) => {
-                let error = Error::new(*code, message);
-                Err(match word("help") {
-                    Some(help) => error.with_help(help),
-                    None => error,
-                })
-            }
-            _ => Ok(answer),
-        }
-    }
-
-    /// Where other ranks may come from.
-    fn interface(&self) -> IpAddr {
-        if self.launched.one_host {
-            Ipv4Addr::LOCALHOST.into()
-        } else {
-            Ipv4Addr::UNSPECIFIED.into()
+        match answer.get("error") {
+            None => Ok(answer),
+            Some(error) => Err(Error::from_json(error).unwrap_or_else(|| {
+                failed(format!(
+                    "rank {peer} refuses, in words unknown here: {error}"
+                ))
+            })),
         }
     }
 
@@ -306,8 +306,9 @@ impl Meeting<'_> {
         let place = self.place_of_rank_0()?;
         // A host may know its own name by a loopback address alone.
         let interface = match place.ip() {
-            ip if ip.is_loopback() => self.interface(),
-            ip => ip,
+            ip if self.launched.one_host || !ip.is_loopback() => ip,
+            IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+            IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
         };
         TcpListener::bind((interface, place.port())).map_err(|error| {
             failed(format!("rank 0 cannot listen at {interface}:{}: {error}", place.port()))
@@ -366,40 +367,72 @@ impl Meeting<'_> {
         if strangers > 0 {
             let _ = write!(
                 text,
-                "; connections turned away, which did not know the secret of the run: {strangers}"
+                "; connections turned away, which did not know the secret of this run: {strangers}"
             );
         }
         failed(text).with_help("AUTOSP_START_DEADLINE=900 if the ranks only need longer")
     }
 }
 
-/// Takes the connections that have come; each proves itself on a thread of its own, so that none holds up the others.
-fn accept(listener: &TcpListener, secret: &Secret, callers: &Sender<Caller>) -> Result<()> {
-    let broken = |error: io::Error| failed(format!("no more connections: {error}"));
-    listener.set_nonblocking(true).map_err(broken)?;
-    loop {
-        match listener.accept() {
-            Ok((stream, _)) => {
-                let (secret, callers) = (secret.clone(), callers.clone());
-                std::thread::spawn(move || {
-                    let prepared = stream
-                        .set_nonblocking(false)
-                        .and_then(|()| stream.set_read_timeout(Some(PROOF)));
-                    // Nobody listens any more when all are there.
-                    let _ = callers.send(prepared.and_then(|()| ask(stream, &secret)));
-                });
-            }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-            // The caller has hung up before it was heard.
-            Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
-            Err(error) => return Err(broken(error)),
+/// Where other ranks come in. Each connection proves itself on a thread of its own, so that none holds up the others; there are at
+/// most [`UNPROVEN`] at a time, and further ones wait in the system's queue.
+struct Door<'a> {
+    listener: TcpListener,
+    secret: &'a Secret,
+    sender: Sender<io::Result<Asked>>,
+    callers: Receiver<io::Result<Asked>>,
+    unproven: usize,
+}
+
+impl<'a> Door<'a> {
+    fn open(listener: TcpListener, secret: &'a Secret) -> Self {
+        let (sender, callers) = channel();
+        Self {
+            listener,
+            secret,
+            sender,
+            callers,
+            unproven: 0,
         }
+    }
+
+    /// Who has proven itself, or why somebody could not; `None` if nobody has within [`PERIOD`].
+    fn next(&mut self) -> Option<io::Result<Asked>> {
+        while self.unproven < UNPROVEN {
+            match self.accept() {
+                Ok(()) => self.unproven += 1,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                // What was wrong with this connection or is with the system may be over with the next.
+                Err(error) => {
+                    std::thread::sleep(PERIOD);
+                    return Some(Err(error));
+                }
+            }
+        }
+        let caller = self.callers.recv_timeout(PERIOD).ok()?;
+        self.unproven -= 1;
+        Some(caller)
+    }
+
+    /// Lets one connection prove itself.
+    fn accept(&self) -> io::Result<()> {
+        self.listener.set_nonblocking(true)?;
+        let (stream, _) = self.listener.accept()?;
+        let (secret, sender) = (self.secret.clone(), self.sender.clone());
+        let prove = move || {
+            let prepared = stream
+                .set_nonblocking(false)
+                .and_then(|()| stream.set_read_timeout(Some(PROOF)));
+            // Nobody listens any more when all are there.
+            let _ = sender.send(prepared.and_then(|()| ask(stream, &secret)));
+        };
+        Builder::new().spawn(prove).map(drop)
     }
 }
 
 /// How rank 0 says that the run fails.
 fn refusal(error: &Error) -> Value {
-    json!({ "error": { "code": error.code().id, "message": error.message(), "help": error.help() } })
+    json!({ "error": error.to_json() })
 }
 
 fn failed(text: String) -> Error {
@@ -411,4 +444,4 @@ fn differ(text: String) -> Error {
 }
 
 #[cfg(test)]
-mod tests;
+pub(in crate::run) mod tests;

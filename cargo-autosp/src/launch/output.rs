@@ -72,24 +72,23 @@ pub(super) fn say(text: &str) {
 mod tests {
     use super::*;
 
+    /// The lines that are kept of `text`.
+    fn kept(text: Vec<u8>) -> Vec<String> {
+        let last = Last::default();
+        let own = Arc::clone(&last);
+        let thread = forward(io::Cursor::new(text), To::Errors, String::new(), own);
+        thread.unwrap().join().unwrap();
+        lines(&last).iter().cloned().collect()
+    }
+
     #[test]
     fn the_last_lines_are_kept_whatever_is_in_them() {
-        let last = Last::default();
         let mut text = Vec::new();
         for n in 0..30 {
             text.extend_from_slice(format!("line {n}\n").as_bytes());
         }
         text.extend_from_slice(b"not \xff text");
-        forward(
-            io::Cursor::new(text),
-            To::Errors,
-            String::new(),
-            Arc::clone(&last),
-        )
-        .unwrap()
-        .join()
-        .unwrap();
-        let last = lines(&last);
+        let last = kept(text);
         assert_eq!(last.len(), KEPT);
         assert_eq!(last[0], "line 11");
         assert_eq!(last[KEPT - 1], "not \u{fffd} text");
@@ -97,18 +96,10 @@ mod tests {
 
     #[test]
     fn a_line_without_an_end_is_cut() {
-        let last = Last::default();
-        let text = vec![b'x'; 2 * LONGEST as usize + 1];
-        forward(
-            io::Cursor::new(text),
-            To::Errors,
-            String::new(),
-            Arc::clone(&last),
-        )
-        .unwrap()
-        .join()
-        .unwrap();
-        let lengths: Vec<usize> = lines(&last).iter().map(String::len).collect();
+        let lengths: Vec<usize> = kept(vec![b'x'; 2 * LONGEST as usize + 1])
+            .iter()
+            .map(String::len)
+            .collect();
         assert_eq!(lengths, [LONGEST as usize, LONGEST as usize, 1]);
     }
 }

@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::fmt;
 use std::os::unix::process::CommandExt;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -77,9 +77,8 @@ impl fmt::Display for End {
 }
 
 struct Rank {
-    pid: i32,
     /// Waited for through [`look`], which also says when it is stopped.
-    _child: Child,
+    pid: i32,
     end: Option<End>,
     last: Last,
     output: Vec<JoinHandle<()>>,
@@ -90,8 +89,6 @@ pub(super) struct Ranks {
     all: Vec<Rank>,
     /// When all were asked to end.
     asked: Option<Instant>,
-    /// Whether failures are still news.
-    ending: bool,
 }
 
 impl Ranks {
@@ -107,7 +104,6 @@ impl Ranks {
         let mut ranks = Self {
             all: Vec::new(),
             asked: None,
-            ending: false,
         };
         let width = (count - 1).to_string().len();
         for rank in 0..count {
@@ -137,7 +133,6 @@ impl Ranks {
             let last = Last::default();
             ranks.all.push(Rank {
                 pid: child.id() as i32,
-                _child: child,
                 end: None,
                 last: Arc::clone(&last),
                 output: Vec::new(),
@@ -187,7 +182,7 @@ impl Ranks {
             kill_group(rank.pid, libc::SIGKILL);
             news.push((number, end));
         }
-        if self.ending {
+        if self.asked.is_some() {
             news.clear();
         }
         if self.asked.is_some_and(|asked| asked.elapsed() > PATIENCE) {
@@ -198,7 +193,6 @@ impl Ranks {
 
     /// Asks all ranks to end; those that have not after a while are killed.
     pub(super) fn end_all(&mut self) {
-        self.ending = true;
         if self.asked.is_none() {
             self.asked = Some(Instant::now());
             self.kill_all(libc::SIGTERM);

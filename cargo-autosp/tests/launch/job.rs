@@ -126,6 +126,7 @@ impl Job {
     pub fn launch_with(role: &str, ranks: usize, more: &[&str]) -> Self {
         let mut command = Command::new(env!("CARGO_BIN_EXE_cargo-autosp"));
         command.args(["autosp", "launch", "--ranks", &ranks.to_string()]);
+        command.env(ROLE, role).env("AUTOSP_DEADLINE", "20");
         for word in more {
             match word.split_once('=') {
                 Some((name, value)) => command.env(name, value),
@@ -134,12 +135,6 @@ impl Job {
         }
         command.arg("--").arg(std::env::current_exe().unwrap());
         command.args([NAME, "--exact", "--nocapture"]);
-        command.env(ROLE, role).env("AUTOSP_DEADLINE", "20");
-        for word in more {
-            if let Some((name, value)) = word.split_once('=') {
-                command.env(name, value);
-            }
-        }
         spawn(command, ranks)
     }
 

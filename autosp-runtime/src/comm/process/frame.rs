@@ -8,7 +8,6 @@ use std::io::{self, Read, Write};
 use std::str::FromStr;
 use std::sync::Mutex;
 
-use autosp_plan::codes;
 use candle_core::{DType, Device, Tensor};
 use safetensors::tensor::View;
 use serde_json::{Value, json};
@@ -64,9 +63,9 @@ impl Frame {
                 })
             }
             Self::Beat(history) => json!({ "frame": "beat", "history": history }),
-            Self::Fault(Fault { rank, error }) => json!({
-                "frame": "fault", "rank": rank, "code": error.code().id, "message": error.message(), "help": error.help(),
-            }),
+            Self::Fault(Fault { rank, error }) => {
+                json!({ "frame": "fault", "rank": rank, "error": error.to_json() })
+            }
             Self::Returned => json!({ "frame": "returned" }),
         };
         let header = header.to_string();
@@ -134,16 +133,10 @@ impl Frame {
                 Self::Letter(intern(word("kind")?), number("sequence")?, envelope)
             }
             "beat" => Self::Beat(word("history")?.to_owned()),
-            "fault" => {
-                let mut error = Error::new(*codes::find(word("code")?)?, word("message")?);
-                if let Some(help) = word("help") {
-                    error = error.with_help(help);
-                }
-                Self::Fault(Fault {
-                    rank: number("rank")? as usize,
-                    error,
-                })
-            }
+            "fault" => Self::Fault(Fault {
+                rank: number("rank")? as usize,
+                error: Error::from_json(&header["error"])?,
+            }),
             "returned" => Self::Returned,
             _ => return None,
         })
@@ -168,6 +161,7 @@ fn intern(name: &str) -> &'static str {
 
 #[cfg(test)]
 mod tests {
+    use autosp_plan::codes;
     use proptest::prelude::*;
 
     use super::*;

@@ -11,6 +11,7 @@ pub(in crate::run) fn launched_as(rank: usize, world: usize, address: &str) -> L
         rank,
         world,
         local_rank: rank,
+        gpu: rank,
         one_host: true,
         address: address.to_owned(),
     }
@@ -48,6 +49,15 @@ fn refused(line: &str, parts: &[&str]) {
     for part in parts {
         assert!(error.to_string().contains(part), "{line}: {part}: {error}");
     }
+}
+
+#[test]
+fn the_gpu_is_that_of_the_place_or_the_only_one() {
+    let gpu = |more: &str| with(&format!("{TORCH} {more}")).unwrap().unwrap().gpu;
+    assert_eq!(gpu(""), 1);
+    assert_eq!(gpu("CUDA_VISIBLE_DEVICES=4,5,6,7"), 1);
+    assert_eq!(gpu("CUDA_VISIBLE_DEVICES=1"), 0);
+    assert_eq!(gpu("CUDA_VISIBLE_DEVICES=GPU-4a1b"), 0);
 }
 
 #[test]

@@ -1,6 +1,5 @@
 //! Runs whose ranks are processes as far as they can see: each has a world of its own, and sockets to the others.
 
-use std::net::TcpListener;
 use std::time::{Duration, Instant};
 
 use autosp_plan::codes;
@@ -10,6 +9,7 @@ use super::*;
 use crate::comm::testing::{MEET, assert_says, meet as meet_all};
 use crate::comm::{Tag, all_gather, all_reduce_sum, all_to_all, barrier};
 use crate::run::launched::tests::launched_as;
+use crate::run::rendezvous::tests::place;
 use crate::run_on_threads;
 
 const LONG: Duration = Duration::from_secs(30);
@@ -27,9 +27,7 @@ fn on_processes<T: Send>(
     settings: &Settings,
     f: impl Fn(&Sp) -> Result<T> + Sync,
 ) -> Vec<Result<T>> {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let place = listener.local_addr().unwrap().to_string();
-    drop(listener);
+    let place = place();
     let (world, f) = (settings.sp() * settings.dp(), &f);
     std::thread::scope(|threads| {
         let all: Vec<_> = (0..world)

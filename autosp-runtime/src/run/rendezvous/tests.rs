@@ -9,7 +9,7 @@ use crate::run::launched::tests::launched_as;
 const SECRET: &str = "a secret of these tests";
 
 /// A free place on this host.
-fn place() -> String {
+pub(in crate::run) fn place() -> String {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     listener.local_addr().unwrap().to_string()
 }
@@ -208,9 +208,27 @@ fn noise_and_silence_end_nothing_and_are_counted() {
     let text = error.to_string();
     assert!(text.contains("missing: rank 1"), "{text}");
     assert!(
-        text.contains("turned away, which did not know the secret of the run: 1"),
+        text.contains("turned away, which did not know the secret of this run: 1"),
         "{text}"
     );
+}
+
+/// A rank that proves itself and answers in words that this version does not know is no welcome.
+#[test]
+fn a_refusal_in_other_words_is_a_refusal() {
+    let place = place();
+    let listener = TcpListener::bind(&place).unwrap();
+    let secret = Secret::new(SECRET).unwrap();
+    let own = identity(&Settings::default().with_sp(2));
+    let error = std::thread::scope(|threads| {
+        let one = threads.spawn(|| meet(&launched_as(1, 2, &place), &secret, &own, LONG));
+        let asked = ask(listener.accept().unwrap().0, &secret).unwrap();
+        let answer = json!({ "error": { "code": "AS9999", "message": "something new" } });
+        asked.answer(&secret, &answer).unwrap();
+        one.join().unwrap().unwrap_err()
+    });
+    assert_eq!(error.code(), codes::RENDEZVOUS);
+    assert!(error.to_string().contains("something new"), "{error}");
 }
 
 #[test]
