@@ -93,6 +93,9 @@ pub(crate) fn decide(
     let comes = |names: &[String]| names.iter().any(|name| sharded.contains(name));
     let around = hidden.into_iter().filter(|(names, _)| comes(names));
     refusals.extend(around.map(|(_, refusal)| refusal));
+    if !refusals.is_empty() && causes.is_empty() {
+        causes = inner_causes(scope, table);
+    }
     if !refusals.is_empty() {
         causes_first(&mut refusals, causes);
     }
@@ -108,6 +111,19 @@ pub(crate) fn decide(
     }
     dedupe(&mut refusals);
     (plan, refusals)
+}
+
+/// What rules sharding out in the public functions by themselves: on the way to them from another one, it may have been lost.
+fn inner_causes(scope: &Scope<'_>, table: &'static Table) -> Vec<Refusal> {
+    let mut causes = Vec::new();
+    for (id, f) in scope.functions.iter().enumerate() {
+        if f.public && !scope.is_library(id) && scope.on_tensors(id) {
+            let trace = Trace::run(scope, table, id, Vec::new());
+            causes.extend(trace.causes.iter().cloned());
+            causes.extend(learned_bias(&trace));
+        }
+    }
+    causes
 }
 
 /// Public functions that a root calls on the way to an attention, callees first.
@@ -241,15 +257,7 @@ fn roots<'s, 'a>(scope: &'s Scope<'a>, table: &'static Table) -> Roots<'s, 'a> {
     let mut called = std::collections::HashSet::new();
     // What is called stands before its caller in most files; a function that is called needs no trace of its own.
     for (id, f) in scope.functions.iter().enumerate().rev() {
-        let takes_tensor = f.sig.inputs.iter().any(|input| match input {
-            syn::FnArg::Typed(t) => scope.ty(&t.ty, f.owner.as_deref()).holds_tensor(),
-            syn::FnArg::Receiver(_) => false,
-        });
-        let gives_tensor = match &f.sig.output {
-            syn::ReturnType::Type(_, ty) => scope.ty(ty, f.owner.as_deref()).holds_tensor(),
-            syn::ReturnType::Default => false,
-        };
-        if !takes_tensor || !gives_tensor || called.contains(&id) || scope.is_library(id) {
+        if !scope.on_tensors(id) || called.contains(&id) || scope.is_library(id) {
             continue;
         }
         let hidden = [Kind::Tokenwise, Kind::Replicated];

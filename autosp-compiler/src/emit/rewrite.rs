@@ -131,23 +131,7 @@ impl Rewriter<'_> {
             Action::Replace(path) => {
                 let path: syn::Path =
                     syn::parse_str(path).unwrap_or_else(|_| parse_quote!(unknown));
-                *e = match &*e {
-                    // A variable may be the layer or a reference to it, which the call of a method does not ask.
-                    Expr::MethodCall(m)
-                        if path.segments.last().is_some_and(is_layer) && variable(m) =>
-                    {
-                        let (layer, x) = (&m.receiver, &m.args);
-                        let method = path
-                            .segments
-                            .last()
-                            .map(|s| format_ident!("{}__sp", s.ident));
-                        parse_quote!({
-                            use #rt::ops::Layer as _;
-                            #layer.#method(#x)
-                        })
-                    }
-                    _ => call(&quote!(#rt::#path), e),
-                };
+                *e = layer_call(&path, e, rt).unwrap_or_else(|| call(&quote!(#rt::#path), e));
             }
             Action::Recorded => blocks::recorded(e, rt),
             Action::Twin(name) => twin_call(e, name),
@@ -375,14 +359,20 @@ fn strip(e: &Expr) -> Expr {
     }
 }
 
-/// The layers whose types are not the runtime's.
-fn is_layer(name: &syn::PathSegment) -> bool {
-    name.ident == "layer" || name.ident == "norm_layer"
-}
-
-/// Whether a layer is called that is no field.
-fn variable(m: &syn::ExprMethodCall) -> bool {
-    m.method == "forward" && !matches!(&*m.receiver, Expr::Field(_))
+/// The call of a layer whose type is not the runtime's and that is no field: a variable may be the layer or a reference to it, which
+/// the call of a method does not ask.
+fn layer_call(path: &syn::Path, e: &Expr, rt: &syn::Ident) -> Option<Expr> {
+    let name = &path.segments.last()?.ident;
+    let Expr::MethodCall(m) = e else { return None };
+    let layer = name == "layer" || name == "norm_layer";
+    if !layer || m.method != "forward" || matches!(&*m.receiver, Expr::Field(_)) {
+        return None;
+    }
+    let (layer, x, method) = (&m.receiver, &m.args, format_ident!("{name}__sp"));
+    Some(parse_quote!({
+        use #rt::ops::Layer as _;
+        #layer.#method(#x)
+    }))
 }
 
 fn by_reference(e: &Expr) -> Expr {

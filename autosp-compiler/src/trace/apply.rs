@@ -60,6 +60,7 @@ impl<'a> Trace<'_, 'a> {
         }
         self.note_convolution(row, &inputs, what, at.span);
         self.note_relative(row, &inputs, what, at.span);
+        self.note_cross(row, &inputs);
         if let (PlaceRule::Make, Some((Value::Host(host), _))) = (row.place, args.first())
             && host.axes.len() == 2
         {

@@ -309,12 +309,14 @@ impl<'a> Trace<'_, 'a> {
         self.bind(act, &f.pat, elem, true);
         self.block(act, &f.body);
         self.acts[act].scopes.pop();
+        let causes = self.causes.len();
         self.note_recurrence(act, f, &handed, at.span);
+        let recurs = self.causes.len() > causes;
         if let Some(round) = self.rounds.last_mut() {
             round.over = over.filter(|_| super::each::straight(&f.body));
         }
         let carried = self.carry_out(act, &before);
-        self.keep_rows_apart(act, (first, counter), returned, at);
+        self.keep_rows_apart(act, (first, counter), (returned, recurs), at);
         self.end_round(act, f, &carried);
         if over_parts {
             self.acts[act].loops.push(Loop {

@@ -123,7 +123,7 @@ impl Trace<'_, '_> {
         &mut self,
         act: ActId,
         (first, counter): (NodeId, Option<AtomId>),
-        returned: usize,
+        (returned, recurs): (usize, bool),
         at: At,
     ) {
         let mut rows: HashSet<NodeId> = HashSet::new();
@@ -153,7 +153,12 @@ impl Trace<'_, '_> {
         }
         let name = kept.first().map_or("what is returned", String::as_str);
         let reason = super::graph::Reason {
-            code: autosp_plan::codes::MIXES_TOKENS,
+            // What goes from token to token has been said by then.
+            code: if recurs {
+                autosp_plan::codes::SCAN
+            } else {
+                autosp_plan::codes::MIXES_TOKENS
+            },
             message: format!("`{name}` has something of one row of the batch after a loop over them, which the dp replicas share out"),
             help: "put each round's result into a list, and the list together with `Tensor::cat` or `Tensor::stack`".to_string(),
             span: Some(at.span),
