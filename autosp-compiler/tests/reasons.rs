@@ -32,6 +32,7 @@ const CONVOLUTION: &str = "the tokens at the ends of a shard need those of the s
 const BIAS: &str = "a bias between each two tokens";
 
 #[test]
+#[allow(clippy::too_many_lines, reason = "one entry for each model")]
 fn the_first_reason_is_true() {
     let models = models();
     for (file, code, line, operation, note) in [

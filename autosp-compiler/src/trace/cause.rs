@@ -156,7 +156,10 @@ impl Trace<'_, '_> {
             let (Some(of), Some(with)) = (queries.first(), keys.first()) else {
                 continue;
             };
-            if queries.iter().any(|name| keys.contains(name)) {
+            // A function that is given queries and keys may have them from the same tokens; one that projects them itself has not.
+            let projected = |i: &Input| self.learned(i.node).is_some();
+            let same = queries.iter().any(|name| keys.contains(name));
+            if same || !projected(q) || !projected(k) {
                 continue;
             }
             let message = format!(
