@@ -9,6 +9,7 @@ const CONVOLUTION: &str = "the tokens at the ends of a shard need those of the s
 const BIAS: &str = "a bias between each two tokens";
 
 #[test]
+#[allow(clippy::too_many_lines, reason = "one entry for each model")]
 fn the_first_reason_is_true() {
     let models = models();
     for (file, code, line, operation, note) in [
@@ -18,6 +19,41 @@ fn the_first_reason_is_true() {
             "&state.prev_xs[li]",
             "`state.prev_xs` carries a tensor from each call to the next",
             RECURRENCE,
+        ),
+        (
+            "marian.rs",
+            "AS0210",
+            "query_states.matmul(&key_states.transpose(1, 2)?)",
+            "pairs the tokens of `xs` with those of `encoder_xs`",
+            "between two sequences",
+        ),
+        (
+            "parler_tts.rs",
+            "AS0210",
+            "query_states.matmul(&key_states.transpose(2, 3)?)",
+            "pairs the tokens of `input_ids` with those of `encoder_xs`",
+            "between two sequences",
+        ),
+        (
+            "trocr.rs",
+            "AS0210",
+            "query_states.matmul(&key_states.transpose(1, 2)?)",
+            "with those of `encoder_xs`",
+            "between two sequences",
+        ),
+        (
+            "debertav2.rs",
+            "AS0217",
+            "attention_scores.broadcast_add(&rel_att)?",
+            "adds a learned bias to the scores",
+            BIAS,
+        ),
+        (
+            "metavoice.rs",
+            "AS0201",
+            "pub mod gpt {",
+            "`mod gpt` inside of it is not looked into",
+            "one module",
         ),
         (
             "mamba2.rs",
@@ -79,8 +115,8 @@ fn the_first_reason_is_true() {
             "blip_text.rs",
             "AS0210",
             "query.matmul(&key.t()?)?",
-            "queries and keys run over different sequences",
-            "",
+            "pairs the tokens of `input_ids` with those of `encoder_hidden_states`",
+            "between two sequences",
         ),
         (
             "chinese_clip/text_model.rs",

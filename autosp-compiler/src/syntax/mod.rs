@@ -4,6 +4,7 @@ pub(crate) mod args;
 pub(crate) mod asserts;
 pub(crate) mod depth;
 pub(crate) mod include;
+pub(crate) mod inner;
 pub(crate) mod library;
 pub(crate) mod number;
 pub(crate) mod plan_file;
@@ -332,6 +333,17 @@ impl<'a> Scope<'a> {
             return Ty::Scope(owner.to_string());
         }
         self.names.ty(ty, &|n| self.types.contains_key(n))
+    }
+
+    /// Whether a function takes tensors and gives some.
+    pub(crate) fn on_tensors(&self, function: usize) -> bool {
+        let f = &self.functions[function];
+        let holds = |ty: &syn::Type| self.ty(ty, f.owner.as_deref()).holds_tensor();
+        let takes = f.sig.inputs.iter().any(|input| match input {
+            syn::FnArg::Typed(t) => holds(&t.ty),
+            syn::FnArg::Receiver(_) => false,
+        });
+        takes && matches!(&f.sig.output, syn::ReturnType::Type(_, ty) if holds(ty))
     }
 
     /// The full name of a function for messages: `llama::Attention::forward`.

@@ -140,11 +140,16 @@ impl<'a> Trace<'_, 'a> {
             syn::Expr::Assign(a) => self.assignment(act, a, at),
             syn::Expr::Range(r) => self.range(act, r),
             syn::Expr::Struct(s) => {
-                let mut tensors = Vec::new();
+                let mut held = false;
                 for field in &s.fields {
-                    self.eval(act, &field.expr).tensors(&mut tensors);
+                    let value = self.eval(act, &field.expr);
+                    held |= super::control::has_tensor(&value) || self.sized(&value);
                 }
-                if !tensors.is_empty() {
+                if let Some(rest) = &s.rest {
+                    let value = self.eval(act, rest);
+                    held |= super::control::has_tensor(&value) || value.lost().is_some();
+                }
+                if held {
                     return Self::lost(&text(s));
                 }
                 let path = s
@@ -408,11 +413,12 @@ impl<'a> Trace<'_, 'a> {
             // The whole of it
             (base, Value::Tuple(all)) if all.is_empty() => base,
             (Value::List { elems: None, any }, _) => self.any_element(*any),
-            (Value::ShapeOf(node), Value::Size(s)) => match s.poly.as_constant() {
-                Some(k) => self.dim_of(node, k, at),
-                None => Value::Opaque,
-            },
-            (base, _) if super::control::has_tensor(&base) => Self::lost(&text(i)),
+            (Value::ShapeOf(node), Value::Size(s)) if s.poly.as_constant().is_some() => {
+                self.dim_of(node, s.poly.as_constant().unwrap_or_default(), at)
+            }
+            (base, _) if super::control::has_tensor(&base) || self.sized(&base) => {
+                Self::lost(&text(i))
+            }
             _ => Value::Opaque,
         }
     }

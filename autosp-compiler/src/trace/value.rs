@@ -165,6 +165,8 @@ pub(crate) enum Value {
     },
     /// `vec![x; n]`: one value, n times.
     Copies(Box<Value>, Box<Size>),
+    /// A list of one tensor for each round of a loop, and the number of rounds.
+    Each(Box<Value>, Box<Size>),
     /// `(index, element)` pairs and other adapters keep the element only.
     Option(Presence, Box<Value>),
     /// An instance of a struct: its type and the path to it.
@@ -247,8 +249,23 @@ impl Value {
             } => elems.iter().find_map(Self::lost),
             Self::List { any, .. } => any.lost(),
             Self::Option(Presence::None, _) => None,
-            Self::Option(_, v) | Self::Copies(v, _) => v.lost(),
+            Self::Option(_, v) | Self::Copies(v, _) | Self::Each(v, _) => v.lost(),
             _ => None,
+        }
+    }
+
+    /// All sizes in this value.
+    pub(crate) fn sizes<'v>(&'v self, out: &mut Vec<&'v Size>) {
+        match self {
+            Self::Size(s) => out.push(s),
+            Self::Tuple(v) => v.iter().for_each(|v| v.sizes(out)),
+            Self::List { elems, any } => match elems {
+                Some(elems) => elems.iter().for_each(|v| v.sizes(out)),
+                None => any.sizes(out),
+            },
+            Self::Option(Presence::None, _) => {}
+            Self::Option(_, v) | Self::Copies(v, _) => v.sizes(out),
+            _ => {}
         }
     }
 
@@ -262,7 +279,7 @@ impl Value {
                 None => any.tensors(out),
             },
             Self::Option(Presence::None, _) => {}
-            Self::Option(_, v) | Self::Copies(v, _) => v.tensors(out),
+            Self::Option(_, v) | Self::Copies(v, _) | Self::Each(v, _) => v.tensors(out),
             _ => {}
         }
     }
