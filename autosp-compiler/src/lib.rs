@@ -197,6 +197,12 @@ fn analyse_items(module: &Module, span: Span, table: &'static ops::Table) -> Ana
     scope.loss = module.loss;
     scope.asserts.clone_from(&module.asserts);
     let (plan, mut refusals) = decide::decide(&scope, table, span);
+    if let (false, Some(inner)) = (
+        refusals.is_empty(),
+        syntax::inner::holds_attention(&module.items),
+    ) {
+        refusals = vec![inner];
+    }
     refusals.sort_by_key(|r| (!r.first, r.line(), r.column()));
     Analysis { plan, refusals }
 }

@@ -1,37 +1,15 @@
 //! Models that cannot be sharded: what is said first is true of the model, and names the line, the operation and a way out.
 
-use std::path::Path;
-use std::process::Command;
+mod common;
 
-/// The models of candle-transformers, where cargo keeps them.
-fn models() -> std::path::PathBuf {
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).join("../Cargo.toml");
-    let output = Command::new(cargo)
-        .args([
-            "metadata",
-            "--format-version",
-            "1",
-            "--offline",
-            "--manifest-path",
-        ])
-        .arg(manifest)
-        .output()
-        .expect("cargo metadata");
-    let text = String::from_utf8(output.stdout).expect("UTF-8");
-    let found = text
-        .split("\"manifest_path\":\"")
-        .filter_map(|m| m.split('"').next())
-        .find(|m| m.contains("/candle-transformers-0"));
-    let manifest = found.expect("candle-transformers");
-    Path::new(manifest).with_file_name("src").join("models")
-}
+use common::packages::models;
 
 const RECURRENCE: &str = "one after another";
 const CONVOLUTION: &str = "the tokens at the ends of a shard need those of the shards beside it";
 const BIAS: &str = "a bias between each two tokens";
 
 #[test]
+#[allow(clippy::too_many_lines, reason = "one entry for each model")]
 fn the_first_reason_is_true() {
     let models = models();
     for (file, code, line, operation, note) in [
@@ -41,6 +19,41 @@ fn the_first_reason_is_true() {
             "&state.prev_xs[li]",
             "`state.prev_xs` carries a tensor from each call to the next",
             RECURRENCE,
+        ),
+        (
+            "marian.rs",
+            "AS0210",
+            "query_states.matmul(&key_states.transpose(1, 2)?)",
+            "pairs the tokens of `xs` with those of `encoder_xs`",
+            "between two sequences",
+        ),
+        (
+            "parler_tts.rs",
+            "AS0210",
+            "query_states.matmul(&key_states.transpose(2, 3)?)",
+            "pairs the tokens of `input_ids` with those of `encoder_xs`",
+            "between two sequences",
+        ),
+        (
+            "trocr.rs",
+            "AS0210",
+            "query_states.matmul(&key_states.transpose(1, 2)?)",
+            "with those of `encoder_xs`",
+            "between two sequences",
+        ),
+        (
+            "debertav2.rs",
+            "AS0217",
+            "attention_scores.broadcast_add(&rel_att)?",
+            "adds a learned bias to the scores",
+            BIAS,
+        ),
+        (
+            "metavoice.rs",
+            "AS0201",
+            "pub mod gpt {",
+            "`mod gpt` inside of it is not looked into",
+            "one module",
         ),
         (
             "mamba2.rs",
@@ -102,8 +115,8 @@ fn the_first_reason_is_true() {
             "blip_text.rs",
             "AS0210",
             "query.matmul(&key.t()?)?",
-            "queries and keys run over different sequences",
-            "",
+            "pairs the tokens of `input_ids` with those of `encoder_hidden_states`",
+            "between two sequences",
         ),
         (
             "chinese_clip/text_model.rs",

@@ -274,7 +274,7 @@ fn nothing_is_lost_on_the_way() {
     for (to, codes) in [
         (
             "let mut all = Vec::new();\n        all.push(x.clone());\n        let x = Tensor::cat(&all, 1)?;",
-            ["AS0206", "AS0202"],
+            ["AS0206", "AS0203"],
         ),
         (
             "let state = State { x };\n        let x = self.norm.forward(&state.x)?;",

@@ -84,6 +84,18 @@ const TURNED: &[(&str, &str)] = &[
         "let Holder { t } = Holder { t: x.flip(&[1])? }; let x = &(x + &t)?;",
         HOLDER,
     ),
+    (
+        "let mut y = vec![x.clone(), x.flip(&[1])?]; y.swap(0, 1); let x = &y[0];",
+        "",
+    ),
+    (
+        "let mut y = vec![x.clone(), x.flip(&[1])?]; y.reverse(); let x = &y[0];",
+        "",
+    ),
+    (
+        "let mut y = [x.clone(), x.flip(&[1])?]; y.rotate_left(1); let x = &y[0];",
+        "",
+    ),
     // By a pattern on the left.
     (
         "let mut y = x.clone(); let mut n = 0; (y, n) = (y.flip(&[1])?, n + 1); let x = &y;",

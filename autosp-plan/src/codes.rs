@@ -143,6 +143,10 @@ codes! {
 
     REPLAY = "AS0351", "a block that is computed again takes another way",
         "The forward of a block that is computed again in the backward has to run the same attention sites in the same order as the first time. A block that decides by something that changes between the two, such as a counter or a random number, cannot be in a checkpoint scope; use policy `all`.";
+    POLICIES = "AS0352", "policies for another number of blocks",
+        "The setting `policy` says what each block keeps, in the order in which the blocks of a forward run. Where the last word has a number of blocks too, the model has to have as many; without a number it is for all blocks that are left.";
+    HOST_MEMORY = "AS0353", "the host has no room for what blocks keep",
+        "With `+offload` in `policy`, what a block keeps goes to memory of the host, of which a rank takes no more than the setting `host_memory` says. The message says how much was needed by then; all blocks of a step need it at once.";
     DROPOUT = "AS0334", "a dropout that cannot be drawn",
         "The probability of a dropout is at least 0 and below 1.";
 

@@ -20,10 +20,11 @@ mod rates;
 mod search;
 mod time;
 
+pub use crate::settings::Keep;
 pub use ability::{Abilities, Ability};
 pub use advice::Advice;
 pub use choice::{Choice, Pins};
-pub use keep::{Keep, Layers};
+pub use keep::Layers;
 pub use machine::Machine;
 pub use memory::{Limiter, Memory, Part};
 pub use model::{Model, Window};

@@ -10,15 +10,17 @@
 mod build;
 mod file;
 mod keys;
+mod policies;
 mod source;
+mod typed;
 mod value;
 
 use std::fmt::Write as _;
 use std::path::Path;
-use std::time::Duration;
 
 pub use build::{BUILD_KEYS, BuildEntry, build, build_reference};
 pub use keys::{KEYS, Key, Kind, ReadAt, find, reference};
+pub use policies::{Keep, Policies};
 pub use source::{SettingsError, Source};
 pub use value::Value;
 
@@ -143,7 +145,7 @@ impl Default for Settings {
         Self {
             values: KEYS
                 .iter()
-                .map(|key| (key.default, Source::Default))
+                .map(|key| (key.default.clone(), Source::Default))
                 .collect(),
         }
     }
@@ -283,157 +285,11 @@ impl Settings {
         Ok(self)
     }
 
-    /// Sets the number of ranks that share one sequence.
-    #[must_use]
-    pub fn with_sp(self, sp: usize) -> Self {
-        self.program("sp", Value::Count(sp))
-    }
-
-    /// Sets the number of replicas that share a batch.
-    #[must_use]
-    pub fn with_dp(self, dp: usize) -> Self {
-        self.program("dp", Value::Count(dp))
-    }
-
-    /// Sets the bytes of logits that a loss without whole logits makes at a time.
-    #[must_use]
-    pub fn with_loss_bytes(self, bytes: usize) -> Self {
-        self.program("loss_bytes", Value::Count(bytes))
-    }
-
-    /// Sets the number of head groups of each site.
-    #[must_use]
-    pub fn with_groups(self, groups: usize) -> Self {
-        self.program("groups", Value::Count(groups))
-    }
-
-    /// Sets how long a rank waits for the others.
-    #[must_use]
-    pub fn with_deadline(self, deadline: Duration) -> Self {
-        self.program("deadline", Value::Seconds(deadline.as_secs_f64()))
-    }
-
-    /// Sets how long ranks may take to start, and over the collectives of the first step.
-    #[must_use]
-    pub fn with_start_deadline(self, deadline: Duration) -> Self {
-        self.program("start_deadline", Value::Seconds(deadline.as_secs_f64()))
-    }
-
-    /// Sets the attention.
-    #[must_use]
-    pub fn with_attention(self, attention: Attention) -> Self {
-        self.program(
-            "attention",
-            Value::Choice(match attention {
-                Attention::Tiled => "tiled",
-                Attention::Reference => "reference",
-            }),
-        )
-    }
-
-    /// Sets what the ranks compute on.
-    #[must_use]
-    pub fn with_device(self, device: Device) -> Self {
-        self.program(
-            "device",
-            Value::Choice(match device {
-                Device::Cpu => "cpu",
-                Device::Cuda => "cuda",
-                Device::CudaShared => "cuda-shared",
-            }),
-        )
-    }
-
-    /// Sets what a forward keeps.
-    #[must_use]
-    pub fn with_policy(self, policy: Policy) -> Self {
-        self.program("policy", Value::Choice(policy.name()))
-    }
-
-    /// Sets how many tokens the parts of a block which compute each token by itself take at a time.
-    #[must_use]
-    pub fn with_tile(self, tokens: usize) -> Self {
-        self.program("tile", Value::Count(tokens))
-    }
-
-    /// Sets what ranks divide of the optimizer.
-    #[must_use]
-    pub fn with_zero(self, zero: Zero) -> Self {
-        self.program("zero", Value::Choice(zero.name()))
-    }
-
-    /// Ranks that share one sequence.
-    pub fn sp(&self) -> usize {
-        self.count("sp")
-    }
-
-    /// Replicas that share a batch.
-    pub fn dp(&self) -> usize {
-        self.count("dp")
-    }
-
-    /// Head groups of each site; a site with fewer heads on a rank uses fewer.
-    pub fn groups(&self) -> usize {
-        self.count("groups")
-    }
-
-    /// Tokens that the parts of a block which compute each token by itself take at a time.
-    pub fn tile(&self) -> usize {
-        self.count("tile")
-    }
-
-    /// Bytes of logits that a loss without whole logits makes at a time.
-    pub fn loss_bytes(&self) -> usize {
-        self.count("loss_bytes")
-    }
-
-    /// How long a rank waits for the others before it gives up.
-    pub fn deadline(&self) -> Duration {
-        self.seconds("deadline")
-    }
-
-    /// The same while ranks start and in the collectives of the first step; never shorter than [`deadline`](Self::deadline).
-    pub fn start_deadline(&self) -> Duration {
-        self.seconds("start_deadline").max(self.deadline())
-    }
-
-    /// The attention.
-    pub fn attention(&self) -> Attention {
-        if self.choice("attention") == "reference" {
-            Attention::Reference
-        } else {
-            Attention::Tiled
-        }
-    }
-
-    /// What the ranks compute on.
-    pub fn device(&self) -> Device {
-        match self.choice("device") {
-            "cuda" => Device::Cuda,
-            "cuda-shared" => Device::CudaShared,
-            _ => Device::Cpu,
-        }
-    }
-
-    /// What a forward keeps.
-    pub fn policy(&self) -> Policy {
-        let word = self.choice("policy");
-        let named = Policy::ALL.into_iter().find(|policy| policy.name() == word);
-        named.unwrap_or(Policy::All)
-    }
-
-    /// What ranks divide of the optimizer.
-    pub fn zero(&self) -> Zero {
-        let word = self.choice("zero");
-        let named = Zero::ALL.into_iter().find(|zero| zero.name() == word);
-        named.unwrap_or(Zero::Stage0)
-    }
-
     /// Every setting with its value and where it came from, in the order of [`KEYS`].
     pub fn entries(&self) -> impl Iterator<Item = (&'static Key, Value, &Source)> {
         KEYS.iter()
             .zip(&self.values)
-            .map(|(key, (value, source))| (key, *value, source))
+            .map(|(key, (value, source))| (key, value.clone(), source))
     }
 
     /// Where the value of `name` came from; `None` if there is no such setting.
@@ -489,32 +345,6 @@ impl Settings {
             self.values[index] = (value, source);
         }
         Ok(())
-    }
-
-    /// The typed accessors name rows of the table; a test reads each once.
-    fn get(&self, name: &str) -> &(Value, Source) {
-        &self.values[find(name).expect("an accessor names a row of the table")]
-    }
-
-    fn count(&self, name: &str) -> usize {
-        match self.get(name).0 {
-            Value::Count(n) => n,
-            Value::Seconds(_) | Value::Choice(_) => 0,
-        }
-    }
-
-    fn seconds(&self, name: &str) -> Duration {
-        match self.get(name).0 {
-            Value::Seconds(seconds) => Duration::from_secs_f64(seconds),
-            Value::Count(_) | Value::Choice(_) => Duration::ZERO,
-        }
-    }
-
-    fn choice(&self, name: &str) -> &'static str {
-        match self.get(name).0 {
-            Value::Choice(word) => word,
-            Value::Count(_) | Value::Seconds(_) => "",
-        }
     }
 }
 

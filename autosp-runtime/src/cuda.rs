@@ -19,6 +19,7 @@ mod library;
 mod memory;
 pub(crate) mod nccl;
 mod nvrtc;
+pub(crate) mod offload;
 pub(crate) mod ops;
 #[doc(hidden)]
 pub mod probe;

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 pub struct Ledger {
     sent: AtomicU64,
     exchange: AtomicU64,
-    gauges: [Gauge; 4],
+    gauges: [Gauge; 5],
     attentions: AtomicU64,
 }
 
@@ -24,17 +24,20 @@ pub enum Purpose {
     Gradients,
     /// Moments and master weights.
     Optimizer,
-    /// What checkpoint scopes hold.
+    /// What checkpoint scopes hold on the device.
     Kept,
+    /// What they hold in memory of the host.
+    Host,
 }
 
 impl Purpose {
     /// All of them.
-    pub const ALL: [Self; 4] = [
+    pub const ALL: [Self; 5] = [
         Self::Parameters,
         Self::Gradients,
         Self::Optimizer,
         Self::Kept,
+        Self::Host,
     ];
 
     /// In a word.
@@ -44,6 +47,7 @@ impl Purpose {
             Self::Gradients => "gradients",
             Self::Optimizer => "optimizer",
             Self::Kept => "kept",
+            Self::Host => "host",
         }
     }
 }
@@ -82,7 +86,8 @@ impl Ledger {
         }
     }
 
-    /// Bytes that the checkpoint scopes of this rank hold now: inputs of blocks, and what the policy keeps of the sites in them.
+    /// Bytes that the checkpoint scopes of this rank hold now: inputs of blocks, and what the policy keeps of the sites in them. Of
+    /// those that keep on the host the two at most that the device has as well.
     pub fn held(&self) -> u64 {
         self.bytes(Purpose::Kept)
     }
@@ -111,14 +116,14 @@ impl Ledger {
         self.attentions.load(Ordering::Relaxed)
     }
 
-    pub(crate) fn hold(&self, bytes: u64) {
-        let gauge = &self.gauges[Purpose::Kept as usize];
+    pub(crate) fn hold(&self, purpose: Purpose, bytes: u64) {
+        let gauge = &self.gauges[purpose as usize];
         let now = gauge.now.fetch_add(bytes, Ordering::Relaxed) + bytes;
         gauge.most.fetch_max(now, Ordering::Relaxed);
     }
 
-    pub(crate) fn release(&self, bytes: u64) {
-        self.gauges[Purpose::Kept as usize]
+    pub(crate) fn release(&self, purpose: Purpose, bytes: u64) {
+        self.gauges[purpose as usize]
             .now
             .fetch_sub(bytes, Ordering::Relaxed);
     }

@@ -3,11 +3,16 @@
 //! A [`checkpoint`] is a block of the model. Under the policy `all` its tape (`ops/tape.rs`) keeps what the backward of each
 //! operation needs. Under the others the input of the block is kept, and the block is computed again in the backward; of each
 //! attention site in the block it keeps what the policy says, so that under `qkv` and `attention` attention itself never runs twice.
-//! [`Ledger::held`](crate::Ledger::held) counts the bytes, and [`autosp_plan::cost`] has the formula.
+//! [`Ledger::held`](crate::Ledger::held) counts the bytes, and [`autosp_plan::cost`] has the formula. With `+offload` what a block keeps
+//! lies on the host (`memory/shelf.rs`). Each block has its own policy, by its place in the forward.
 
+pub(crate) mod link;
 pub(crate) mod replay;
+mod shelf;
 mod tiles;
 
+pub(crate) use link::{Extent, link_to};
+pub(crate) use shelf::{Shelf, Stash};
 pub use tiles::tiled;
 
 use std::cell::{Cell, RefCell};
@@ -15,14 +20,14 @@ use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 
 use autosp_plan::codes;
-use autosp_plan::settings::Policy;
+use autosp_plan::settings::{Keep, Policy};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Result, Tensor, TensorId, Var};
 
 use crate::ops::{accumulate, cast, owned, record_gradient, taken, tape, tensor, tracked, wide};
 use crate::scope::{self, Scope};
 use crate::site;
-use crate::{Error, Sp};
+use crate::{Error, Purpose, Sp};
 
 thread_local! {
     /// Gradients of variables that blocks have found on this thread, which is this rank, with the types of the variables.
@@ -30,6 +35,9 @@ thread_local! {
 
     /// The scope in which they were found.
     static FOUND_IN: Cell<u64> = const { Cell::new(0) };
+
+    /// The policy of the block in progress.
+    static POLICY: Cell<Option<Policy>> = const { Cell::new(None) };
 
     /// The result of the last block.
     static LAST: Cell<Option<TensorId>> = const { Cell::new(None) };
@@ -70,19 +78,78 @@ where
     entered(x, LAST.get() == Some(x.id()), f)
 }
 
+/// What comes in with the call of a model is its caller's, though a block made it.
+pub(crate) fn entered_model() {
+    LAST.set(None);
+}
+
 fn entered<F>(x: &Tensor, own: bool, f: F) -> Result<Tensor>
 where
     F: Fn(&Tensor) -> Result<Tensor> + Send + Sync + 'static,
 {
+    let nested = replay::is_running() || tape::is_recording() || tape::is_for_values();
     match scope::current() {
-        Some(_) if FORWARD_ONLY.get() => Ok(tape::values(|| f(&x.detach()))?.detach()),
-        Some(scope) if !replay::is_running() && !tape::is_recording() => {
-            let result = block(x, own, scope, f)?;
+        Some(scope) if !nested => {
+            let keep = keep_of_next(&scope)?;
+            if FORWARD_ONLY.get() {
+                return during(
+                    keep.policy,
+                    || Ok(tape::values(|| f(&x.detach()))?.detach()),
+                );
+            }
+            let result = during(keep.policy, || block(x, own, keep, scope, f))?;
             LAST.set(Some(result.id()));
             Ok(result)
         }
         _ => f(x),
     }
+}
+
+/// What the block keeps that begins now.
+///
+/// # Errors
+/// AS0352 if the setting ends before it.
+fn keep_of_next(scope: &Scope) -> Result<Keep> {
+    let (policies, at) = (scope.sp().settings().policies(), scope.next_block());
+    let keep = policies.of(at);
+    keep.ok_or_else(|| of_other_blocks(scope, &format!("{} or more", at + 1)).into())
+}
+
+/// Makes sure that the setting has no more blocks than have run by the time of a backward.
+///
+/// # Errors
+/// AS0352 if it does.
+fn expect_all_blocks(scope: &Scope) -> Result<()> {
+    let (least, _) = scope.sp().settings().policies().blocks();
+    match scope.blocks() {
+        blocks if blocks < least => Err(of_other_blocks(scope, &blocks.to_string()).into()),
+        _ => Ok(()),
+    }
+}
+
+fn of_other_blocks(scope: &Scope, blocks: &str) -> Error {
+    let policies = scope.sp().settings().policies();
+    let (expected, more) = policies.blocks();
+    let least = if more { "at least " } else { "" };
+    let text = format!(
+        "`policy`: expected {least}{expected} blocks for `{policies}`, found {blocks} in the forward"
+    );
+    Error::new(codes::POLICIES, text)
+        .with_help("AUTOSP_POLICY=\"all*2, attention\", whose last word is for all other blocks")
+}
+
+/// Runs `f` in a block of that policy.
+fn during<R>(policy: Policy, f: impl FnOnce() -> R) -> R {
+    struct Restore(Option<Policy>);
+
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            POLICY.set(self.0);
+        }
+    }
+
+    let _restore = Restore(POLICY.replace(Some(policy)));
+    f()
 }
 
 /// Runs `f` for its values alone: checkpoints keep nothing, so that no more than one block's activations are held.
@@ -109,82 +176,157 @@ struct Held(Sp, u64);
 
 impl Held {
     fn new(sp: &Sp, bytes: u64) -> Self {
-        sp.ledger().hold(bytes);
+        sp.ledger().hold(Purpose::Kept, bytes);
         Self(sp.clone(), bytes)
     }
 }
 
 impl Drop for Held {
     fn drop(&mut self) {
-        self.0.ledger().release(self.1);
+        self.0.ledger().release(Purpose::Kept, self.1);
     }
 }
 
+/// What a block has for its backward.
+#[derive(Default)]
+struct Left {
+    /// Under `all`, for the first backward.
+    tape: Mutex<Option<tape::Block>>,
+    /// Its input, where nobody has taken its memory and it is not on the host.
+    input: Option<Tensor>,
+    /// What the policy keeps of its sites; without memory where that is on the host.
+    memos: replay::Memos,
+    /// What is on the host: what the tape keeps, or the input and the memos' tensors.
+    stash: Option<Stash>,
+    #[expect(dead_code, reason = "counted for as long as it is there")]
+    held: Option<Held>,
+}
+
 /// Runs a block and makes one operation of it. Where the memory of `x` is its `own`, it is taken.
-fn block<F>(x: &Tensor, own: bool, scope: Scope, f: F) -> Result<Tensor>
+fn block<F>(x: &Tensor, own: bool, keep: Keep, scope: Scope, f: F) -> Result<Tensor>
 where
     F: Fn(&Tensor) -> Result<Tensor> + Send + Sync + 'static,
 {
     expect_collected(&scope)?;
-    let policy = scope.sp().settings().policy();
     let wanted = tracked(x);
+    let shelf = if keep.offload {
+        Some(scope.sp().shelf()?)
+    } else {
+        None
+    };
+    if let Some(shelf) = shelf {
+        shelf.make_room()?;
+    }
     let taken_from = |x: &Tensor| Ok::<_, candle_core::Error>((taken(x)?, x.shape().clone()));
-    let (result, tape, memos, kept) = if policy == Policy::All {
+    let (result, left) = if keep.policy == Policy::All {
         let input = if own && wanted {
             tape::variable(taken_from(x)?)
         } else {
             tape::input(x, wanted)?
         };
-        let (y, tape) = tape::record(&input, &f)?;
+        let (y, mut tape) = tape::record(&input, &f)?;
+        drop(input);
         let result = if tape.movable {
             taken_from(&y)?
         } else {
             owned(&y)?
         };
-        let kept = (!own).then(|| x.detach());
-        (result, Some(tape), replay::Memos::default(), kept)
+        drop(y);
+        let kept = tape.take_kept();
+        let stash = match shelf {
+            Some(shelf) => Some(shelf.leave(kept, &[])?),
+            None => None,
+        };
+        let left = Left {
+            tape: Mutex::new(Some(tape)),
+            input: (!own).then(|| x.detach()),
+            stash,
+            ..Left::default()
+        };
+        (result, left)
     } else {
-        let (y, memos) = replay::first(policy, || tape::values(|| f(&x.detach())));
+        let (y, memos) = replay::first(keep.policy, || tape::values(|| f(&x.detach())));
         let result = owned(&y?)?;
-        let kept = if own {
+        let input = if own {
             tensor(taken_from(x)?)
         } else {
             x.detach()
         };
-        (result, None, memos, Some(kept))
+        let left = if let Some(shelf) = shelf {
+            let mut all = vec![input];
+            all.extend(memos.iter().flat_map(|memo| memo.tensors()));
+            Left {
+                stash: Some(shelf.leave(Vec::new(), &all)?),
+                memos: replay::emptied(&memos)?,
+                ..Left::default()
+            }
+        } else {
+            let sites = memos.iter().map(|memo| memo.bytes()).sum::<u64>();
+            Left {
+                held: Some(Held::new(scope.sp(), site::bytes(&input) + sites)),
+                input: Some(input),
+                memos,
+                ..Left::default()
+            }
+        };
+        (result, left)
     };
-    let bytes = match policy {
-        Policy::All => 0,
-        _ => site::bytes(x) + memos.iter().map(|memo| memo.bytes()).sum::<u64>(),
-    };
-    let held = Held::new(scope.sp(), bytes);
     // A block whose input is not tracked still has variables: one in the input's place makes candle call the backward.
     let input = if wanted {
         x.clone()
     } else {
         Var::zeros((), x.dtype(), x.device())?.into_inner()
     };
-    let tape = Mutex::new(tape);
     record_gradient("block", [&input], result, move |grad| {
-        let _held = &held;
-        let tape = tape.lock().unwrap_or_else(PoisonError::into_inner).take();
         FOUND_IN.set(scope.step());
+        expect_all_blocks(&scope)?;
         scope.run(|| {
-            let tape = match (tape, &kept) {
-                (Some(tape), _) => tape,
-                (None, Some(x)) => again(&f, x, wanted, &memos)?,
-                (None, None) => {
-                    let text = "a block: expected one backward, found a second one, for which nothing was kept";
-                    return Err(Error::new(codes::REPLAY, text)
-                        .with_help("AUTOSP_POLICY=input")
-                        .into());
-                }
-            };
-            let of_input = tape.backward(grad, &mut sink)?;
-            crate::train::divide::block_done()?;
-            Ok([of_input])
+            during(keep.policy, || {
+                let of_input = left.backward(&f, wanted, grad)?;
+                crate::train::divide::block_done()?;
+                Ok([of_input])
+            })
         })
     })
+}
+
+impl Left {
+    /// The gradient of the input, if it is `wanted`; those of variables go to the sink.
+    fn backward(
+        &self,
+        f: &dyn Fn(&Tensor) -> Result<Tensor>,
+        wanted: bool,
+        grad: &Tensor,
+    ) -> Result<Option<Tensor>> {
+        let mut fetched = self.stash.as_ref().map(Stash::fetch).transpose()?;
+        let tape = self
+            .tape
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        let tape = match (tape, &self.input, &mut fetched) {
+            (Some(tape), _, _) => tape,
+            (None, Some(x), _) => again(f, x, wanted, &self.memos)?,
+            (None, None, Some(fetched)) if !fetched.tensors.is_empty() => {
+                let mut tensors = std::mem::take(&mut fetched.tensors).into_iter();
+                let x = tensors.next();
+                let memos = replay::filled(&self.memos, &mut tensors)?;
+                match x {
+                    Some(x) => again(f, &x, wanted, &memos)?,
+                    None => return Err(second_backward()),
+                }
+            }
+            (None, None, _) => return Err(second_backward()),
+        };
+        tape.backward(grad, &mut sink)
+    }
+}
+
+fn second_backward() -> candle_core::Error {
+    let text = "a block: expected one backward, found a second one, for which nothing was kept";
+    Error::new(codes::REPLAY, text)
+        .with_help("AUTOSP_POLICY=input")
+        .into()
 }
 
 /// Gradients of an earlier scope that nobody has collected would be taken for this one's, or were never used.

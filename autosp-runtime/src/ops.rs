@@ -26,7 +26,7 @@ pub(crate) mod tape;
 
 pub use arithmetic::{Operand, add, mul, silu};
 pub use dropout::{RowsAndTokens, dropout, dropout_layer};
-pub use layer::{layer, no_cache, norm_layer};
+pub use layer::{Layer, layer, no_cache, norm_layer};
 pub use linear::linear;
 pub use modules::embedding;
 pub use movement::Recorded;
@@ -38,7 +38,7 @@ pub use softmax::{softmax, softmax_last_dim};
 pub(crate) use arithmetic::{accumulate, cast, sum_as, wide};
 pub(crate) use kernel::{Kernel, Real, Rows, Visit, compute, max, per_row, sum, visit};
 pub(crate) use record::{
-    Kept, owned, record, record_gradient, record_hinted, record_result, taken, tensor, tracked,
+    Kept, owned, put, record, record_gradient, record_hinted, record_result, taken, tensor, tracked,
 };
 pub(crate) use tape::Gradient;
 

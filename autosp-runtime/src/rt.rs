@@ -31,6 +31,7 @@ pub fn sharded() -> bool {
 /// # Errors
 /// AS0303 if a length is not the length of a shard; AS0307 if it is that of several.
 pub fn enter(function: &str, inputs: &[(&str, &Tensor, usize)]) -> Result<()> {
+    crate::memory::entered_model();
     Ok(scope::enter(function, inputs)?)
 }
 

@@ -3,6 +3,8 @@
 //! A scope belongs to a thread, as a rank does. It ends with the closure that opened it, also by a panic, and never outlives the run.
 
 use std::cell::RefCell;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use autosp_plan::codes;
 use candle_core::{Device, Tensor};
@@ -62,6 +64,8 @@ pub struct Scope {
     batch: Option<usize>,
     /// Random operations so far: a copy of the scope goes on from where it was made.
     draws: u64,
+    /// Blocks so far, of all copies.
+    blocks: Arc<AtomicUsize>,
 }
 
 thread_local! {
@@ -110,6 +114,7 @@ impl Scope {
             shard: None,
             batch: None,
             draws: 0,
+            blocks: Arc::default(),
         }
     }
 
@@ -139,6 +144,16 @@ impl Scope {
     /// Rows of the batch of the forward in progress, where the model merges them with its heads.
     pub(crate) fn batch(&self) -> Option<usize> {
         self.batch
+    }
+
+    /// The place of a block that begins now among those of this scope, from 0.
+    pub(crate) fn next_block(&self) -> usize {
+        self.blocks.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// How many blocks have begun.
+    pub(crate) fn blocks(&self) -> usize {
+        self.blocks.load(Ordering::Relaxed)
     }
 
     /// Runs `f` in this scope, with its shard, whatever scope the thread is in. A backward that computes a block again uses this: by

@@ -139,5 +139,14 @@ pub(crate) struct Kept {
     output: Output,
 }
 
+impl Kept {
+    /// All tensors, and whether each came with the exchange.
+    fn tensors(&self) -> impl Iterator<Item = (&Tensor, bool)> {
+        let Output { o, lse, rest } = &self.output;
+        let landed = [&self.q, &self.k, &self.v].map(|x| (x, true));
+        landed.into_iter().chain([o, lse, rest].map(|x| (x, false)))
+    }
+}
+
 #[cfg(test)]
 mod tests;

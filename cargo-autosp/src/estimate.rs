@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use autosp_plan::config::{ConfigError, Float, ModelConfig};
-use autosp_plan::planner::{Abilities, Job, Keep, Layers, Machine, Model, Pins, Rates, estimate};
+use autosp_plan::planner::{Abilities, Job, Layers, Machine, Model, Pins, Rates, estimate};
 use autosp_plan::settings::{Settings, Source};
 use autosp_plan::{codes, io_reason, units};
 use clap::Args;
@@ -152,8 +152,9 @@ fn pins(arguments: &Arguments, model: &Model) -> Result<(Pins, Sources), Failure
                 "groups" => pins.groups = Some(settings.groups()),
                 "zero" => pins.stage = Some(settings.zero().number()),
                 _ => {
-                    let keep = Keep::on_device(settings.policy());
-                    pins.layers = Some(Layers::uniform(keep, model.layers));
+                    let layers = Layers::of_settings(settings.policies(), model.layers);
+                    let refuse = |text| wrong(&format!("{}: `policy`: {text}", path.display()));
+                    pins.layers = Some(layers.map_err(refuse)?);
                 }
             }
             sources.push((name, source));

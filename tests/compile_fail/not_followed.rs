@@ -1,4 +1,4 @@
-//! A list that is filled step by step.
+//! A list that is filled from the front.
 
 #[autosp::sequence_parallel]
 mod model {
@@ -25,7 +25,7 @@ mod model {
             let weights = candle_nn::ops::softmax_last_dim(&scores)?;
             let y = weights.matmul(&v)?.transpose(1, 2)?.reshape((b, s, h))?;
             let mut parts = Vec::new();
-            parts.push(y.clone());
+            parts.insert(0, y.clone());
             self.out.forward(&Tensor::cat(&parts, 2)?)
         }
     }

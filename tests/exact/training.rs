@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use autosp::loss::cross_entropy;
 use autosp::{Optimizer, Parameters, Schedule, Settings, TrainSettings, Trainer};
 use autosp_plan::cost;
-use autosp_plan::settings::{Policy, Zero};
+use autosp_plan::settings::{Keep, Policies, Zero};
 use autosp_reference::{Tensors, global_norm};
 use candle_core::{D, DType, Device, Tensor};
 use candle_nn::ops::log_softmax;
@@ -63,7 +63,7 @@ struct Case {
     sp: usize,
     dp: usize,
     zero: Zero,
-    policy: Policy,
+    keep: Keep,
     groups: usize,
     /// Tokens of a tile; few enough for several, or more than there are.
     tile: usize,
@@ -89,7 +89,7 @@ fn product() -> Vec<Case> {
                     labels,
                     half,
                 };
-                for policy in Policy::ALL {
+                for keep in Keep::ALL {
                     for (sp, dp) in [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (4, 2)] {
                         for zero in Zero::ALL {
                             cases.push(Case {
@@ -97,7 +97,7 @@ fn product() -> Vec<Case> {
                                 sp,
                                 dp,
                                 zero,
-                                policy,
+                                keep,
                                 groups: 1 + cases.len() % 2,
                                 tile: [24, 4096][cases.len() / 2 % 2],
                             });
@@ -128,7 +128,7 @@ fn values(case: &Case) -> Vec<String> {
         format!("{}", case.sp),
         format!("{}", case.dp),
         format!("{:?}", case.zero),
-        format!("{:?}", case.policy),
+        case.keep.to_string(),
         format!("{}", case.groups),
         format!("{}", case.tile),
     ]
@@ -314,7 +314,7 @@ impl Case {
             .with_sp(self.sp)
             .with_dp(self.dp)
             .with_groups(self.groups)
-            .with_policy(self.policy)
+            .with_policies(Policies::uniform(self.keep))
             .with_tile(self.tile)
             .with_zero(self.zero)
     }
@@ -339,7 +339,7 @@ impl Case {
             lse_element: 4,
         };
         let runs = BLOCKS * problem.batches * self.sp * self.dp;
-        runs as u64 * (site.forward_bytes() + site.backward_bytes(self.policy))
+        runs as u64 * (site.forward_bytes() + site.backward_bytes(self.keep.policy))
     }
 
     /// One step of the trainer on all ranks.

@@ -1,6 +1,8 @@
 //! Finds candle-transformers where cargo keeps it and writes two modules of every model of the table into the build's output:
 //! `NAME.rs` with the attribute, `NAME_slow.rs` without it on candle's slow, differentiable operations.
 
+mod mutants;
+
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -8,8 +10,10 @@ fn main() {
     let source = source();
     let out = PathBuf::from(std::env::var("OUT_DIR").expect("OUT_DIR"));
     println!("cargo::rerun-if-changed=models.txt");
+    println!("cargo::rerun-if-changed=mutants.rs");
     println!("cargo::rustc-check-cfg=cfg(feature, values(\"flash-attn\", \"cuda\", \"metal\"))");
     let table = std::fs::read_to_string("models.txt").expect("the table of models");
+    let mut files = std::collections::HashMap::new();
     for line in table
         .lines()
         .filter(|l| !l.trim().is_empty() && !l.starts_with('#'))
@@ -17,14 +21,11 @@ fn main() {
         let (name, file) = line.split_once(' ').expect("`name file`");
         let path = source.join(file.trim());
         let text = std::fs::read_to_string(&path).expect("a model file");
-        let annotated = format!("#[autosp::sequence_parallel(loss)]\n#[allow(warnings, clippy::all, clippy::pedantic)]\npub mod {name} {{\n{text}\n}}\n");
-        let slow = format!(
-            "#[allow(warnings, clippy::all, clippy::pedantic)]\npub mod {name} {{\n{}\n}}\n",
-            slow(&text)
-        );
-        write(&out, name, &annotated);
-        write(&out, &format!("{name}_slow"), &slow);
+        write(&out, name, &annotated(name, &text));
+        write(&out, &format!("{name}_slow"), &plain(name, &text));
+        files.insert(name.to_string(), file.trim().to_string());
     }
+    mutants::write(&source, &files, &out);
     for file in ["with_tracing", "utils"] {
         let folder = if file == "utils" {
             source.parent().expect("src")
@@ -44,6 +45,17 @@ fn main() {
         );
         write(&out, &format!("{file}_slow"), &module);
     }
+}
+
+/// A module of that text under the attribute.
+fn annotated(name: &str, text: &str) -> String {
+    format!("#[autosp::sequence_parallel(loss)]\n#[allow(warnings, clippy::all, clippy::pedantic)]\npub mod {name} {{\n{text}\n}}\n")
+}
+
+/// A module of that text on the slow operations.
+fn plain(name: &str, text: &str) -> String {
+    let text = slow(text);
+    format!("#[allow(warnings, clippy::all, clippy::pedantic)]\npub mod {name} {{\n{text}\n}}\n")
 }
 
 /// The same text on the slow operations, its own crate's paths below `crate::slow`.

@@ -3,6 +3,7 @@
 use autosp_plan::plan;
 use syn::visit::Visit;
 
+use super::last::{self, Carried};
 use crate::place::{Place, Placed};
 use crate::syntax::types::Ty;
 use crate::syntax::{number, text};
@@ -19,6 +20,7 @@ pub(super) struct Found {
 /// All loops over blocks that hold a site.
 pub(super) fn find(trace: &Trace<'_, '_>, placed: &Placed) -> Vec<Found> {
     let mut found = Vec::new();
+    let mut carried = Vec::new();
     for (act, a) in trace.acts.iter().enumerate() {
         for l in &a.loops {
             let numbers = &trace.scope.functions[a.function].numbers;
@@ -35,9 +37,21 @@ pub(super) fn find(trace: &Trace<'_, '_>, placed: &Placed) -> Vec<Found> {
             }
             let scope = scope(trace, placed, act, (body, &inside), &l.carried);
             let (call, why_none) = match &scope {
-                Ok((call, _)) => (numbers.get(*call).map(text), None),
+                Ok((call, _, _)) => (numbers.get(*call).map(text), None),
                 Err(why) => (None, Some(why.clone())),
             };
+            let scope = scope
+                .ok()
+                .map(|(call, checkpoint, (callee, input, result))| {
+                    carried.push(Carried {
+                        act,
+                        expr: l.expr,
+                        callee,
+                        input,
+                        result,
+                    });
+                    (act, call, checkpoint)
+                });
             found.push(Found {
                 plan: plan::Block {
                     function: trace.scope.full_name(a.function),
@@ -45,9 +59,13 @@ pub(super) fn find(trace: &Trace<'_, '_>, placed: &Placed) -> Vec<Found> {
                     scope: call,
                     why_none,
                 },
-                scope: scope.ok().map(|(call, checkpoint)| (act, call, checkpoint)),
+                scope,
             });
         }
+    }
+    let scopes = found.iter_mut().filter_map(|f| f.scope.as_mut());
+    for ((_, _, checkpoint), this) in scopes.zip(&carried) {
+        checkpoint.last &= last::alone(trace, this, &carried);
     }
     found
 }
@@ -65,17 +83,21 @@ pub(super) fn has_site(trace: &Trace<'_, '_>, placed: &Placed, act: ActId) -> bo
     })
 }
 
-type Carried = (String, NodeId, NodeId);
+/// The evaluation of a block, its input and its result.
+type Tensors = (ActId, NodeId, NodeId);
+
+/// A variable that a loop carries, before and after a round.
+type Variable = (String, NodeId, NodeId);
 
 fn scope(
     trace: &Trace<'_, '_>,
     placed: &Placed,
     act: ActId,
     (body, inside): (&syn::Expr, &[u32]),
-    carried: &[Carried],
-) -> Result<(u32, plan::Checkpoint), String> {
+    carried: &[Variable],
+) -> Result<(u32, plan::Checkpoint, Tensors), String> {
     let a = &trace.acts[act];
-    let sharded: Vec<&Carried> = carried
+    let sharded: Vec<&Variable> = carried
         .iter()
         .filter(|(_, phi, _)| placed.place[*phi] == Place::Sharded)
         .collect();
@@ -152,6 +174,7 @@ fn scope(
             captures,
             last: read_once(body, name),
         },
+        (*callee, *phi, *after),
     ))
 }
 

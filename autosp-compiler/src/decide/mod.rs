@@ -1,19 +1,23 @@
 //! The fourth room: findings become a plan, which is plain data.
 
 mod blocks;
+mod last;
 mod loss;
 mod mask;
 mod reasons;
 mod repeat;
 mod tail;
 mod tiles;
+mod twice;
 mod twins;
 pub(crate) mod verify;
 
 use autosp_plan::codes;
 use autosp_plan::plan;
 
-use reasons::{causes_first, in_the_way, learned_bias, lost_result, pairs_tokens, recurrence};
+use reasons::{
+    causes_first, in_the_way, learned_bias, lost_result, nothing_here, pairs_tokens, recurrence,
+};
 
 use crate::error::Refusal;
 use crate::ops::Table;
@@ -46,7 +50,9 @@ pub(crate) fn decide(
         candidates,
         pairs,
         mut causes,
+        hidden,
     } = roots(scope, table);
+    let mut sharded: Vec<String> = Vec::new();
     for (root, trace) in candidates {
         let (trace, placed) = without_branches(scope, table, root, trace);
         refusals.extend(lost_result(&trace, root));
@@ -55,6 +61,12 @@ pub(crate) fn decide(
                 if let Err(more) = add(&mut plan, &trace, &placed, (root, false), &mut no_loss) {
                     refusals.extend(more);
                 }
+                sharded.extend(
+                    trace
+                        .acts
+                        .iter()
+                        .map(|a| scope.functions[a.function].name.clone()),
+                );
                 for function in holders(&trace, &placed) {
                     if !inner.contains(&function) {
                         inner.push(function);
@@ -69,15 +81,18 @@ pub(crate) fn decide(
         fallback.extend(in_the_way(&trace));
     }
     if plan.sites.is_empty() && refusals.is_empty() {
-        let nothing = || {
-            Refusal::new(codes::NO_ATTENTION, module_span, "no attention found in this module")
-                .note("an attention is a product of queries and keys, a softmax over the keys, and a product with the values")
-                .help("annotate the module that holds the attention, or remove the attribute")
-        };
+        let nothing = || nothing_here(scope, module_span);
         let instead = || recurrence(scope, table);
         // What stands in the way of a softmax comes before functions that have none.
         let first = fallback.into_iter().chain(pairs).next().or_else(instead);
         refusals.push(first.unwrap_or_else(nothing));
+    }
+    // What a user calls has to be seen to come to what is sharded.
+    let comes = |names: &[String]| names.iter().any(|name| sharded.contains(name));
+    let around = hidden.into_iter().filter(|(names, _)| comes(names));
+    refusals.extend(around.map(|(_, refusal)| refusal));
+    if !refusals.is_empty() && causes.is_empty() {
+        causes = inner_causes(scope, table);
     }
     if !refusals.is_empty() {
         causes_first(&mut refusals, causes);
@@ -94,6 +109,19 @@ pub(crate) fn decide(
     }
     dedupe(&mut refusals);
     (plan, refusals)
+}
+
+/// What rules sharding out in the public functions by themselves: on the way to them from another one, it may have been lost.
+fn inner_causes(scope: &Scope<'_>, table: &'static Table) -> Vec<Refusal> {
+    let mut causes = Vec::new();
+    for (id, f) in scope.functions.iter().enumerate() {
+        if f.public && !scope.is_library(id) && scope.on_tensors(id) {
+            let trace = Trace::run(scope, table, id, Vec::new());
+            causes.extend(trace.causes.iter().cloned());
+            causes.extend(learned_bias(&trace));
+        }
+    }
+    causes
 }
 
 /// Public functions that a root calls on the way to an attention, callees first.
@@ -214,6 +242,8 @@ struct Roots<'s, 'a> {
     pairs: Vec<Refusal>,
     /// What rules sharding out, in any function.
     causes: Vec<Refusal>,
+    /// Calls in functions without an attention that may come to functions of these names, and are not followed.
+    hidden: Vec<(Vec<String>, Refusal)>,
 }
 
 /// Functions that a user calls: they take a tensor, come to an attention or fail to, and no other function of the scope
@@ -221,18 +251,11 @@ struct Roots<'s, 'a> {
 fn roots<'s, 'a>(scope: &'s Scope<'a>, table: &'static Table) -> Roots<'s, 'a> {
     let mut candidates: Vec<(usize, Trace<'s, 'a>)> = Vec::new();
     let (mut pairs, mut lost, mut causes) = (Vec::new(), Vec::new(), Vec::new());
+    let mut unseen = Vec::new();
     let mut called = std::collections::HashSet::new();
     // What is called stands before its caller in most files; a function that is called needs no trace of its own.
     for (id, f) in scope.functions.iter().enumerate().rev() {
-        let takes_tensor = f.sig.inputs.iter().any(|input| match input {
-            syn::FnArg::Typed(t) => scope.ty(&t.ty, f.owner.as_deref()).holds_tensor(),
-            syn::FnArg::Receiver(_) => false,
-        });
-        let gives_tensor = match &f.sig.output {
-            syn::ReturnType::Type(_, ty) => scope.ty(ty, f.owner.as_deref()).holds_tensor(),
-            syn::ReturnType::Default => false,
-        };
-        if !takes_tensor || !gives_tensor || called.contains(&id) || scope.is_library(id) {
+        if !scope.on_tensors(id) || called.contains(&id) || scope.is_library(id) {
             continue;
         }
         let hidden = [Kind::Tokenwise, Kind::Replicated];
@@ -253,6 +276,11 @@ fn roots<'s, 'a>(scope: &'s Scope<'a>, table: &'static Table) -> Roots<'s, 'a> {
         } else {
             causes.extend(trace.causes.iter().cloned());
             pairs.extend(pairs_tokens(&trace));
+            unseen.extend(trace.hidden.iter().filter(|_| f.public).map(|(names, r)| {
+                let span = r.span.unwrap_or_else(|| f.sig.ident.span());
+                let refusal = Refusal::new(r.code, span, r.message.clone()).help(r.help.clone());
+                (names.clone(), refusal)
+            }));
             lost.extend(lost_result(&trace, id));
         }
     }
@@ -266,6 +294,7 @@ fn roots<'s, 'a>(scope: &'s Scope<'a>, table: &'static Table) -> Roots<'s, 'a> {
         candidates,
         pairs,
         causes,
+        hidden: unseen,
     }
 }
 

@@ -89,6 +89,43 @@ pub(super) fn causes_first(refusals: &mut Vec<Refusal>, mut causes: Vec<Refusal>
     refusals.splice(0..0, causes);
 }
 
+/// A module without attention in which nothing else is to be said: what it holds instead.
+pub(super) fn nothing_here(scope: &Scope<'_>, span: proc_macro2::Span) -> Refusal {
+    let computes = |id: &usize| {
+        let f = &scope.functions[*id];
+        let takes = |input: &syn::FnArg| matches!(input, syn::FnArg::Typed(t) if scope.ty(&t.ty, f.owner.as_deref()).holds_tensor());
+        let gives = matches!(&f.sig.output, syn::ReturnType::Type(_, ty) if scope.ty(ty, f.owner.as_deref()).holds_tensor());
+        gives && f.sig.inputs.iter().any(takes) && !scope.is_library(*id)
+    };
+    let any = (0..scope.functions.len()).any(|id| computes(&id));
+    let (instead, help) = match scope.elsewhere.first() {
+        Some(first) if !any => {
+            let all: Vec<String> = scope.elsewhere.iter().map(|m| format!("`{m}`")).collect();
+            (
+                format!(
+                    ": its modules {} stand in files of their own",
+                    all.join(", ")
+                ),
+                format!(
+                    "mod {first} {{ include!(\"{first}.rs\"); }} with the attribute, for the module that holds the attention"
+                ),
+            )
+        }
+        _ => {
+            let instead = if any {
+                ", and no softmax"
+            } else {
+                ": no function of it takes a tensor and gives one"
+            };
+            let help = "annotate the module that holds the attention, or remove the attribute";
+            (instead.to_string(), help.to_string())
+        }
+    };
+    Refusal::new(codes::NO_ATTENTION, span, format!("no attention found in this module{instead}"))
+        .note("an attention is a product of queries and keys, a softmax over the keys, and a product with the values")
+        .help(help)
+}
+
 /// What a module without attention computes along its tokens: the first operation that is not followed or that a shard would
 /// refuse, in the functions that a user calls.
 pub(super) fn recurrence(scope: &Scope<'_>, table: &'static Table) -> Option<Refusal> {

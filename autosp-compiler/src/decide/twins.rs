@@ -31,10 +31,14 @@ pub(super) fn build(
         placed,
         loss,
         edits: vec![Vec::new(); trace.acts.len()],
+        of: None,
+        asked: Vec::new(),
     };
     builder.facts();
     builder.nodes(site_ids)?;
     builder.recorded(blocks, elided);
+    builder.of = None;
+    super::twice::check(trace, placed, &builder.asked)?;
     for u in &placed.valid {
         builder.valid(u)?;
     }
@@ -58,11 +62,18 @@ struct Builder<'t, 's, 'a> {
     /// How a twin for the loss differs.
     loss: Option<&'t Loss>,
     edits: Vec<Vec<Edit>>,
+    /// The tensor that edits are made for.
+    of: Option<NodeId>,
+    /// What tensors in closures ask for.
+    asked: Vec<(NodeId, Edit)>,
 }
 
 impl Builder<'_, '_, '_> {
     fn push(&mut self, act: ActId, expr: u32, action: Action) {
         let edit = Edit { expr, action };
+        if let Some(node) = self.of.filter(|n| self.trace.nodes[*n].call > 0) {
+            self.asked.push((node, edit.clone()));
+        }
         if expr != u32::MAX && !self.edits[act].contains(&edit) {
             self.edits[act].push(edit);
         }
@@ -72,7 +83,10 @@ impl Builder<'_, '_, '_> {
         for (act, a) in self.trace.acts.iter().enumerate() {
             for (expr, fact) in &a.facts {
                 // A branch that one evaluation takes and another does not (the body of a closure) stays as it is written.
-                let two = |f: &Fact| !matches!((f, fact), (Fact::Untaken(..), Fact::Untaken(..)));
+                let two = |f: &Fact| match fact {
+                    Fact::Untaken(..) => !matches!(f, Fact::Untaken(..) | Fact::Open),
+                    _ => true,
+                };
                 if a.facts
                     .iter()
                     .any(|(e, f)| e == expr && f != fact && two(f))
@@ -80,6 +94,7 @@ impl Builder<'_, '_, '_> {
                     continue;
                 }
                 let action = match fact {
+                    Fact::Open => continue,
                     Fact::Then => Action::Then,
                     Fact::Else => Action::Else,
                     Fact::Arm(k) => Action::Arm(*k),
@@ -99,8 +114,10 @@ impl Builder<'_, '_, '_> {
                 (site.softmax, Action::Softmax),
             ] {
                 let at = trace.nodes[node].at;
+                self.of = Some(node);
                 self.push(at.act, at.expr, action);
             }
+            self.of = Some(site.out);
             let at = trace.nodes[site.out].at;
             let method = matches!(self.expr(at.act, at.expr), Some(syn::Expr::MethodCall(_)));
             if !method {
@@ -109,6 +126,7 @@ impl Builder<'_, '_, '_> {
             for node in &site.masks {
                 if let Op::Mask(host) = &trace.nodes[*node].op {
                     let at = trace.nodes[*node].at;
+                    self.of = Some(*node);
                     self.push(at.act, at.expr, Action::Mask);
                     for host in host.all() {
                         let rule = mask::rule(trace, &host, at.act);
@@ -122,6 +140,7 @@ impl Builder<'_, '_, '_> {
             }
         }
         for (node, n) in trace.nodes.iter().enumerate() {
+            self.of = Some(node);
             let head = self.loss.and_then(|loss| loss.tail.heads.get(&node));
             let replaced = match head {
                 Some(head) => Some((*head).to_string()),
@@ -133,6 +152,7 @@ impl Builder<'_, '_, '_> {
         }
         for (node, conversion) in &placed.conversions {
             let n = &trace.nodes[*node];
+            self.of = Some(*node);
             match conversion {
                 Conversion::Pick { dim } => {
                     let action = if self.loss.is_some_and(|loss| loss.fold) {
@@ -204,6 +224,7 @@ impl Builder<'_, '_, '_> {
                 _ => false,
             };
             if fits {
+                self.of = Some(node);
                 self.push(n.at.act, n.at.expr, Action::Recorded);
             }
         }
@@ -398,14 +419,14 @@ impl Builder<'_, '_, '_> {
         let mut twin_of: HashMap<ActId, usize> = HashMap::new();
         for act in (0..self.trace.acts.len()).rev() {
             let calls = self.trace.acts[act].calls.clone();
+            let mut named: HashMap<u32, Option<usize>> = HashMap::new();
             for (expr, callee) in calls {
-                // A call that a later round of a loop evaluated again is named once.
-                if let Some(twin) = twin_of.get(&callee) {
-                    let name = plan.twins[*twin].name.clone();
-                    let taken = self.edits[act].iter().any(|e| {
-                        e.expr == expr && matches!(&e.action, Action::Twin(n) if *n != name)
-                    });
-                    if taken {
+                // A call that is evaluated again, in a closure, has one name.
+                let twin = twin_of.get(&callee).copied();
+                let known = *named.entry(expr).or_insert(twin);
+                if let Some(twin) = twin.or(known) {
+                    let name = plan.twins[twin].name.clone();
+                    if known != twin_of.get(&callee).copied() {
                         return Err(Refusal::new(
                             codes::TWO_WAYS,
                             crate::syntax::span(

@@ -47,14 +47,15 @@ pub(super) fn tiled(e: &mut Expr, tiled: Tiled, rt: &syn::Ident) {
         other => parse_quote!(&#other),
     };
     let dim = proc_macro2::Literal::usize_unsuffixed(tiled.dim);
+    // Names that no model has, so that the input means what it means outside.
     let x: Expr = if tiled.by_ref {
-        parse_quote!(x)
+        parse_quote!(autosp_x)
     } else {
-        parse_quote!(x.clone())
+        parse_quote!(autosp_x.clone())
     };
     *e = parse_quote!({
-        let layer = #layer.clone();
-        #rt::tiled(#input, #dim, move |x| layer.#method(#x))
+        let autosp_layer = #layer.clone();
+        #rt::tiled(#input, #dim, move |autosp_x| autosp_layer.#method(#x))
     });
 }
 

@@ -131,7 +131,7 @@ impl Rewriter<'_> {
             Action::Replace(path) => {
                 let path: syn::Path =
                     syn::parse_str(path).unwrap_or_else(|_| parse_quote!(unknown));
-                *e = call(&quote!(#rt::#path), e);
+                *e = layer_call(&path, e, rt).unwrap_or_else(|| call(&quote!(#rt::#path), e));
             }
             Action::Recorded => blocks::recorded(e, rt),
             Action::Twin(name) => twin_call(e, name),
@@ -359,6 +359,22 @@ fn strip(e: &Expr) -> Expr {
     }
 }
 
+/// The call of a layer whose type is not the runtime's and that is no field: a variable may be the layer or a reference to it, which
+/// the call of a method does not ask.
+fn layer_call(path: &syn::Path, e: &Expr, rt: &syn::Ident) -> Option<Expr> {
+    let name = &path.segments.last()?.ident;
+    let Expr::MethodCall(m) = e else { return None };
+    let layer = name == "layer" || name == "norm_layer";
+    if !layer || m.method != "forward" || matches!(&*m.receiver, Expr::Field(_)) {
+        return None;
+    }
+    let (layer, x, method) = (&m.receiver, &m.args, format_ident!("{name}__sp"));
+    Some(parse_quote!({
+        use #rt::ops::Layer as _;
+        #layer.#method(#x)
+    }))
+}
+
 fn by_reference(e: &Expr) -> Expr {
     if matches!(e, Expr::Reference(_)) {
         e.clone()
@@ -371,7 +387,8 @@ fn by_reference(e: &Expr) -> Expr {
 pub(super) fn call(callee: &TokenStream, e: &Expr) -> Expr {
     match e {
         Expr::MethodCall(m) if m.method == "apply" => {
-            let (layer, x) = (m.args.first().map(by_reference), by_reference(&m.receiver));
+            // `apply` takes a reference, however it is written.
+            let (layer, x) = (m.args.first(), by_reference(&m.receiver));
             parse_quote!(#callee(#layer, #x))
         }
         Expr::MethodCall(m) if m.method == "apply_t" => {

@@ -12,6 +12,7 @@
 //! sequence in its shape, the runtime cuts this rank's rows out of it; a sum over the sequence is taken over all ranks.
 
 mod branches;
+mod given;
 mod keys;
 mod layout;
 mod rules;
@@ -329,9 +330,19 @@ impl Placer<'_, '_, '_> {
                     .iter()
                     .filter(|i| !self.first_round || i.node < node);
                 let places = known.map(|i| self.place[i.node]);
-                places.reduce(Place::join).unwrap_or(Place::Replicated)
+                let place = places.reduce(Place::join).unwrap_or(Place::Replicated);
+                match &n.shape {
+                    // Its dimensions are not the same in every round.
+                    Shape::Unknown(why) if matches!(n.op, Op::Phi { carried: true }) && sharded => {
+                        let message = format!("cannot follow `{}`: {why}", n.text);
+                        let help = "give what has another shape another name";
+                        self.refuse(node, codes::NOT_FOLLOWED, message, None, help)
+                    }
+                    _ => place,
+                }
             }
             Op::Pick { dim } => self.pick(node, *dim, sharded),
+            Op::Each { dim, .. } => self.each(node, *dim, inputs[0]),
             Op::Unknown(reason) => {
                 let lazy = inputs.iter().any(|p| p.lazy());
                 if sharded || lazy || self.depends_on_input(node) {
@@ -367,6 +378,30 @@ impl Placer<'_, '_, '_> {
             }
         }
         false
+    }
+
+    /// One row in each round of a loop: of the batch, and not of the sequence.
+    fn each(&mut self, node: NodeId, dim: usize, place: Place) -> Place {
+        let input = self.trace.nodes[node].inputs[0].node;
+        match place {
+            Place::Given => self.cannot_tell(node, input),
+            Place::Sharded if self.sequence_dims(input).contains(&dim) || self.copied(input) => {
+                let text = &self.trace.nodes[node].text;
+                let message =
+                    format!("`{text}` takes one token in each round of a loop over the tokens");
+                let help = "compute all tokens at once, with operations on the whole tensor";
+                self.refuse(node, codes::SCAN, message, None, help)
+            }
+            place if place.lazy() => {
+                let message = format!(
+                    "`{}` uses attention scores outside the attention",
+                    self.trace.nodes[node].text
+                );
+                let help = "use the attention's result instead";
+                self.refuse(node, codes::SCORES_USED, message, None, help)
+            }
+            other => other,
+        }
     }
 
     fn pick(&mut self, node: NodeId, dim: usize, sharded: bool) -> Place {

@@ -60,7 +60,10 @@ pub(crate) fn find(trace: &Trace<'_, '_>) -> Found {
             let known = finder.refusals.len();
             sites.extend(finder.site(softmax));
             for refusal in &mut finder.refusals[known..] {
-                refusal.branch = trace.nodes[softmax].branch;
+                // What can be left out with a branch of its own says so.
+                if !refusal.elsewhere {
+                    refusal.branch = trace.nodes[softmax].branch;
+                }
             }
         }
     }
@@ -361,6 +364,10 @@ impl Finder<'_, '_, '_> {
                     if matches!(n.shape, Shape::Partial(_)) {
                         continue;
                     }
+                    if matches!(self.trace.nodes[user].op, Op::Phi { .. }) {
+                        self.refusals.push(two_kinds(n));
+                        return None;
+                    }
                     let refusal = Refusal::new(codes::MASK, n.at.span, format!("cannot follow the mask `{}`", n.text))
                         .note("a mask is added to the scores, or selects among them with one number on the other side")
                         .help("`scores.broadcast_add(&mask)?`, or `mask.where_cond(&fill, &scores)?` with a `fill` that is one number");
@@ -453,6 +460,19 @@ impl Finder<'_, '_, '_> {
         );
         None
     }
+}
+
+/// A mask over keys where another branch has a mask from a rule: an error if the branch is taken, where it can be left.
+fn two_kinds(n: &crate::trace::graph::Node) -> Refusal {
+    let message = format!(
+        "`{}` is a mask over keys, where another branch has a mask from a rule",
+        n.text
+    );
+    let help = "add one to the scores after the other: `scores.broadcast_add(&rule)?.broadcast_add(&mask)?`";
+    let mut refusal = Refusal::new(codes::MASK, n.at.span, message).help(help);
+    refusal.branch = n.branch;
+    refusal.elsewhere = n.branch.is_some();
+    refusal
 }
 
 /// Whether all elements are one number: a scalar, repeated or filled.

@@ -4,6 +4,7 @@ pub(crate) mod args;
 pub(crate) mod asserts;
 pub(crate) mod depth;
 pub(crate) mod include;
+pub(crate) mod inner;
 pub(crate) mod library;
 pub(crate) mod number;
 pub(crate) mod plan_file;
@@ -94,6 +95,8 @@ pub(crate) struct Scope<'a> {
     pub(crate) loss: bool,
     /// Types that are `Clone`.
     pub(crate) cloneable: HashSet<String>,
+    /// Modules of it that stand in files of their own (`mod x;`), which are not seen.
+    pub(crate) elsewhere: Vec<String>,
     /// What is said of functions and fields.
     pub(crate) asserts: Vec<asserts::Assert>,
 }
@@ -112,6 +115,7 @@ impl<'a> Scope<'a> {
             loss: false,
             consts: HashMap::new(),
             cloneable: HashSet::new(),
+            elsewhere: Vec::new(),
             asserts: Vec::new(),
         };
         for item in items {
@@ -171,6 +175,7 @@ impl<'a> Scope<'a> {
                 let public = !matches!(f.vis, syn::Visibility::Inherited);
                 self.function(None, &f.sig, &f.block, public, (i, None));
             }
+            syn::Item::Mod(m) if m.content.is_none() => self.elsewhere.push(m.ident.to_string()),
             syn::Item::Const(c) => {
                 self.consts.insert(c.ident.to_string(), &c.expr);
             }
@@ -328,6 +333,17 @@ impl<'a> Scope<'a> {
             return Ty::Scope(owner.to_string());
         }
         self.names.ty(ty, &|n| self.types.contains_key(n))
+    }
+
+    /// Whether a function takes tensors and gives some.
+    pub(crate) fn on_tensors(&self, function: usize) -> bool {
+        let f = &self.functions[function];
+        let holds = |ty: &syn::Type| self.ty(ty, f.owner.as_deref()).holds_tensor();
+        let takes = f.sig.inputs.iter().any(|input| match input {
+            syn::FnArg::Typed(t) => holds(&t.ty),
+            syn::FnArg::Receiver(_) => false,
+        });
+        takes && matches!(&f.sig.output, syn::ReturnType::Type(_, ty) if holds(ty))
     }
 
     /// The full name of a function for messages: `llama::Attention::forward`.

@@ -132,6 +132,9 @@ impl<'a> Trace<'_, 'a> {
                     any: Box::new(Value::Tuple(vec![(**any).clone(), other])),
                 })
             }
+            (Value::List { .. } | Value::Range(..), "fold" | "try_fold") => {
+                self.fold(act, receiver, m, at)
+            }
             (Value::List { any, .. }, "map" | "flat_map" | "filter_map") => {
                 let closure = self.closure(act, m)?;
                 let value = self.call_closure(act, &closure, vec![(**any).clone()])?;

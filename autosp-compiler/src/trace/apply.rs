@@ -45,6 +45,11 @@ impl<'a> Trace<'_, 'a> {
             let own = e.map(|e| self.at(at.act, e).expr);
             let elements = e.map(list_elements).unwrap_or_default();
             for (i, node) in tensors.iter().enumerate() {
+                if matches!(self.nodes[*node].shape, Shape::Partial(_))
+                    && let Some(rank) = self.late_rank(*node)
+                {
+                    self.with_rank(*node, rank);
+                }
                 let expr = if tensors.len() > 1 {
                     elements.get(i).map(|e| self.at(at.act, e).expr)
                 } else {
@@ -55,6 +60,7 @@ impl<'a> Trace<'_, 'a> {
         }
         self.note_convolution(row, &inputs, what, at.span);
         self.note_relative(row, &inputs, what, at.span);
+        self.note_cross(row, &inputs);
         if let (PlaceRule::Make, Some((Value::Host(host), _))) = (row.place, args.first())
             && host.axes.len() == 2
         {
@@ -176,6 +182,7 @@ impl<'a> Trace<'_, 'a> {
             .get(1)
             .and_then(|a| a.0.size())
             .and_then(|s| s.poly.as_constant());
+        let parts = parts.filter(|parts| *parts <= super::PARTS as i64);
         let (Some(parts), Some(input)) = (parts, inputs.first()) else {
             return Self::lost(what);
         };
@@ -252,7 +259,7 @@ impl<'a> Trace<'_, 'a> {
         };
         let mut out = Vec::new();
         let mut touches = Vec::new();
-        let mut pick = None;
+        let (mut pick, mut each) = (None, None);
         for (d, dim) in dims.iter().enumerate() {
             match places.get(d) {
                 None => out.push(dim.clone()),
@@ -291,6 +298,10 @@ impl<'a> Trace<'_, 'a> {
                     let at = self.at(at.act, e);
                     self.use_size(at, &s.clone(), Role::Valid);
                     if dim.anchored(&self.atoms) {
+                        if let (Some(counter), None) = (self.counts_rows_of(dim, s), each) {
+                            each = Some((d, counter));
+                            continue;
+                        }
                         if self.counts_tokens(s) {
                             let reason = Self::scan(what);
                             return Value::Tensor(self.unknown(reason, inputs.to_vec(), at, what));
@@ -307,8 +318,13 @@ impl<'a> Trace<'_, 'a> {
             }
         }
         // One token out of many: a rule of its own, if nothing else is cut.
-        let op = match pick {
-            Some(dim) if touches.len() == 1 => Op::Pick { dim },
+        let op = match (pick, each) {
+            (Some(dim), None) if touches.len() == 1 => Op::Pick { dim },
+            (None, Some((dim, counter))) if touches.is_empty() => Op::Each { dim, counter },
+            (_, Some(_)) => {
+                let reason = Self::scan(what);
+                return Value::Tensor(self.unknown(reason, inputs.to_vec(), at, what));
+            }
             _ => Op::Row(row),
         };
         let node = self.node(op, inputs.to_vec(), Shape::Known(out), at, what);

@@ -76,6 +76,9 @@ impl<'a> Trace<'_, 'a> {
                     }
                     _ => self.fresh_feature("size"),
                 };
+                if poly.is_large() {
+                    return Self::lost(&text(b));
+                }
                 Value::Size(l.with(&r, poly))
             }
             (Value::Num(l), Value::Num(r)) => Value::Num(l.zip(r).and_then(|(l, r)| match b.op {
@@ -103,7 +106,10 @@ impl<'a> Trace<'_, 'a> {
         } else if l == zero && self.atoms.without_offsets(&r, &mut Vec::new()) == zero {
             r = self.atoms.without_offsets(&r, &mut self.offsets);
         }
-        if let Some(d) = l.sub(&r).as_constant() {
+        // What one element of a list says of itself, another need not say.
+        let element = |a: &super::size::AtomId| self.atoms.show(&Poly::atom(*a)).contains("[_]");
+        let of_elements = l.atoms().any(|a| r.contains(a) && element(&a));
+        if let Some(d) = l.sub(&r).as_constant().filter(|_| !of_elements) {
             return Cond::Known(match cmp {
                 Cmp::Lt => d < 0,
                 Cmp::Le => d <= 0,

@@ -56,6 +56,12 @@ impl<'a> Trace<'_, 'a> {
             _ => {}
         }
         self.lose_place(act, left, &text(left));
+        // What a field holds is not followed: nobody knows later that it is a rank's own length.
+        let mut sizes = Vec::new();
+        value.sizes(&mut sizes);
+        for size in sizes {
+            self.use_size(at, size, super::Role::Unclassified(text(left)));
+        }
         if let Some(field) = number::place_field(left) {
             let mut tensors = Vec::new();
             value.tensors(&mut tensors);

@@ -75,7 +75,9 @@ impl<'a> Trace<'_, 'a> {
             }
             let node = &self.nodes[n];
             let fine = match &node.op {
-                Op::Param(_) | Op::Mask(_) | Op::Phi { .. } | Op::Pick { .. } => true,
+                Op::Param(_) | Op::Mask(_) | Op::Phi { .. } | Op::Pick { .. } | Op::Each { .. } => {
+                    true
+                }
                 Op::Row(row) => {
                     row.path.starts_with("candle_core::Tensor::")
                         || row.path.starts_with("candle_nn::ops::")

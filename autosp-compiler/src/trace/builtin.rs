@@ -238,7 +238,12 @@ impl<'a> Trace<'_, 'a> {
                 Some(dims) => Value::Size(Size::constant(dims.len() as i64)),
                 None => Value::Opaque,
             }),
-            "elem_count" => Some(match self.nodes[node].shape.known() {
+            "first" | "last" if matches!(receiver, Value::ShapeOf(_)) => {
+                let d = if name == "first" { 0 } else { -1 };
+                let dim = self.dim_of(node, d, at);
+                Some(Value::Option(Presence::Some, Box::new(dim)))
+            }
+            "elem_count" | "product" => Some(match self.nodes[node].shape.known() {
                 Some(dims) => {
                     let poly = dims.to_vec().iter().fold(Poly::one(), |acc, d| {
                         self.atoms.mul(&acc, &d.size(&self.atoms))

@@ -4,6 +4,7 @@ use super::graph::{ActId, At, Input, Reason};
 use super::value::{Cond, Presence, Size, Value};
 use super::{Role, Trace, param_name};
 use crate::syntax::asserts::Kind;
+use crate::syntax::number::WRITERS;
 use crate::syntax::text;
 use crate::syntax::types::Ty;
 use autosp_plan::codes;
@@ -48,7 +49,13 @@ impl<'a> Trace<'_, 'a> {
     pub(super) fn method_call(&mut self, act: ActId, m: &'a syn::ExprMethodCall, at: At) -> Value {
         let receiver = self.eval(act, &m.receiver);
         let name = m.method.to_string();
-        if name.ends_with("_mut")
+        let kept = WRITERS.contains(&name.as_str())
+            && matches!(
+                receiver,
+                Value::Option(..) | Value::List { .. } | Value::EmptyStore
+            );
+        if super::writes::writes(&name)
+            && !kept
             && let Some(lost) = self.lose_place(act, &m.receiver, &text(m))
         {
             return lost;
@@ -114,7 +121,12 @@ impl<'a> Trace<'_, 'a> {
                 }
                 self.unknown_call_of(&full, &text(m), &args, at)
             }
-            _ => self.builtin(act, receiver, &name, args, m, at),
+            _ => match args.first() {
+                Some((value, _)) if name == "push" && self.fills(act, &m.receiver, value, at) => {
+                    Value::Unit
+                }
+                _ => self.builtin(act, receiver, &name, args, m, at),
+            },
         }
     }
 
@@ -244,22 +256,8 @@ impl<'a> Trace<'_, 'a> {
             if let Some(function) = self.scope.method(&ty, name) {
                 return self.enter_path(function, at, args);
             }
-            if matches!(
-                ty.as_str(),
-                "u8" | "u32" | "u64" | "i64" | "usize" | "f32" | "f64"
-            ) && matches!(name.as_str(), "from" | "try_from")
-            {
-                return match args.into_iter().next().map(|a| a.0) {
-                    Some(Value::Bool(c)) => Value::from_bool(c),
-                    Some(other) => other,
-                    None => Value::Opaque,
-                };
-            }
-            if matches!(
-                (ty.as_str(), name.as_str()),
-                ("Box" | "Arc" | "Rc" | "RefCell" | "Mutex" | "Some", "new")
-            ) {
-                return args.into_iter().next().map_or(Value::Opaque, |a| a.0);
+            if let Some(made) = Self::made_value(&ty, name, &args) {
+                return made;
             }
             if matches!(name.as_str(), "min" | "max") && args.len() == 2 {
                 return self.min_max(&args, at);
@@ -293,6 +291,25 @@ impl<'a> Trace<'_, 'a> {
         }
         let layer = self.made_layer(&full, &args, c);
         layer.unwrap_or_else(|| self.unknown_call(&text(c), &args, at))
+    }
+
+    /// A value of a type of the standard library.
+    fn made_value(ty: &str, name: &str, args: &[Arg<'a>]) -> Option<Value> {
+        let first = || args.first().map_or(Value::Opaque, |a| a.0.clone());
+        Some(match (ty, name) {
+            ("u8" | "u32" | "u64" | "i64" | "usize" | "f32" | "f64", "from" | "try_from") => {
+                match first() {
+                    Value::Bool(c) => Value::from_bool(c),
+                    other => other,
+                }
+            }
+            ("Box" | "Arc" | "Rc" | "RefCell" | "Mutex" | "Some", "new") => first(),
+            ("Vec", "new" | "with_capacity") => Value::List {
+                elems: Some(Vec::new()),
+                any: Box::new(Value::Opaque),
+            },
+            _ => return None,
+        })
     }
 
     /// `Conv1d::new(weight, ..)`: a layer made of the model's own weights.
@@ -409,52 +426,6 @@ impl<'a> Trace<'_, 'a> {
         self.activate(function, Some((at.act, at.expr)), params)
     }
 
-    /// A call of a closure or of something that is held in a variable or field.
-    fn call_value(
-        &mut self,
-        act: ActId,
-        callee: Value,
-        args: Vec<Arg<'a>>,
-        what: &str,
-        at: At,
-    ) -> Value {
-        if let Value::Closure(closure) = callee {
-            return self
-                .call_closure(act, &closure, args.into_iter().map(|a| a.0).collect())
-                .unwrap_or_else(|| Self::lost(what));
-        }
-        self.unknown_call(what, &args, at)
-    }
-
-    /// Evaluates a closure's body with its own variables.
-    pub(super) fn call_closure(
-        &mut self,
-        act: ActId,
-        closure: &super::value::Closure,
-        args: Vec<Value>,
-    ) -> Option<Value> {
-        let function = self.acts[act].function;
-        let syn::Expr::Closure(c) = self.scope.functions[function].numbers.get(closure.expr)?
-        else {
-            return None;
-        };
-        if self.depth > super::DEPTH {
-            return None;
-        }
-        self.depth += 1;
-        let outer = std::mem::replace(&mut self.acts[act].scopes, closure.env.to_vec());
-        self.acts[act].scopes.push(std::collections::HashMap::new());
-        for (pat, value) in c.inputs.iter().zip(args) {
-            self.bind(act, pat, value, false);
-        }
-        self.closures += 1;
-        let value = self.eval(act, &c.body);
-        self.closures -= 1;
-        self.acts[act].scopes = outer;
-        self.depth -= 1;
-        Some(value)
-    }
-
     /// A call of something that is neither in the scope nor in the table. It matters only if tensors or sizes go in.
     pub(super) fn unknown_call(&mut self, what: &str, args: &[Arg<'a>], at: At) -> Value {
         let name = what.split('(').next().unwrap_or(what);
@@ -485,7 +456,16 @@ impl<'a> Trace<'_, 'a> {
             }
         }
         if inputs.is_empty() {
-            return Value::Opaque;
+            let sized = args.iter().any(|(v, _)| match v {
+                Value::Size(_) => false,
+                Value::Closure(c) => self.captures_size(at.act, c),
+                other => self.sized(other),
+            });
+            return if sized {
+                Self::lost(what)
+            } else {
+                Value::Opaque
+            };
         }
         let reason = Reason {
             code: codes::UNKNOWN_CALL,
@@ -496,35 +476,26 @@ impl<'a> Trace<'_, 'a> {
             span: Some(at.span),
         };
         let closure = args.iter().any(|(v, _)| matches!(v, Value::Closure(_)));
+        let mut names = vec![name.to_string()];
+        for (value, _) in args {
+            if let Value::Closure(closure) = value {
+                names.extend(self.calls_in(at.act, closure));
+            }
+        }
+        names.retain(|name| self.scope.functions.iter().any(|f| f.name == *name));
+        if !names.is_empty() {
+            let span = Some(at.span);
+            let reason = Reason {
+                span,
+                ..reason.clone()
+            };
+            self.hidden.push((names, reason));
+        }
         let node = self.unknown(reason, inputs, at, what);
         if closure {
             self.reads.push(node);
         }
         Value::Tensor(node)
-    }
-
-    /// The tensors that a closure names and has from outside.
-    fn captured(&self, act: ActId, closure: &super::value::Closure) -> Vec<Input> {
-        let numbers = &self.scope.functions[self.acts[act].function].numbers;
-        let Some(e) = numbers.get(closure.expr) else {
-            return Vec::new();
-        };
-        let mut tensors = Vec::new();
-        for id in crate::syntax::number::within(numbers, e) {
-            if let Some(syn::Expr::Path(p)) = numbers.get(id)
-                && let Some(ident) = p.path.get_ident()
-            {
-                let name = ident.to_string();
-                let binding = closure.env.iter().rev().find_map(|scope| scope.get(&name));
-                if let Some(binding) = binding {
-                    binding.value.tensors(&mut tensors);
-                }
-            }
-        }
-        tensors
-            .into_iter()
-            .map(|node| Input { node, expr: None })
-            .collect()
     }
 
     fn min_max(&mut self, args: &[Arg<'a>], at: At) -> Value {

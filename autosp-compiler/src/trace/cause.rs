@@ -1,7 +1,7 @@
 //! What keeps a model from being shared out along its tokens, whatever else was lost on the way: recurrences and convolutions. They are
 //! noted where they are met, and said first where a module is refused.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 
 use autosp_plan::codes;
 use proc_macro2::Span;
@@ -109,8 +109,18 @@ impl Trace<'_, '_> {
                 _ => return,
             }
         };
-        let table = |i: &Input| self.learned(i.node).is_some() && !self.of_tokens(i.node);
-        if !self.nodes[matmul].inputs.iter().any(table) {
+        let [a, b] = self.nodes[matmul].inputs.as_slice() else {
+            return;
+        };
+        // A table that the model holds, or that it hands to the function.
+        let table = |table: &Input, tokens: &Input| {
+            let tokens = self.given(tokens.node);
+            let own = self.given(table.node);
+            self.learned(table.node).is_some()
+                && !tokens.is_empty()
+                && !own.iter().any(|name| tokens.contains(name))
+        };
+        if !table(a, b) && !table(b, a) {
             return;
         }
         let message = format!("`{what}` takes scores by relative position out of a learned table");
@@ -121,19 +131,62 @@ impl Trace<'_, '_> {
         );
     }
 
-    /// Whether a tensor comes from what callers give.
-    fn of_tokens(&self, node: NodeId) -> bool {
-        let mut stack = vec![node];
+    /// A softmax over the products of one input's tokens with another's.
+    pub(super) fn note_cross(&mut self, row: &Row, inputs: &[Input]) {
+        let (true, Some(scores)) = (row.name().starts_with("softmax"), inputs.first()) else {
+            return;
+        };
+        let mut stack = vec![scores.node];
         let mut seen = HashSet::new();
         while let Some(n) = stack.pop() {
-            if matches!(self.nodes[n].op, Op::Param(_)) {
-                return true;
+            let node = &self.nodes[n];
+            let product = node.row().is_some_and(|r| r.shape == ShapeRule::Matmul);
+            // Scores are scaled, masked and moved about.
+            let passes = node
+                .row()
+                .is_none_or(|r| matches!(r.place, PlaceRule::Each | PlaceRule::Move));
+            if !seen.insert(n) || !(passes || product) {
+                continue;
             }
+            let (true, [q, k]) = (product, node.inputs.as_slice()) else {
+                stack.extend(node.inputs.iter().map(|i| i.node));
+                continue;
+            };
+            let (queries, keys) = (self.given(q.node), self.given(k.node));
+            let (Some(of), Some(with)) = (queries.first(), keys.first()) else {
+                continue;
+            };
+            // A function that is given queries and keys may have them from the same tokens; one that projects them itself has not.
+            let projected = |i: &Input| self.learned(i.node).is_some();
+            let same = queries.iter().any(|name| keys.contains(name));
+            if same || !projected(q) || !projected(k) {
+                continue;
+            }
+            let message = format!(
+                "`{}` pairs the tokens of `{of}` with those of `{with}`",
+                node.text
+            );
+            let refusal = Refusal::new(codes::CROSS_ATTENTION, node.at.span, message)
+                .note("an attention between two sequences, each of which would have shards of its own")
+                .help("only self-attention is sharded: queries and keys of the same tokens");
+            return self.cause(refusal);
+        }
+    }
+
+    /// The names of what callers give that a tensor comes from, in the order of the parameters.
+    fn given(&self, node: NodeId) -> Vec<String> {
+        let mut stack = vec![node];
+        let mut seen = BTreeSet::new();
+        while let Some(n) = stack.pop() {
             if seen.insert(n) {
                 stack.extend(self.nodes[n].inputs.iter().map(|i| i.node));
             }
         }
-        false
+        let name = |n: NodeId| match &self.nodes[n].op {
+            Op::Param(name) => Some(name.clone()),
+            _ => None,
+        };
+        seen.into_iter().filter_map(name).collect()
     }
 
     /// A convolution along the last dimension, which is the sequence unless it is known to be another.

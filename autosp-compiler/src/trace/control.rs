@@ -162,7 +162,7 @@ impl<'a> Trace<'_, 'a> {
                 self.acts[act].scopes.pop();
                 return value;
             }
-            _ => {}
+            _ => self.acts[act].facts.push((at.expr, Fact::Open)),
         }
         let open = self.may_leave(act) && self.settled(act, &i.cond, &cond);
         if open {
@@ -235,9 +235,8 @@ impl<'a> Trace<'_, 'a> {
                 continue;
             }
             let decided = matches == Cond::Known(true) && result.is_none();
-            if decided {
-                self.acts[act].facts.push((at.expr, Fact::Arm(k)));
-            }
+            let fact = if decided { Fact::Arm(k) } else { Fact::Open };
+            self.acts[act].facts.push((at.expr, fact));
             self.acts[act].scopes.clone_from(&before);
             self.acts[act].scopes.push(HashMap::new());
             self.bind(act, &arm.pat, value.clone(), true);
@@ -286,10 +285,22 @@ impl<'a> Trace<'_, 'a> {
             Value::Range(_, end, _) if end.origins.is_empty() => Some(false),
             _ => None,
         };
+        let over = match &iter {
+            Value::Range(start, end, _) if start.poly == super::size::Poly::default() => {
+                Some((**end).clone())
+            }
+            _ => None,
+        };
         let elem = self.element(iter);
-        if let (Some(true), Value::Size(round)) = (tokens, &elem) {
-            self.counters.extend(round.poly.as_atom());
+        let mut counter = None;
+        if let (Some(true), Value::Size(round)) = (tokens, &elem)
+            && let Some(atom) = round.poly.as_atom()
+        {
+            let end = over.as_ref().map(|end| end.poly.clone());
+            self.counters.push(super::each::Counter { atom, end });
+            counter = Some(atom);
         }
+        let (first, returned) = (self.nodes.len(), self.acts[act].returns.len());
         let handed = self.handed_on(act, f, tokens);
         let over_parts = has_object(&elem);
         let before = self.carry_in(act, &f.body, at);
@@ -298,8 +309,14 @@ impl<'a> Trace<'_, 'a> {
         self.bind(act, &f.pat, elem, true);
         self.block(act, &f.body);
         self.acts[act].scopes.pop();
+        let causes = self.causes.len();
         self.note_recurrence(act, f, &handed, at.span);
+        let recurs = self.causes.len() > causes;
+        if let Some(round) = self.rounds.last_mut() {
+            round.over = over.filter(|_| super::each::straight(&f.body));
+        }
         let carried = self.carry_out(act, &before);
+        self.keep_rows_apart(act, (first, counter), (returned, recurs), at);
         self.end_round(act, f, &carried);
         if over_parts {
             self.acts[act].loops.push(Loop {
@@ -320,9 +337,11 @@ impl<'a> Trace<'_, 'a> {
     /// Gives every tensor that the body assigns to a node that stands for all rounds.
     fn carry_in(&mut self, act: ActId, body: &syn::Block, at: At) -> Vec<(String, NodeId, NodeId)> {
         let mut carried = Vec::new();
-        let mut absent = Vec::new();
+        let (mut absent, mut others) = (Vec::new(), Vec::new());
+        let mut filled: Vec<super::each::Filled> = Vec::new();
         for name in number::assigned_locals(body) {
-            if carried.iter().any(|(n, _, _)| *n == name) {
+            let known = |(n, _): &(String, Value)| *n == name;
+            if carried.iter().any(|(n, _, _)| *n == name) || others.iter().any(known) {
                 continue;
             }
             match self.lookup(act, &name).map(|b| b.value) {
@@ -338,7 +357,13 @@ impl<'a> Trace<'_, 'a> {
                 }
                 // It may stay absent, which the end of the round shows.
                 Some(Value::Option(Presence::None, _)) => absent.push(name),
+                Some(Value::List { elems: Some(e), .. })
+                    if e.is_empty() && super::each::only_pushed(body, &name) =>
+                {
+                    filled.push(super::each::Filled::new(name));
+                }
                 Some(other) => {
+                    others.push((name.clone(), other.clone()));
                     let any = self.any_round(other, &name);
                     self.assign(act, &name, any);
                 }
@@ -347,8 +372,9 @@ impl<'a> Trace<'_, 'a> {
         }
         let names = carried.iter().map(|(name, _, phi)| (name.clone(), *phi));
         absent.retain(|name| number::reads(body, name));
-        self.rounds
-            .push(Round::new(act, names.collect(), absent, at));
+        let mut round = Round::new(act, names.collect(), absent, others, at);
+        round.filled = filled;
+        self.rounds.push(round);
         carried
     }
 
@@ -382,28 +408,33 @@ impl<'a> Trace<'_, 'a> {
             if after == *phi {
                 continue;
             }
-            self.nodes[*phi].inputs.push(Input {
-                node: after,
-                expr: None,
-            });
-            if let (Shape::Known(x), Shape::Known(y)) = (
-                self.nodes[*phi].shape.clone(),
-                self.nodes[after].shape.clone(),
-            ) {
-                let same = x.len() == y.len()
-                    && x.iter().zip(&y).all(|(p, q)| {
-                        let (p, q) = (p.size(&self.atoms), q.size(&self.atoms));
-                        self.atoms.unify(&p, &q)
-                    });
-                if !same {
-                    self.nodes[*phi].shape = Shape::Unknown(format!(
-                        "`{name}` changes its shape from round to round of a loop"
-                    ));
-                }
-            }
+            self.next_round(*phi, after, name);
             carried.push((name.clone(), *phi, after));
         }
         carried
+    }
+
+    /// What a round leaves to the next comes into it.
+    pub(super) fn next_round(&mut self, phi: NodeId, after: NodeId, name: &str) {
+        self.nodes[phi].inputs.push(Input {
+            node: after,
+            expr: None,
+        });
+        if let (Shape::Known(x), Shape::Known(y)) = (
+            self.nodes[phi].shape.clone(),
+            self.nodes[after].shape.clone(),
+        ) {
+            let same = x.len() == y.len()
+                && x.iter().zip(&y).all(|(p, q)| {
+                    let (p, q) = (p.size(&self.atoms), q.size(&self.atoms));
+                    self.atoms.unify(&p, &q)
+                });
+            if !same {
+                self.nodes[phi].shape = Shape::Unknown(format!(
+                    "`{name}` changes its shape from round to round of a loop"
+                ));
+            }
+        }
     }
 
     /// What a loop over a value binds in each round.
@@ -413,7 +444,9 @@ impl<'a> Trace<'_, 'a> {
             said @ Value::Asserted(_) => said,
             Value::Option(_, inner) => *inner,
             Value::Range(..) => Value::Size(Size::of(self.fresh_feature("round"))),
-            other if has_tensor(&other) => Self::lost("the elements of this"),
+            other if has_tensor(&other) || matches!(other, Value::ShapeOf(_)) => {
+                Self::lost("the elements of this")
+            }
             other => other
                 .lost()
                 .map_or(Value::Opaque, |r| Value::Unknown(r.clone())),
@@ -427,7 +460,7 @@ pub(super) fn has_tensor(value: &Value) -> bool {
     !tensors.is_empty()
 }
 
-fn has_object(value: &Value) -> bool {
+pub(super) fn has_object(value: &Value) -> bool {
     match value {
         Value::Object { .. } => true,
         Value::Tuple(v) => v.iter().any(has_object),

@@ -2,7 +2,7 @@
 
 use super::graph::{ActId, At};
 use super::value::{Closure, Cond, Presence, Size, Value};
-use super::{DEPTH, NESTING, Role, STEPS, Trace};
+use super::{DEPTH, NESTING, PARTS, Role, STEPS, Trace};
 use crate::syntax::asserts::Kind;
 use crate::syntax::text;
 use crate::syntax::types::Ty;
@@ -50,6 +50,13 @@ impl<'a> Trace<'_, 'a> {
         self.nesting += 1;
         let mut value = self.eval_inner(act, e, at);
         self.nesting -= 1;
+        let mut left = PARTS;
+        if !value.fits(&mut left) {
+            value = match value {
+                Value::Bool(_) => Value::Bool(Cond::Unknown),
+                _ => Self::lost("a value of so many parts"),
+            };
+        }
         if let Value::Unknown(reason) = &value
             && reason.span.is_none()
         {
@@ -133,11 +140,16 @@ impl<'a> Trace<'_, 'a> {
             syn::Expr::Assign(a) => self.assignment(act, a, at),
             syn::Expr::Range(r) => self.range(act, r),
             syn::Expr::Struct(s) => {
-                let mut tensors = Vec::new();
+                let mut held = false;
                 for field in &s.fields {
-                    self.eval(act, &field.expr).tensors(&mut tensors);
+                    let value = self.eval(act, &field.expr);
+                    held |= super::control::has_tensor(&value) || self.sized(&value);
                 }
-                if !tensors.is_empty() {
+                if let Some(rest) = &s.rest {
+                    let value = self.eval(act, rest);
+                    held |= super::control::has_tensor(&value) || value.lost().is_some();
+                }
+                if held {
                     return Self::lost(&text(s));
                 }
                 let path = s
@@ -390,6 +402,9 @@ impl<'a> Trace<'_, 'a> {
                 let (Some(start), Some(end)) = ends else {
                     return Self::lost("a part of a tensor's sizes");
                 };
+                if end.saturating_sub(start) > PARTS as i64 {
+                    return Self::lost("a part of a tensor's sizes");
+                }
                 let elems: Vec<Value> = (start..end).map(|k| self.dim_of(node, k, at)).collect();
                 let any = Box::new(elems.first().cloned().unwrap_or(Value::Opaque));
                 let elems = Some(elems);
@@ -398,11 +413,12 @@ impl<'a> Trace<'_, 'a> {
             // The whole of it
             (base, Value::Tuple(all)) if all.is_empty() => base,
             (Value::List { elems: None, any }, _) => self.any_element(*any),
-            (Value::ShapeOf(node), Value::Size(s)) => match s.poly.as_constant() {
-                Some(k) => self.dim_of(node, k, at),
-                None => Value::Opaque,
-            },
-            (base, _) if super::control::has_tensor(&base) => Self::lost(&text(i)),
+            (Value::ShapeOf(node), Value::Size(s)) if s.poly.as_constant().is_some() => {
+                self.dim_of(node, s.poly.as_constant().unwrap_or_default(), at)
+            }
+            (base, _) if super::control::has_tensor(&base) || self.sized(&base) => {
+                Self::lost(&text(i))
+            }
             _ => Value::Opaque,
         }
     }

@@ -35,6 +35,11 @@ pub(crate) enum Op {
     Phi { carried: bool },
     /// The pick of one token along the sequence dimension `dim`.
     Pick { dim: usize },
+    /// One row of dimension `dim` in each round of a loop over them: all of them, one after another.
+    Each {
+        dim: usize,
+        counter: super::size::AtomId,
+    },
     /// What a loop over rows on the host listed; their numbers, or values.
     Rows { index: bool },
     /// Something that could not be followed.
@@ -80,6 +85,8 @@ pub(crate) struct Node {
     pub(crate) sizes_read: bool,
     /// The innermost branch that it is made in and that may be left untaken.
     pub(crate) branch: Option<super::branch::Branch>,
+    /// Which call of a closure it is made in, 0 outside of closures.
+    pub(crate) call: u32,
 }
 
 impl Node {

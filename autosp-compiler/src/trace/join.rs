@@ -23,11 +23,7 @@ impl Trace<'_, '_> {
                     return select(cond, Value::Size(a), Value::Size(b));
                 }
                 if self.atoms.anchored(&a.poly) || self.atoms.anchored(&b.poly) {
-                    let reason = Self::reason(
-                        "a size depends on a condition",
-                        "write the two cases as two functions",
-                    );
-                    return Value::Unknown(reason.into());
+                    return Self::conditional_size();
                 }
                 let poly = self.fresh_feature("size");
                 Value::Size(a.with(&b, poly))
@@ -96,8 +92,18 @@ impl Trace<'_, '_> {
             (a, b) if has_tensor(&a) || has_tensor(&b) => {
                 Self::lost("one of two branches, which gives a tensor in the other")
             }
+            (a, b) if self.sized(&a) || self.sized(&b) => Self::conditional_size(),
             _ => Value::Opaque,
         }
+    }
+
+    /// A size of the input on one way, and something else on another.
+    fn conditional_size() -> Value {
+        let reason = Self::reason(
+            "a size depends on a condition",
+            "write the two cases as two functions",
+        );
+        Value::Unknown(reason.into())
     }
 
     pub(super) fn join_tensors(&mut self, a: NodeId, b: NodeId, cond: &Cond, at: At) -> NodeId {

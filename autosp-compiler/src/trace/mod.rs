@@ -11,8 +11,11 @@ pub(crate) mod branch;
 mod builtin;
 mod call;
 mod cause;
+mod closure;
 mod control;
+mod each;
 mod eval;
+mod fold;
 pub(crate) mod graph;
 mod join;
 mod macros;
@@ -20,6 +23,7 @@ mod origin;
 mod partial;
 mod parts;
 mod pattern;
+mod rank;
 pub(crate) mod rows;
 pub(crate) mod shape;
 mod shapes;
@@ -38,7 +42,7 @@ use crate::ops::Table;
 use crate::syntax::Scope;
 use crate::syntax::types::Ty;
 use graph::{ActId, At, Input, Node, NodeId, Op, Reason};
-use shape::{Dim, Shape};
+use shape::Shape;
 use size::{AtomKind, Atoms, Poly};
 use value::{Binding, Presence, Size, Value};
 
@@ -48,6 +52,8 @@ const DEPTH: usize = 32;
 const NESTING: usize = 100;
 /// Expressions evaluated in one trace; more means a program that this interpreter was not made for.
 const STEPS: usize = 200_000;
+/// Parts of one value, such as the elements of a list: a program doubles them with every line, if it wants to.
+const PARTS: usize = 1_000;
 
 /// How one function was evaluated once.
 pub(crate) struct Act {
@@ -77,6 +83,8 @@ pub(crate) enum Fact {
     Else,
     /// The `match` always takes this arm.
     Arm(usize),
+    /// The `if` or `match` may go either way: where its closure is called with other values it may be decided.
+    Open,
     /// The statement writes to a cache or memo, which a sharded scope does not keep.
     Write,
     /// This alternative cannot be sharded: an error if it is taken.
@@ -103,6 +111,8 @@ pub(crate) struct SizeUse {
     /// Which of how many sizes, where the expression is a tuple of them.
     pub(crate) part: Option<(usize, usize)>,
     pub(crate) branch: Option<branch::Branch>,
+    /// Which call of a closure it is in, 0 outside of closures.
+    pub(crate) call: u32,
 }
 
 /// What a size is used for.
@@ -130,7 +140,7 @@ pub(crate) struct Trace<'s, 'a> {
     /// A softmax was to be computed of something that was lost.
     pub(crate) lost_softmax: bool,
     /// Counters of loops over the tokens.
-    counters: Vec<size::AtomId>,
+    counters: Vec<each::Counter>,
     /// Inputs whose rank was taken from their uses.
     pub(crate) assumed_ranks: Vec<String>,
     /// Helpers of libraries that were followed through a definition of our own: the path as written, and the definition.
@@ -161,6 +171,12 @@ pub(crate) struct Trace<'s, 'a> {
     pub(crate) causes: Vec<crate::error::Refusal>,
     /// Closures that evaluation is in: a branch there cannot leave its function.
     closures: usize,
+    /// The call of a closure that evaluation is in.
+    call: u32,
+    /// Calls that are not followed and that may come to functions of the scope: their names, and why.
+    pub(crate) hidden: Vec<(Vec<String>, Reason)>,
+    /// Calls of closures, with the sizes of the input that they were given.
+    pub(crate) closure_calls: Vec<(ActId, u32, Vec<Vec<Poly>>)>,
 }
 
 impl<'s, 'a> Trace<'s, 'a> {
@@ -199,6 +215,9 @@ impl<'s, 'a> Trace<'s, 'a> {
             settled: HashSet::new(),
             causes: Vec::new(),
             closures: 0,
+            call: 0,
+            hidden: Vec::new(),
+            closure_calls: Vec::new(),
         };
         let function = &scope.functions[root];
         let at = At {
@@ -309,6 +328,7 @@ impl<'s, 'a> Trace<'s, 'a> {
             text: text.to_string(),
             sizes_read: false,
             branch: self.branches.last().copied(),
+            call: self.call,
         });
         self.nodes.len() - 1
     }
@@ -382,11 +402,14 @@ impl<'s, 'a> Trace<'s, 'a> {
             }
         }
         self.depth += 1;
+        // A branch in here leaves this function, whatever it was called from.
+        let closures = std::mem::take(&mut self.closures);
         let tail = if self.depth > DEPTH {
             Self::lost(&f.path)
         } else {
             self.block(act, f.block)
         };
+        self.closures = closures;
         self.depth -= 1;
         let mut result = tail;
         for value in std::mem::take(&mut self.acts[act].returns) {
@@ -447,7 +470,32 @@ impl<'s, 'a> Trace<'s, 'a> {
                 span: at.span,
                 part: None,
                 branch: self.branches.last().copied(),
+                call: self.call,
             });
+        }
+    }
+
+    /// Whether a value is, or holds, a size of the input: one that a shard may have a part of.
+    fn sized(&self, value: &Value) -> bool {
+        match value {
+            Value::Size(s) => self.atoms.anchored(&s.poly),
+            Value::From(s) => self.atoms.anchored(&s.poly),
+            Value::Range(start, end, _) => {
+                self.atoms.anchored(&start.poly) || self.atoms.anchored(&end.poly)
+            }
+            Value::ShapeOf(node) => match &self.nodes[*node].shape {
+                Shape::Known(dims) => dims.iter().any(|d| d.anchored(&self.atoms)),
+                _ => true,
+            },
+            Value::Tuple(values) => values.iter().any(|v| self.sized(v)),
+            Value::List { elems, any } => match elems {
+                Some(elems) => elems.iter().any(|v| self.sized(v)),
+                None => self.sized(any),
+            },
+            Value::Option(Presence::None, _) => false,
+            Value::Option(_, v) | Value::Copies(v, _) | Value::Each(v, _) => self.sized(v),
+            Value::Select(_, a, b) => self.sized(a) || self.sized(b),
+            _ => false,
         }
     }
 
@@ -458,104 +506,6 @@ impl<'s, 'a> Trace<'s, 'a> {
             atoms.without_offsets(&size.poly, &mut self.offsets)
         } else {
             size.poly.clone()
-        }
-    }
-
-    /// The dimensions of a tensor, once its rank is known from a use such as `dims3()`.
-    pub(crate) fn with_rank(&mut self, node: NodeId, rank: usize) -> Option<Vec<Dim>> {
-        match &self.nodes[node].shape {
-            Shape::Known(dims) => return (dims.len() == rank).then(|| dims.clone()),
-            Shape::Either(all) => return all.iter().find(|d| d.len() == rank).cloned(),
-            Shape::Unknown(_) => return None,
-            Shape::Partial(_) => {}
-        }
-        let Shape::Partial(known) = self.nodes[node].shape.clone() else {
-            return None;
-        };
-        let op = self.nodes[node].op.clone();
-        let source = self.nodes[node].inputs.first().map(|i| i.node);
-        let mut dims: Vec<Dim> = match (&op, source) {
-            (Op::Param(name), _) => {
-                self.atoms.rank_of(name, rank);
-                (0..rank)
-                    .map(|d| Dim::of(self.atoms.dim(name, d as i64)))
-                    .collect()
-            }
-            (Op::Row(row), Some(source))
-                if row.shape == crate::ops::ShapeRule::Embedding && rank > 0 =>
-            {
-                let mut dims = self.with_rank(source, rank - 1)?;
-                dims.push(Dim::of(
-                    self.feature(format!("{}.width", self.nodes[node].text.clone())),
-                ));
-                dims
-            }
-            (Op::Row(row), Some(source))
-                if row.shape == crate::ops::ShapeRule::Linear && rank > 0 =>
-            {
-                let mut dims = self.with_rank(source, rank)?;
-                dims[rank - 1] =
-                    Dim::of(self.feature(format!("{}.out", self.nodes[node].text.clone())));
-                dims
-            }
-            (Op::Row(row), Some(source))
-                if matches!(
-                    row.shape,
-                    crate::ops::ShapeRule::Same | crate::ops::ShapeRule::Broadcast
-                ) =>
-            {
-                self.with_rank(source, rank)?
-            }
-            (Op::Phi { .. }, Some(source)) => self.with_rank(source, rank)?,
-            _ => {
-                let table = self.is_table(node);
-                (0..rank)
-                    .map(|d| {
-                        let size =
-                            self.feature(format!("{}.dim({d})", self.nodes[node].text.clone()));
-                        if table {
-                            self.atoms.unseen(&size);
-                        }
-                        Dim::of(size)
-                    })
-                    .collect()
-            }
-        };
-        for (d, dim) in known {
-            if let Some(slot) = dims.get_mut(d) {
-                *slot = dim;
-            }
-        }
-        self.nodes[node].shape = Shape::Known(dims.clone());
-        Some(dims)
-    }
-
-    /// Takes an input to have `rank` dimensions, which is compared when the model is entered.
-    fn assume_rank(&mut self, node: NodeId, rank: usize) {
-        let Some((_, name)) = self.unread_input(node) else {
-            return;
-        };
-        let name = name.to_string();
-        if self.with_rank(node, rank).is_some() && !self.assumed_ranks.contains(&name) {
-            self.assumed_ranks.push(name);
-        }
-    }
-
-    /// An operation that needs to know where the dimensions of its operand are: one more than the highest dimension that
-    /// was read or that it names.
-    fn needs_rank(&mut self, node: NodeId, named: Option<i64>) {
-        let Some((input, _)) = self.unread_input(node) else {
-            return;
-        };
-        let read = match &self.nodes[input].shape {
-            Shape::Partial(known) => known.iter().map(|(d, _)| d + 1).max(),
-            _ => None,
-        };
-        let named = named
-            .and_then(|d| usize::try_from(d).ok())
-            .map(|d| (d + 1).max(2));
-        if let Some(rank) = read.max(named) {
-            self.assume_rank(node, rank);
         }
     }
 

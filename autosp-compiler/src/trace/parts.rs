@@ -42,7 +42,14 @@ impl<'a> Trace<'_, 'a> {
             }
         }
         if dims[d].anchored(&self.atoms) && self.counts_tokens(&start) {
-            return Err(Self::scan(what));
+            let one = len.poly.is_one();
+            let counter = self.counts_rows_of(&dims[d], &start).filter(|_| one);
+            let Some(counter) = counter else {
+                return Err(Self::scan(what));
+            };
+            self.nodes[node].op = super::graph::Op::Each { dim: d, counter };
+            dims[d] = Dim::default();
+            return Ok((Shape::Known(dims), Vec::new()));
         }
         self.starts_at_zero(&start, &len);
         let len = self.dimension(&len);
@@ -60,7 +67,7 @@ impl<'a> Trace<'_, 'a> {
 
     /// Whether a size comes from the counter of a loop over the tokens.
     pub(super) fn counts_tokens(&self, size: &super::value::Size) -> bool {
-        self.counters.iter().any(|c| size.poly.contains(*c))
+        self.counters.iter().any(|c| size.poly.contains(c.atom))
     }
 
     /// Why one token a round is not followed.
@@ -102,6 +109,20 @@ impl<'a> Trace<'_, 'a> {
             let copies = Dim::repeated(count.poly.clone());
             dims[d].0.splice(0..0, copies.0);
             return Ok((Shape::Known(dims), Vec::new()));
+        }
+        if let Some((Value::Each(_, count), _)) = args.first() {
+            let mut all = Dim::of(count.poly.clone());
+            all.0
+                .extend(dims[d].0.iter().filter(|f| !f.size.is_one()).cloned());
+            dims[d] = all;
+            return Ok((Shape::Known(dims), Vec::new()));
+        }
+        if let Some((Value::List { elems: None, .. }, _)) = args.first() {
+            // One stands for all, however many there are.
+            let own = dims[d].clone();
+            dims[d] = Dim::of(self.fresh_feature("count"));
+            dims[d].0.extend(own.0);
+            return Ok((Shape::Known(dims), vec![(0, d)]));
         }
         let mut total = Poly::default();
         for input in inputs {

@@ -101,6 +101,11 @@ impl<'a> Trace<'_, 'a> {
     }
 
     fn bind_name(&mut self, act: ActId, i: &'a syn::PatIdent, value: Value, by_ref: bool) {
+        // What has that name already is compared with, not bound.
+        let name = i.ident.to_string();
+        if name == "None" || self.scope.consts.contains_key(&name) {
+            return;
+        }
         // `rest @ ..` is several.
         let value = match &i.subpat {
             Some((_, p)) if matches!(**p, syn::Pat::Rest(_)) => Self::lost(&crate::syntax::text(i)),
@@ -206,12 +211,19 @@ impl<'a> Trace<'_, 'a> {
                     Presence::Maybe => Cond::Unknown,
                 }
             }
-            (syn::Pat::Tuple(t), Value::Tuple(values)) if t.elems.len() == values.len() => {
-                let all: Vec<Cond> = t
-                    .elems
-                    .iter()
-                    .zip(values)
-                    .map(|(p, v)| Self::matches(p, v))
+            (syn::Pat::Tuple(t), Value::Tuple(values)) => {
+                let rest = t.elems.iter().position(|p| matches!(p, syn::Pat::Rest(_)));
+                let at = |i: usize| match rest {
+                    Some(rest) if i > rest => (values.len() + i).checked_sub(t.elems.len()),
+                    _ => Some(i),
+                };
+                let each = t.elems.iter().enumerate();
+                let all: Vec<Cond> = each
+                    .filter(|(_, p)| !matches!(p, syn::Pat::Rest(_)))
+                    .map(|(i, p)| match at(i).and_then(|i| values.get(i)) {
+                        Some(value) => Self::matches(p, value),
+                        None => Cond::Unknown,
+                    })
                     .collect();
                 if all.contains(&Cond::Known(false)) {
                     Cond::Known(false)
@@ -221,8 +233,24 @@ impl<'a> Trace<'_, 'a> {
                     Cond::Unknown
                 }
             }
-            (syn::Pat::Wild(_) | syn::Pat::Tuple(_), _) => Cond::Known(true),
+            (syn::Pat::Type(t), _) => Self::matches(&t.pat, value),
+            _ if always(pat) => Cond::Known(true),
             _ => Cond::Unknown,
         }
+    }
+}
+
+/// Whether a pattern matches whatever it is held against.
+fn always(pat: &syn::Pat) -> bool {
+    match pat {
+        syn::Pat::Wild(_) | syn::Pat::Rest(_) => true,
+        syn::Pat::Ident(i) => {
+            i.subpat.is_none() && i.ident.to_string().starts_with(char::is_lowercase)
+        }
+        syn::Pat::Tuple(t) => t.elems.iter().all(always),
+        syn::Pat::Paren(p) => always(&p.pat),
+        syn::Pat::Reference(r) => always(&r.pat),
+        syn::Pat::Type(t) => always(&t.pat),
+        _ => false,
     }
 }

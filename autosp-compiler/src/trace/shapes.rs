@@ -415,15 +415,12 @@ impl<'a> Trace<'_, 'a> {
                 plain(dims)
             }
             ShapeRule::Flatten => {
-                let (from, to) = match (
-                    what_name(what, &["flatten_from", "flatten_to", "flatten_all"]),
-                    d(1),
-                    d(2),
-                ) {
-                    (Some("flatten_from"), Some(from), _) => (from, rank - 1),
-                    (Some("flatten_to"), Some(to), _) => (0, to),
-                    (Some("flatten_all"), _, _) => (0, rank.saturating_sub(1)),
-                    (None, Some(from), Some(to)) => (from, to),
+                let name = self.nodes[node].row().map_or("", Row::name);
+                let (from, to) = match (name, d(1), d(2)) {
+                    ("flatten_from", Some(from), _) => (from, rank - 1),
+                    ("flatten_to", Some(to), _) => (0, to),
+                    ("flatten_all", _, _) => (0, rank.saturating_sub(1)),
+                    (_, Some(from), Some(to)) => (from, to),
                     _ => return Err(lost(what)),
                 };
                 if from > to || to >= rank {
@@ -445,7 +442,13 @@ impl<'a> Trace<'_, 'a> {
                     .and_then(|a| dim_argument(&a.0))
                     .and_then(|d| resolve(d, rank + 1))
                     .ok_or_else(|| lost(what))?;
-                dims.insert(at, Dim::of(Poly::constant(inputs.len() as i64)));
+                let count = match args.first().map(|a| &a.0) {
+                    Some(Value::Copies(_, count)) => Dim::repeated(count.poly.clone()),
+                    Some(Value::Each(_, count)) => Dim::of(count.poly.clone()),
+                    Some(Value::List { elems: None, .. }) => Dim::of(self.fresh_feature("count")),
+                    _ => Dim::of(Poly::constant(inputs.len() as i64)),
+                };
+                dims.insert(at, count);
                 plain(dims)
             }
             _ => plain(dims),
@@ -542,12 +545,4 @@ impl<'a> Trace<'_, 'a> {
         }
         Ok((Shape::Known(out), Vec::new()))
     }
-}
-
-/// Which of the names the source text of a call ends with.
-fn what_name<'n>(what: &str, names: &[&'n str]) -> Option<&'n str> {
-    names
-        .iter()
-        .copied()
-        .find(|n| what.contains(&format!("{n}(")))
 }

@@ -95,7 +95,7 @@ impl Poly {
         let mut out = self.0.clone();
         for (mono, c) in &other.0 {
             let entry = out.entry(mono.clone()).or_insert(0);
-            *entry += c;
+            *entry = entry.saturating_add(*c);
             if *entry == 0 {
                 out.remove(mono);
             }
@@ -104,11 +104,21 @@ impl Poly {
     }
 
     pub(crate) fn neg(&self) -> Self {
-        Self(self.0.iter().map(|(m, c)| (m.clone(), -c)).collect())
+        let opposite = |(m, c): (&Mono, &i64)| (m.clone(), c.saturating_neg());
+        Self(self.0.iter().map(opposite).collect())
     }
 
     pub(crate) fn sub(&self, other: &Self) -> Self {
         self.add(&other.neg())
+    }
+
+    /// Whether this is no size of a tensor that anybody could hold, or nothing that a person could read.
+    pub(crate) fn is_large(&self) -> bool {
+        self.0.len() > 32
+            || self
+                .0
+                .iter()
+                .any(|(m, c)| m.len() > 16 || c.unsigned_abs() > 1 << 48)
     }
 
     /// The part of the terms for which `keep` holds.
@@ -303,7 +313,7 @@ impl Atoms {
             for (n, d) in &b.0 {
                 let mut mono = [m.as_slice(), n.as_slice()].concat();
                 mono.sort_unstable();
-                out = out.add(&self.cancel(mono, c * d));
+                out = out.add(&self.cancel(mono, c.saturating_mul(*d)));
             }
         }
         out
@@ -412,8 +422,8 @@ impl Atoms {
                 out.push('-');
             }
             let names: Vec<String> = mono.iter().map(|a| self.name(*a)).collect();
-            if mono.is_empty() || c.abs() != 1 {
-                let _ = write!(out, "{}", c.abs());
+            if mono.is_empty() || c.unsigned_abs() != 1 {
+                let _ = write!(out, "{}", c.unsigned_abs());
                 if !names.is_empty() {
                     out.push('*');
                 }
@@ -451,7 +461,7 @@ pub(crate) fn divide(a: &Poly, b: &Poly) -> Option<Poly> {
     let (den, d) = b.monomial()?;
     let mut out = BTreeMap::new();
     for (mono, c) in &a.0 {
-        if c % d != 0 {
+        if c.checked_rem(d)? != 0 {
             return None;
         }
         out.insert(without(mono, den)?, c / d);

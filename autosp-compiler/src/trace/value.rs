@@ -66,6 +66,21 @@ pub(crate) enum Cond {
     Unknown,
 }
 
+impl Cond {
+    /// Whether this condition has at most so many parts, which are counted down.
+    fn fits(&self, left: &mut usize) -> bool {
+        let Some(rest) = left.checked_sub(1) else {
+            return false;
+        };
+        *left = rest;
+        match self {
+            Self::And(a, b) | Self::Or(a, b) => a.fits(left) && b.fits(left),
+            Self::Not(c) => c.fits(left),
+            Self::Known(_) | Self::Compare(..) | Self::Unknown => true,
+        }
+    }
+}
+
 /// A host array over index ranges: what `(0..t).flat_map(|i| (0..t).map(move |j| ..)).collect()` makes.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Host {
@@ -150,6 +165,8 @@ pub(crate) enum Value {
     },
     /// `vec![x; n]`: one value, n times.
     Copies(Box<Value>, Box<Size>),
+    /// A list of one tensor for each round of a loop, and the number of rounds.
+    Each(Box<Value>, Box<Size>),
     /// `(index, element)` pairs and other adapters keep the element only.
     Option(Presence, Box<Value>),
     /// An instance of a struct: its type and the path to it.
@@ -201,6 +218,25 @@ impl Value {
         }
     }
 
+    /// Whether this value has at most so many parts, which are counted down.
+    pub(crate) fn fits(&self, left: &mut usize) -> bool {
+        let Some(rest) = left.checked_sub(1) else {
+            return false;
+        };
+        *left = rest;
+        match self {
+            Self::Tuple(v) => v.iter().all(|v| v.fits(left)),
+            Self::List { elems, any } => {
+                any.fits(left) && elems.iter().flatten().all(|v| v.fits(left))
+            }
+            Self::Option(_, v) | Self::Copies(v, _) => v.fits(left),
+            Self::Bool(c) => c.fits(left),
+            Self::Select(c, a, b) => c.fits(left) && a.fits(left) && b.fits(left),
+            Self::Host(host) => host.elem.fits(left),
+            _ => true,
+        }
+    }
+
     /// The reason in this value or in a part of it, if something could not be followed.
     pub(crate) fn lost(&self) -> Option<&Rc<Reason>> {
         match self {
@@ -213,8 +249,23 @@ impl Value {
             } => elems.iter().find_map(Self::lost),
             Self::List { any, .. } => any.lost(),
             Self::Option(Presence::None, _) => None,
-            Self::Option(_, v) | Self::Copies(v, _) => v.lost(),
+            Self::Option(_, v) | Self::Copies(v, _) | Self::Each(v, _) => v.lost(),
             _ => None,
+        }
+    }
+
+    /// All sizes in this value.
+    pub(crate) fn sizes<'v>(&'v self, out: &mut Vec<&'v Size>) {
+        match self {
+            Self::Size(s) => out.push(s),
+            Self::Tuple(v) => v.iter().for_each(|v| v.sizes(out)),
+            Self::List { elems, any } => match elems {
+                Some(elems) => elems.iter().for_each(|v| v.sizes(out)),
+                None => any.sizes(out),
+            },
+            Self::Option(Presence::None, _) => {}
+            Self::Option(_, v) | Self::Copies(v, _) => v.sizes(out),
+            _ => {}
         }
     }
 
@@ -228,7 +279,7 @@ impl Value {
                 None => any.tensors(out),
             },
             Self::Option(Presence::None, _) => {}
-            Self::Option(_, v) | Self::Copies(v, _) => v.tensors(out),
+            Self::Option(_, v) | Self::Copies(v, _) | Self::Each(v, _) => v.tensors(out),
             _ => {}
         }
     }

@@ -7,7 +7,7 @@ use syn::visit::{self, Visit};
 
 use super::Trace;
 use super::graph::{ActId, At, NodeId};
-use super::value::{Presence, Value};
+use super::value::{Cond, Presence, Value};
 use crate::syntax::number::{WRITERS, is_assignment};
 use crate::syntax::text;
 
@@ -194,13 +194,19 @@ impl<'a> Trace<'_, 'a> {
 
 /// A loop that evaluation is in.
 pub(super) struct Round {
-    act: ActId,
+    pub(super) act: ActId,
     /// Variables that it carries round, and what stands for them at the beginning of each round.
     carried: Vec<(String, NodeId)>,
     /// Those that had another value where a round was left early.
     torn: Vec<String>,
     /// Options that hold nothing before the loop and that it reads: they have to hold nothing after a round too.
     absent: Vec<String>,
+    /// What else it writes to, with what that held before: what it holds where there is no round.
+    others: Vec<(String, Value)>,
+    /// Lists that it fills.
+    pub(super) filled: Vec<super::each::Filled>,
+    /// How many rounds there are, where each runs to its end.
+    pub(super) over: Option<super::value::Size>,
     at: At,
 }
 
@@ -209,6 +215,7 @@ impl Round {
         act: ActId,
         carried: Vec<(String, NodeId)>,
         absent: Vec<String>,
+        others: Vec<(String, Value)>,
         at: At,
     ) -> Self {
         let torn = Vec::new();
@@ -217,6 +224,9 @@ impl Round {
             carried,
             torn,
             absent,
+            others,
+            filled: Vec::new(),
+            over: None,
             at,
         }
     }
@@ -243,6 +253,13 @@ impl Trace<'_, '_> {
         let Some(round) = self.rounds.pop() else {
             return;
         };
+        self.end_filling(act, round.filled, round.over.as_ref(), round.at);
+        for (name, before) in round.others {
+            if let Some(after) = self.lookup(act, &name).map(|b| b.value) {
+                let value = self.join(before, after, &Cond::Unknown, round.at);
+                self.assign(act, &name, value);
+            }
+        }
         for name in round.torn {
             let what = format!("{name}, which a round changes before it is left early");
             self.assign(act, &name, Self::lost(&what));

@@ -3,6 +3,8 @@
 // Each test file uses what it needs.
 #![allow(dead_code)]
 
+pub(crate) mod packages;
+
 /// The model as its user writes it.
 pub(crate) fn llama() -> String {
     std::fs::read_to_string(concat!(
@@ -21,4 +23,11 @@ pub(crate) fn edit_n(source: &str, count: usize, from: &str, to: &str) -> String
 /// Replaces text that stands in the source once.
 pub(crate) fn edit(source: &str, from: &str, to: &str) -> String {
     edit_n(source, 1, from, to)
+}
+
+/// On a thread with the stack that rustc's own threads have, 8 MB.
+pub(crate) fn as_in_rustc(run: impl FnOnce() + Send + 'static) {
+    let thread = std::thread::Builder::new().stack_size(8 << 20);
+    let thread = thread.spawn(run).expect("a thread");
+    thread.join().expect("no panic");
 }

@@ -1,70 +1,8 @@
 //! What the blocks keep, block by block.
 
 use std::fmt;
-use std::str::FromStr;
 
-use crate::settings::Policy;
-
-/// What one block keeps from its forward to its backward, and where.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[allow(clippy::exhaustive_structs, reason = "two choices")]
-pub struct Keep {
-    /// What.
-    pub policy: Policy,
-    /// Whether on the host in place of the device.
-    pub offload: bool,
-}
-
-impl Keep {
-    /// All of them: the four policies, then the four with offload.
-    pub const ALL: [Self; 8] = {
-        let mut all = [Self::on_device(Policy::All); 8];
-        let mut i = 0;
-        while i < 8 {
-            all[i] = Self {
-                policy: Policy::ALL[i % 4],
-                offload: i >= 4,
-            };
-            i += 1;
-        }
-        all
-    };
-
-    /// A policy on the device.
-    pub const fn on_device(policy: Policy) -> Self {
-        Self {
-            policy,
-            offload: false,
-        }
-    }
-
-    /// A policy on the host.
-    pub const fn offloaded(policy: Policy) -> Self {
-        Self {
-            policy,
-            offload: true,
-        }
-    }
-}
-
-impl fmt::Display for Keep {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.policy.name())?;
-        f.write_str(if self.offload { "+offload" } else { "" })
-    }
-}
-
-impl FromStr for Keep {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let text = text.trim();
-        let found = Self::ALL.into_iter().find(|keep| keep.to_string() == text);
-        found.ok_or_else(|| {
-            format!("expected `all`, `qkv`, `attention` or `input`, each with or without `+offload`, found `{text}`")
-        })
-    }
-}
+use crate::settings::{Keep, Policies};
 
 /// What the blocks of a model keep: runs of blocks, from the first.
 ///
@@ -104,43 +42,24 @@ impl Layers {
     /// # Errors
     /// What was expected and found, for words that are none or runs that are not as many blocks.
     pub fn read(text: &str, layers: usize) -> Result<Self, String> {
-        let parts: Vec<&str> = text.split(',').collect();
-        let mut runs: Vec<(Keep, usize)> = Vec::new();
-        let mut left = layers;
-        for (i, part) in parts.iter().enumerate() {
-            let (word, count) = match part.split_once('*') {
-                Some((word, count)) => {
-                    let parsed = count.trim().parse().ok().filter(|n| (1..=left).contains(n));
-                    let count = parsed.ok_or_else(|| {
-                        format!(
-                            "expected a number of the {left} blocks that are left, found `{}`",
-                            count.trim()
-                        )
-                    })?;
-                    (word, count)
-                }
-                None if i + 1 == parts.len() && left > 0 => (*part, left),
-                None => {
-                    return Err(format!(
-                        "expected a number of blocks, such as `{}*2`, found none",
-                        part.trim()
-                    ));
-                }
-            };
-            let keep = word.parse()?;
-            left -= count;
-            match runs.last_mut() {
-                Some((last, n)) if *last == keep => *n += count,
-                _ => runs.push((keep, count)),
-            }
+        let policies: Policies = text.parse()?;
+        policies.over(layers).map(Self)
+    }
+
+    /// As settings have them.
+    pub fn policies(&self) -> Policies {
+        match self.single() {
+            Some(keep) => Policies::uniform(keep),
+            None => Policies::runs(&self.0),
         }
-        if left > 0 {
-            return Err(format!(
-                "expected {layers} blocks, found {} in `{text}`",
-                layers - left
-            ));
-        }
-        Ok(Self(runs))
+    }
+
+    /// What settings say of `layers` blocks.
+    ///
+    /// # Errors
+    /// What was expected and found, for policies of more or fewer blocks.
+    pub fn of_settings(policies: &Policies, layers: usize) -> Result<Self, String> {
+        policies.over(layers).map(Self)
     }
 
     /// The runs: what is kept, by how many blocks.
@@ -183,9 +102,8 @@ impl fmt::Display for Layers {
 
 #[cfg(test)]
 mod tests {
-    use proptest::prelude::*;
-
     use super::*;
+    use crate::settings::Policy;
 
     #[test]
     fn runs_are_read_and_refused() {
@@ -199,28 +117,19 @@ mod tests {
             [0, 1, 2, 9].map(|at| mixed.of(at).offload),
             [false, true, true, true]
         );
+        assert_eq!(
+            Layers::of_settings(&mixed.policies(), 3).unwrap(),
+            mixed.clone()
+        );
+        assert!(Layers::of_settings(&mixed.policies(), 4).is_err());
         for (text, part) in [
-            ("", "expected `all`"),
             ("al", "found `al`"),
-            ("all, qkv", "such as `all*2`"),
-            ("all*2", "expected 3 blocks, found 2"),
-            ("all*4", "3 blocks that are left, found `4`"),
-            ("all*3, qkv", "such as `qkv*2`"),
-            ("all*x", "found `x`"),
-            ("all+offload+offload", "found `all+offload+offload`"),
+            ("all*2", "for 3 blocks, found `all*2` for 2"),
+            ("all*4", "for 3 blocks, found `all*4` for 4"),
+            ("all*3, qkv", "for at least 4"),
         ] {
             let error = Layers::read(text, 3).unwrap_err();
             assert!(error.contains(part), "{text}: {error}");
-        }
-    }
-
-    proptest! {
-        #[test]
-        fn what_is_printed_is_read_back(runs in prop::collection::vec((0usize..8, 1usize..9), 1..5)) {
-            let text: Vec<String> = runs.iter().map(|&(keep, n)| format!("{}*{n}", Keep::ALL[keep])).collect();
-            let layers = runs.iter().map(|(_, n)| n).sum();
-            let read = Layers::read(&text.join(","), layers).unwrap();
-            prop_assert_eq!(Layers::read(&read.to_string(), layers).unwrap(), read);
         }
     }
 }

@@ -2,8 +2,8 @@
 
 use std::fmt::Write as _;
 
-use super::{SettingsError, Value};
-use crate::codes;
+use super::{Keep, Policies, Policy, SettingsError, Value};
+use crate::{codes, units};
 
 /// What values a setting takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -14,6 +14,10 @@ pub enum Kind {
     Seconds,
     /// One of some words.
     Choice(&'static [&'static str]),
+    /// A number of bytes, such as `64GiB`.
+    Bytes,
+    /// What blocks keep, see [`Policies`].
+    Policies,
 }
 
 /// When a setting is read.
@@ -26,7 +30,7 @@ pub enum ReadAt {
 }
 
 /// One setting.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Key {
     /// Its name in a file; `AUTOSP_` and the name in capitals as a variable.
     pub name: &'static str,
@@ -100,10 +104,17 @@ pub static KEYS: &[Key] = &[
     },
     Key {
         name: "policy",
-        kind: Kind::Choice(&["all", "qkv", "attention", "input"]),
-        default: Value::Choice("all"),
-        doc: "what a forward keeps for its backward: `all` activations; or the input of each block and, of each attention in it, queries, keys, values and result (`qkv`), the result alone (`attention`), or nothing (`input`), the rest of the block being computed again",
+        kind: Kind::Policies,
+        default: Value::Policies(Policies::uniform(Keep::on_device(Policy::All))),
+        doc: "what a forward keeps for its backward: `all` activations; or the input of each block and, of each attention in it, queries, keys, values and result (`qkv`), the result alone (`attention`), or nothing (`input`), the rest of the block being computed again; with `+offload` on the host. Blocks may differ, in the order in which they run: `all*4, attention+offload` is `all` for four blocks and the other for all after them",
         read: ReadAt::Forward,
+    },
+    Key {
+        name: "host_memory",
+        kind: Kind::Bytes,
+        default: Value::Bytes(1 << 36),
+        doc: "the most memory of the host that a rank takes for what blocks keep there (`+offload`); taken as it is needed in the first steps, and used again",
+        read: ReadAt::Start,
     },
     Key {
         name: "tile",
@@ -196,6 +207,8 @@ impl Key {
         match self.kind {
             Kind::Count => "a whole number of at least 1".to_owned(),
             Kind::Seconds => "a number of seconds above 0".to_owned(),
+            Kind::Bytes => "a size, such as `64GiB`".to_owned(),
+            Kind::Policies => "`all`, `qkv`, `attention` or `input`, each with or without `+offload`; or several with numbers of blocks".to_owned(),
             Kind::Choice(words) => words
                 .iter()
                 .map(|word| format!("`{word}`"))
@@ -214,9 +227,16 @@ impl Key {
                 .iter()
                 .find(|&&word| word == text)
                 .map(|&word| Value::Choice(word)),
+            Kind::Bytes => units::size(text).map(Value::Bytes),
+            Kind::Policies => {
+                let policies = text
+                    .parse()
+                    .map_err(|why: String| format!("`{text}`: {why}"));
+                return policies.map(Value::Policies);
+            }
         };
         value
-            .filter(|value| value.in_range())
+            .filter(Value::in_range)
             .ok_or_else(|| format!("`{text}`"))
     }
 
@@ -224,8 +244,10 @@ impl Key {
     pub(super) fn accept(&self, found: &super::file::Found) -> Result<Value, String> {
         use super::file::Found;
         match (self.kind, found) {
-            (Kind::Count | Kind::Seconds, Found::Number(text))
-            | (Kind::Choice(_), Found::Text(text)) => self.parse(text),
+            (Kind::Count | Kind::Seconds | Kind::Bytes, Found::Number(text))
+            | (Kind::Choice(_) | Kind::Bytes | Kind::Policies, Found::Text(text)) => {
+                self.parse(text)
+            }
             // Some words are numbers.
             (Kind::Choice(words), Found::Number(text)) if words.contains(&text.as_str()) => {
                 self.parse(text)

@@ -1,3 +1,5 @@
+use std::time::Duration;
+
 use super::*;
 
 fn flag(name: &str) -> Source {
@@ -16,7 +18,7 @@ fn every_row_is_sound_and_every_accessor_names_one() {
         assert_eq!(source, &Source::Default);
         let text = match value {
             Value::Choice(word) => word.to_owned(),
-            other => other.to_string(),
+            ref other => other.to_string().trim_matches('"').to_owned(),
         };
         assert_eq!(
             key.parse(&text),
@@ -28,8 +30,8 @@ fn every_row_is_sound_and_every_accessor_names_one() {
     assert_eq!((settings.sp(), settings.dp(), settings.groups()), (1, 1, 2));
     assert_eq!(settings.deadline().as_secs(), 120);
     assert_eq!(
-        (settings.attention(), settings.policy()),
-        (Attention::Tiled, Policy::All)
+        (settings.attention(), settings.policies().single()),
+        (Attention::Tiled, Some(Keep::on_device(Policy::All)))
     );
     assert_eq!(settings.zero(), Zero::Stage0);
     assert_eq!(settings.device(), Device::Cpu);
@@ -48,6 +50,7 @@ fn typed_setters_reach_their_row() {
         .with_device(Device::CudaShared)
         .with_tile(512)
         .with_loss_bytes(4096)
+        .with_host_memory(3 << 30)
         .with_zero(Zero::Stage1);
     assert_eq!((settings.tile(), settings.zero()), (512, Zero::Stage1));
     assert_eq!(settings.device(), Device::CudaShared);
@@ -57,10 +60,13 @@ fn typed_setters_reach_their_row() {
     );
     assert_eq!((settings.sp(), settings.dp(), settings.groups()), (4, 2, 3));
     assert_eq!(settings.deadline(), Duration::from_millis(1500));
-    assert_eq!(settings.loss_bytes(), 4096);
     assert_eq!(
-        (settings.attention(), settings.policy()),
-        (Attention::Reference, Policy::Input)
+        (settings.loss_bytes(), settings.host_memory()),
+        (4096, 3 << 30)
+    );
+    assert_eq!(
+        (settings.attention(), settings.policies().single()),
+        (Attention::Reference, Some(Keep::on_device(Policy::Input)))
     );
     assert!(
         settings
@@ -115,7 +121,7 @@ fn an_unknown_name_lists_the_known_ones() {
         .unwrap_err();
     assert_eq!(
         error.to_string(),
-        "unknown setting `gruops` (autosp.toml:2:2), expected one of `sp`, `dp`, `groups`, `deadline`, `start_deadline`, `attention`, `device`, `loss_bytes`, `policy`, `tile`, `zero`\n  \
+        "unknown setting `gruops` (autosp.toml:2:2), expected one of `sp`, `dp`, `groups`, `deadline`, `start_deadline`, `attention`, `device`, `loss_bytes`, `policy`, `host_memory`, `tile`, `zero`\n  \
          help: did you mean `groups`? [AS0308]"
     );
     let far = Settings::default().with("colour", "red").unwrap_err();

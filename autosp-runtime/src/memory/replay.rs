@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use autosp_plan::codes;
 use autosp_plan::settings::Policy;
+use candle_core::Tensor;
 
 use crate::site::Memo;
 use crate::{Error, Result};
@@ -106,6 +107,24 @@ pub(crate) fn keep(memo: Memo) {
             memos.push(Arc::new(memo));
         }
     });
+}
+
+/// The memos without the memory of their tensors.
+///
+/// # Errors
+/// Those of the device.
+pub(crate) fn emptied(memos: &Memos) -> Result<Memos> {
+    let empty = |memo: &Arc<Memo>| Ok(Arc::new(memo.emptied()?));
+    memos.iter().map(empty).collect()
+}
+
+/// The memos with the tensors of them all, in order.
+///
+/// # Errors
+/// AS0351 if there are too few.
+pub(crate) fn filled(memos: &Memos, tensors: &mut impl Iterator<Item = Tensor>) -> Result<Memos> {
+    let mut fill = |memo: &Arc<Memo>| Ok(Arc::new(memo.of(tensors)?));
+    memos.iter().map(&mut fill).collect()
 }
 
 fn differs(expected: usize, found: usize) -> Error {

@@ -2,6 +2,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use autosp_plan::Settings;
+use autosp_plan::settings::Policies;
 use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Shape, Storage};
 
 use super::*;
@@ -40,8 +41,8 @@ const BLOCKS: usize = 4;
 type Found = (Vec<f32>, Vec<(String, Vec<f32>)>, usize);
 
 /// A small network with one weight that all blocks share and whose first input is a constant or a variable.
-fn network(policy: Policy, input_is_tracked: bool) -> Found {
-    let settings = Settings::default().with_policy(policy);
+fn network(policies: &str, input_is_tracked: bool) -> Found {
+    let settings = Settings::default().with_policies(policies.parse().unwrap());
     let results = run_with(settings, |sp| {
         let parameters = Parameters::init(1, DType::F32, &Device::Cpu);
         let vb = parameters.builder();
@@ -90,14 +91,23 @@ fn network(policy: Policy, input_is_tracked: bool) -> Found {
 #[test]
 fn recomputing_gives_the_same_bits_and_holds_nothing() {
     for tracked in [true, false] {
-        let (y, grads, held) = network(Policy::All, tracked);
-        let (y_again, grads_again, held_again) = network(Policy::Input, tracked);
-        assert_eq!(y, y_again);
+        let (y, grads, held) = network("all", tracked);
         assert_eq!(grads.len(), 2 * BLOCKS + 2 + usize::from(tracked));
-        assert_eq!(grads, grads_again);
         // A block whose input is a constant has nothing to keep for it.
         assert_eq!(held, if tracked { BLOCKS } else { BLOCKS - 1 });
-        assert_eq!(held_again, 0);
+        for (policies, kept) in [
+            ("input", 0),
+            ("all+offload", held),
+            ("qkv+offload", 0),
+            ("attention*1, all*1, input+offload*2", 1),
+            ("attention+offload*2, input", 0),
+            ("input+offload*1, all*2, input+offload", 2),
+        ] {
+            let (y_again, grads_again, held_again) = network(policies, tracked);
+            assert_eq!(y, y_again, "{policies}");
+            assert_eq!(grads, grads_again, "{policies}");
+            assert_eq!(held_again, kept, "{policies}");
+        }
     }
 }
 
@@ -140,8 +150,9 @@ fn outside_a_scope_the_block_just_runs() {
 }
 
 /// The gradients of one block by name, and the most tokens that its inner part has had at once.
-fn block_of_tiles(policy: Policy, tile: usize) -> Found {
-    let settings = Settings::default().with_policy(policy).with_tile(tile);
+fn block_of_tiles(keep: Keep, tile: usize) -> Found {
+    let policies = Policies::uniform(keep);
+    let settings = Settings::default().with_policies(policies).with_tile(tile);
     let results = run_with(settings, |sp| {
         let parameters = Parameters::init(1, DType::F32, &Device::Cpu);
         let vb = parameters.builder();
@@ -181,16 +192,20 @@ fn block_of_tiles(policy: Policy, tile: usize) -> Found {
 
 #[test]
 fn tiles_change_nothing_but_how_many_tokens_run_at_once() {
-    let (y, gradients, most) = block_of_tiles(Policy::Attention, 100);
+    let (y, gradients, most) = block_of_tiles(Keep::on_device(Policy::Attention), 100);
     assert_eq!((gradients.len(), most), (5, 11));
     // Everything is kept: nothing would be saved.
-    assert_eq!(
-        block_of_tiles(Policy::All, 4),
-        (y.clone(), gradients.clone(), 11)
-    );
-    for policy in [Policy::Attention, Policy::Input] {
+    let kept = (y.clone(), gradients.clone(), 11);
+    for keep in [Keep::on_device(Policy::All), Keep::offloaded(Policy::All)] {
+        assert_eq!(block_of_tiles(keep, 4), kept);
+    }
+    for keep in [
+        Keep::on_device(Policy::Attention),
+        Keep::on_device(Policy::Input),
+        Keep::offloaded(Policy::Input),
+    ] {
         for (tile, largest) in [(4, 4), (6, 6), (1, 1)] {
-            let (found, tiles, most) = block_of_tiles(policy, tile);
+            let (found, tiles, most) = block_of_tiles(keep, tile);
             assert_eq!(most, largest);
             // Products of fewer rows add up in another order.
             let near = |name: &str, found: &[f32], expected: &[f32]| {
@@ -210,8 +225,9 @@ fn tiles_change_nothing_but_how_many_tokens_run_at_once() {
 /// A block whose input nobody else reads takes its memory, once.
 #[test]
 fn the_memory_of_a_blocks_input_is_taken_where_nobody_reads_it() {
-    for policy in Policy::ALL {
-        let settings = Settings::default().with_policy(policy);
+    for keep in Keep::ALL {
+        let policy = keep.policy;
+        let settings = Settings::default().with_policies(Policies::uniform(keep));
         run_with(settings, |sp| {
             let x = Var::from_tensor(&Tensor::arange(0f32, 12., &Device::Cpu)?.reshape((3, 4))?)?;
             sp.scope(|| {
@@ -270,4 +286,80 @@ fn gradients_that_nobody_collects_are_an_error_of_the_next_scope() {
         Ok(())
     })
     .unwrap();
+}
+
+/// What a run of `BLOCKS` blocks under some policies ends in.
+fn error_of(policies: &str, evaluate: bool) -> String {
+    let settings = Settings::default().with_policies(policies.parse().unwrap());
+    let found = run_with(settings, |sp| {
+        let x = Var::from_tensor(&Tensor::arange(0f32, 12., &Device::Cpu)?)?;
+        sp.scope(|| {
+            let forward = || {
+                let mut y = x.as_tensor().clone();
+                for _ in 0..BLOCKS {
+                    // A block in a block is part of it.
+                    y = checkpoint(&y, |y| checkpoint(y, |y| crate::ops::add(y, y)))?;
+                }
+                y.sum_all()
+            };
+            if evaluate {
+                forward_only(forward)?;
+            } else {
+                forward()?.backward()?;
+            }
+            Ok(())
+        })
+    });
+    found
+        .err()
+        .map(|error| error.to_string())
+        .unwrap_or_default()
+}
+
+#[test]
+fn policies_are_for_as_many_blocks_as_there_are() {
+    for evaluate in [false, true] {
+        for fitting in [
+            "input",
+            "all*2, qkv",
+            "all*4",
+            "input+offload*2, all*2",
+            "all*3, input",
+        ] {
+            assert_eq!(error_of(fitting, evaluate), "", "{fitting}");
+        }
+        let text = error_of("all*2, qkv*1", evaluate);
+        let found = text.contains("expected 3 blocks") && text.contains("found 4 or more");
+        assert!(found && text.contains("AS0352"), "{text}");
+    }
+    for (policies, expected) in [
+        ("all*5", "expected 5 blocks"),
+        ("all*4, input", "expected at least 5 blocks"),
+    ] {
+        let text = error_of(policies, false);
+        let found = text.contains(expected) && text.contains("found 4 in the forward");
+        assert!(found && text.contains("AS0352"), "{text}");
+    }
+}
+
+#[test]
+fn a_host_without_room_is_an_error_before_anything_is_lost() {
+    let settings = Settings::default()
+        .with_policies("input+offload".parse().unwrap())
+        .with_host_memory(100);
+    let error = run_with(settings, |sp| {
+        let x = Var::from_tensor(&Tensor::arange(0f32, 12., &Device::Cpu)?)?;
+        sp.scope(|| {
+            let y = checkpoint(&x, |y| crate::ops::add(y, y))?;
+            let y = checkpoint(&y, |y| crate::ops::add(y, y))?;
+            checkpoint(&y, |y| crate::ops::add(y, y))
+        })?;
+        Ok(())
+    })
+    .unwrap_err();
+    let text = error.to_string();
+    assert!(
+        text.contains("AS0353") && text.contains("AUTOSP_HOST_MEMORY=288B"),
+        "{text}"
+    );
 }

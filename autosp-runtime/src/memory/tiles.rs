@@ -56,15 +56,11 @@ where
 
 /// The tiles of `x`, if there are several.
 fn tiles(x: &Tensor, dim: usize) -> Result<Option<Vec<Range<usize>>>> {
-    let Some(scope) = scope::current() else {
+    let (Some(scope), Some(policy)) = (scope::current(), super::POLICY.get()) else {
         return Ok(None);
     };
-    let settings = scope.sp().settings();
-    let (tokens, most) = (x.dim(dim)?, settings.tile());
-    if settings.policy() == Policy::All
-        || tokens <= most
-        || !(tape::is_recording() || tape::is_for_values())
-    {
+    let (tokens, most) = (x.dim(dim)?, scope.sp().settings().tile());
+    if policy == Policy::All || tokens <= most || !(tape::is_recording() || tape::is_for_values()) {
         return Ok(None);
     }
     // As even as they can be.

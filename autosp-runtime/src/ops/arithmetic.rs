@@ -86,6 +86,8 @@ pub fn mul(a: impl Operand, b: impl Operand) -> Result<Tensor> {
 /// `silu(x) b`.
 fn gated(x: &Tensor, b: &Tensor) -> Result<Tensor> {
     let result = (taken(&gate(x, b)?)?, x.shape().clone());
+    tape::keep(x);
+    tape::keep(b);
     let (gate_of, with) = (x.detach(), b.detach());
     let recipe = Recipe::new(move || gate(&gate_of, &with));
     let backward = |[x, b]: [&Tensor; 2], grad: &Tensor| {

@@ -40,6 +40,33 @@ pub fn norm_layer<M: Module>(layer: &M, x: &Tensor) -> Result<Tensor> {
     Ok(y)
 }
 
+/// The same as methods, for layers behind references.
+#[allow(non_snake_case)]
+pub trait Layer: Module {
+    /// As [`layer`].
+    ///
+    /// # Errors
+    /// As [`layer`].
+    fn layer__sp(&self, x: &Tensor) -> Result<Tensor>;
+
+    /// As [`norm_layer`].
+    ///
+    /// # Errors
+    /// As [`norm_layer`].
+    fn norm_layer__sp(&self, x: &Tensor) -> Result<Tensor>;
+}
+
+#[allow(non_snake_case)]
+impl<M: Module> Layer for M {
+    fn layer__sp(&self, x: &Tensor) -> Result<Tensor> {
+        layer(self, x)
+    }
+
+    fn norm_layer__sp(&self, x: &Tensor) -> Result<Tensor> {
+        norm_layer(self, x)
+    }
+}
+
 fn name<M>() -> &'static str {
     std::any::type_name::<M>()
 }

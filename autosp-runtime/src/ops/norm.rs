@@ -237,6 +237,7 @@ fn normed(
         bail!("{name}: expected x and alpha")
     };
     let hint = tracked(x).then(|| {
+        super::tape::keep(x);
         let (x, alpha, beta) = (x.detach(), alpha.detach(), beta.map(Tensor::detach));
         Hint::Again(Recipe::new(move || again(&x, &alpha, beta.as_ref())))
     });

@@ -107,6 +107,7 @@ where
         return Node::new(name, result, backward).apply(operands);
     }
     let result = tape::variable(result);
+    let keeps_result = matches!(backward, Backward::Result(_));
     let back: Box<dyn FnOnce(&Tensor) -> Grads<N> + Send> = match backward {
         Backward::Gradient(backward) => Box::new(move |grad| backward(grad)),
         Backward::Result(backward) => {
@@ -134,6 +135,9 @@ where
         };
         Ok(back(&grad.tensor)?.map(|grad| grad.map(own)).into())
     });
+    if keeps_result {
+        tape::keep(&result);
+    }
     Ok(result)
 }
 
@@ -145,10 +149,11 @@ pub(crate) enum Kept {
 
 impl Kept {
     pub(crate) fn new(x: &Tensor) -> Self {
-        match tape::hint(x) {
-            Some(Hint::Again(recipe)) => Self::Again(recipe),
-            _ => Self::Tensor(x.detach()),
+        if let Some(Hint::Again(recipe)) = tape::hint(x) {
+            return Self::Again(recipe);
         }
+        tape::keep(x);
+        Self::Tensor(x.detach())
     }
 
     pub(crate) fn get(&self) -> Result<Tensor> {
@@ -327,6 +332,42 @@ impl InplaceOp1 for Take {
         let empty = device.alloc_zeros::<u8>(1)?;
         let taken = std::mem::replace(storage, CudaStorage::wrap_cuda_slice(empty, device));
         self.keep(Storage::Cuda(taken));
+        Ok(())
+    }
+}
+
+/// Moves memory into a tensor whose own was [`taken`].
+pub(crate) fn put(x: &Tensor, storage: Storage) -> Result<()> {
+    x.inplace_op1(&Put(Mutex::new(Some(storage))))
+}
+
+struct Put(Mutex<Option<Storage>>);
+
+impl Put {
+    fn storage(&self) -> Option<Storage> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
+impl InplaceOp1 for Put {
+    fn name(&self) -> &'static str {
+        "put"
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, _: &Layout) -> Result<()> {
+        match self.storage() {
+            Some(Storage::Cpu(given)) => *storage = given,
+            _ => bail!("put: expected memory of the cpu"),
+        }
+        Ok(())
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, storage: &mut CudaStorage, _: &Layout) -> Result<()> {
+        match self.storage() {
+            Some(Storage::Cuda(given)) => *storage = given,
+            _ => bail!("put: expected memory of a GPU"),
+        }
         Ok(())
     }
 }

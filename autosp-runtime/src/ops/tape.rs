@@ -137,6 +137,8 @@ struct Entry {
 struct Made {
     entry: usize,
     hint: Option<Hint>,
+    /// Only this block has its memory: the operation made it, or it is a view of such.
+    own: bool,
     /// Its memory is its own, and no operation has had it as an operand.
     last: bool,
 }
@@ -145,6 +147,8 @@ struct Made {
 struct Tape {
     entries: Vec<Entry>,
     made: HashMap<TensorId, Made>,
+    /// What the operations keep for their backward of memory that only this block has, by its place.
+    kept: HashMap<usize, Tensor>,
 }
 
 impl Tape {
@@ -152,13 +156,24 @@ impl Tape {
         &mut self,
         result: &Tensor,
         slots: Vec<Option<Slot>>,
-        made: (Option<Hint>, bool),
+        made: (Option<Hint>, bool, bool),
         backward: Backward,
     ) {
-        let (hint, last) = made;
+        let (hint, last, own) = made;
         let entry = self.entries.len();
         self.entries.push(Entry { slots, backward });
-        self.made.insert(result.id(), Made { entry, hint, last });
+        let made = Made {
+            entry,
+            hint,
+            own,
+            last,
+        };
+        self.made.insert(result.id(), made);
+    }
+
+    /// Whether the memory of `x` is only this block's.
+    fn owns(&self, x: &Tensor) -> bool {
+        self.made.get(&x.id()).is_some_and(|made| made.own)
     }
 
     fn slot(&mut self, x: &Tensor) -> Option<Slot> {
@@ -197,7 +212,7 @@ impl Tape {
             };
             Ok(variables.iter().map(of).collect())
         });
-        self.push(x, slots, (None, false), backward);
+        self.push(x, slots, (None, false, false), backward);
         self.entries.len() - 1
     }
 }
@@ -208,6 +223,8 @@ pub(crate) struct Block {
     output: Option<Slot>,
     /// The result's memory is its own and nothing on the tape reads it.
     pub(crate) movable: bool,
+    /// What the operations keep of memory that only this block has, each memory once.
+    kept: Vec<Tensor>,
 }
 
 /// What a block begins with: a copy of `x` on the tape if a gradient is `wanted` for it, else its values.
@@ -235,8 +252,13 @@ pub(crate) fn record(
         backward: Box::new(|_| Ok(Vec::new())),
     });
     if input.track_op() {
-        let (entry, hint, last) = (0, None, false);
-        tape.made.insert(input.id(), Made { entry, hint, last });
+        let made = Made {
+            entry: 0,
+            hint: None,
+            own: true,
+            last: false,
+        };
+        tape.made.insert(input.id(), made);
     }
     let restore = Restore(MODE.replace(Some(Mode::Tape(tape))));
     let result = f(input)?;
@@ -251,11 +273,18 @@ pub(crate) fn record(
         entries: tape.entries,
         output,
         movable,
+        kept: tape.kept.into_values().collect(),
     };
     Ok((result, block))
 }
 
 impl Block {
+    /// What the operations keep of memory that only this block has, each memory once. Where it is moved away, it has to be back before
+    /// [`backward`](Self::backward). What else they keep is the model's own, or in graphs of candle's.
+    pub(crate) fn take_kept(&mut self) -> Vec<Tensor> {
+        std::mem::take(&mut self.kept)
+    }
+
     /// Walks back from the gradient of the result to that of the input, which is returned if there is one; `variable` takes those of
     /// the model's variables, each as often as an operation has one.
     ///
@@ -266,6 +295,8 @@ impl Block {
         grad: &Tensor,
         variable: &mut dyn FnMut(&Tensor, Tensor) -> Result<()>,
     ) -> Result<Option<Tensor>> {
+        // Operations free what they have kept one by one.
+        self.kept.clear();
         let mut sums: Vec<Option<Gradient>> = Vec::new();
         sums.resize_with(self.entries.len(), || None);
         let grad = Gradient {
@@ -353,10 +384,40 @@ pub(crate) fn push(
     MODE.with_borrow_mut(|mode| match mode {
         Some(Mode::Tape(tape)) => {
             let slots = operands.iter().map(|x| tape.slot(x)).collect();
-            tape.push(result, slots, (hint, own), Box::new(backward));
+            let view = |x: &&Tensor| tape.owns(x) && place(x) == place(result);
+            let only = own || operands.iter().any(view);
+            tape.push(result, slots, (hint, own, only), Box::new(backward));
         }
         Some(Mode::Values(_)) | None => note(mode, result, hint),
     });
+}
+
+/// Notes that a backward on the tape keeps `x`, if its memory is only the block's.
+pub(crate) fn keep(x: &Tensor) {
+    MODE.with_borrow_mut(|mode| {
+        if let Some(Mode::Tape(tape)) = mode
+            && tape.owns(x)
+        {
+            tape.kept.entry(place(x)).or_insert_with(|| x.detach());
+        }
+    });
+}
+
+/// Notes that a backward on the tape keeps `x`, whose memory is nobody else's.
+pub(crate) fn keep_own(x: &Tensor) {
+    MODE.with_borrow_mut(|mode| {
+        if let Some(Mode::Tape(tape)) = mode
+            && x.elem_count() > 0
+        {
+            tape.kept.entry(place(x)).or_insert_with(|| x.detach());
+        }
+    });
+}
+
+/// Where the memory of a tensor is held: the same for all tensors that see it, for as long as one does.
+fn place(x: &Tensor) -> usize {
+    let (storage, _) = x.storage_and_layout();
+    std::ptr::from_ref::<Storage>(&storage).addr()
 }
 
 /// Notes what decides about other results.

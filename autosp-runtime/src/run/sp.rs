@@ -3,12 +3,13 @@
 use std::collections::VecDeque;
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use autosp_plan::{Settings, codes};
 use candle_core::{Device, TensorId};
 
 use crate::comm::{Engine, Tag, World, all_to_all, barrier};
+use crate::memory::{Shelf, link_to};
 use crate::scope::{self, Scope, Shard};
 use crate::{Bytes, Error, Ledger, Mesh, Result};
 
@@ -33,6 +34,8 @@ struct Inner {
     /// Of the numbers that dropout draws.
     seed: AtomicU64,
     shards: Mutex<VecDeque<(TensorId, Shard)>>,
+    /// What blocks keep on the host, once one does.
+    shelf: OnceLock<Arc<Shelf>>,
 }
 
 /// The three groups that a rank is in.
@@ -66,6 +69,7 @@ impl Sp {
             steps: AtomicU64::new(0),
             seed: AtomicU64::new(0),
             shards: Mutex::default(),
+            shelf: OnceLock::new(),
         }))
     }
 
@@ -251,6 +255,20 @@ impl Sp {
                 .with_help("pass the model the very tensor that `sp.shard` returned"));
         }
         Ok(latest)
+    }
+
+    /// Where blocks of this rank keep things on the host.
+    ///
+    /// # Errors
+    /// As [`link_to`].
+    pub(crate) fn shelf(&self) -> Result<&Arc<Shelf>> {
+        if let Some(shelf) = self.0.shelf.get() {
+            return Ok(shelf);
+        }
+        let ledger = Arc::clone(&self.0.ledger);
+        let link = link_to(&self.0.device)?;
+        let shelf = Shelf::new(link, self.settings().host_memory(), ledger);
+        Ok(self.0.shelf.get_or_init(|| Arc::new(shelf)))
     }
 
     fn shards(&self) -> std::sync::MutexGuard<'_, VecDeque<(TensorId, Shard)>> {

@@ -2,10 +2,11 @@
 
 use autosp_plan::codes;
 use autosp_plan::settings::Policy;
-use candle_core::{CpuStorage, Storage, Tensor};
+use candle_core::Tensor;
 
 use crate::attention::Output;
 use crate::error::{Error, Result};
+use crate::memory::Extent;
 
 /// The part of a forward that its replay begins with, group by group.
 #[derive(Debug)]
@@ -50,16 +51,65 @@ impl Memo {
 
     /// Bytes of all tensors.
     pub(crate) fn bytes(&self) -> u64 {
-        let of = |group: &Remembered| {
+        self.tensors().iter().map(bytes).sum()
+    }
+
+    /// All tensors, in the order in which [`of`](Self::of) takes them.
+    pub(crate) fn tensors(&self) -> Vec<Tensor> {
+        let mut tensors = Vec::new();
+        let _ = self.map(&mut |x| {
+            tensors.push(x.clone());
+            Ok(x.clone())
+        });
+        tensors
+    }
+
+    /// The same without the tensors' memory.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub(crate) fn emptied(&self) -> Result<Self> {
+        self.map(&mut |x| Ok(Tensor::zeros(0, x.dtype(), x.device())?))
+    }
+
+    /// The same with other tensors.
+    ///
+    /// # Errors
+    /// AS0351 if there are too few.
+    pub(crate) fn of(&self, tensors: &mut impl Iterator<Item = Tensor>) -> Result<Self> {
+        self.map(&mut |_| {
+            let text = "what a site has kept on the host is not all there";
+            tensors
+                .next()
+                .ok_or_else(|| Error::new(codes::REPLAY, text))
+        })
+    }
+
+    fn map(&self, change: &mut impl FnMut(&Tensor) -> Result<Tensor>) -> Result<Self> {
+        let mut of = |group: &Remembered| {
             let Output { o, lse, rest } = &group.output;
-            let mut tensors = vec![o, lse, rest];
-            if let Some((q, kv)) = &group.qkv {
-                tensors.push(q);
-                tensors.extend(kv.iter().flat_map(|(k, v)| [k, v]));
-            }
-            tensors.into_iter().map(bytes).sum::<u64>()
+            let output = Output {
+                o: change(o)?,
+                lse: change(lse)?,
+                rest: change(rest)?,
+            };
+            let qkv = match &group.qkv {
+                Some((q, kv)) => {
+                    let q = change(q)?;
+                    let kv = match kv {
+                        Some((k, v)) => Some((change(k)?, change(v)?)),
+                        None => None,
+                    };
+                    Some((q, kv))
+                }
+                None => None,
+            };
+            Ok::<_, Error>(Remembered { qkv, output })
         };
-        self.groups.iter().map(of).sum()
+        Ok(Self {
+            site: self.site,
+            groups: self.groups.iter().map(&mut of).collect::<Result<_>>()?,
+        })
     }
 
     /// Makes sure that a block which is computed again comes to the same site with as many groups.
@@ -86,17 +136,8 @@ pub(crate) fn bytes(x: &Tensor) -> u64 {
 
 /// The tensor, or a copy where it is a view of more: keeping it would keep all of that.
 fn alone(x: &Tensor) -> Result<Tensor> {
-    let stored = {
-        let (storage, _) = x.storage_and_layout();
-        match &*storage {
-            Storage::Cpu(CpuStorage::F32(data)) => Some(data.len()),
-            Storage::Cpu(CpuStorage::F64(data)) => Some(data.len()),
-            Storage::Cpu(CpuStorage::BF16(data)) => Some(data.len()),
-            Storage::Cpu(CpuStorage::F16(data)) => Some(data.len()),
-            _ => None,
-        }
-    };
-    if stored == Some(x.elem_count()) {
+    let stored = Extent::of(x).map(|extent| extent.elements);
+    if x.device().is_cpu() && stored == Some(x.elem_count()) {
         return Ok(x.clone());
     }
     Ok(x.force_contiguous()?)

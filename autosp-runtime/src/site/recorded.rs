@@ -6,11 +6,11 @@ use candle_core::Tensor;
 
 use super::backward::RankBackward;
 use super::forward::{Ran, RankForward};
-use super::{HeadPlan, Memo, Place, SiteRef};
+use super::{HeadPlan, Kept, Memo, Place, SiteRef};
 use crate::attention::Spec;
 use crate::error::{Error, Result};
 use crate::memory::replay::{self, Turn};
-use crate::ops::{record_gradient, record_result, taken};
+use crate::ops::{record_gradient, record_result, taken, tape};
 use crate::scope::{Scope, Shard};
 
 /// Runs a site on this rank's shards q [b, H, len, d], k [b, G, len, d] and v [b, G, len, dv], and returns the output
@@ -96,6 +96,14 @@ pub(crate) fn run(
     }
     let result = (taken(&out)?, out.shape().clone());
     let single = place.plan.ranks() == 1;
+    for (x, landed) in kept.iter().flat_map(Kept::tensors) {
+        // What was exchanged is the site's own; on one rank queries, keys and values are the model's.
+        if landed && single {
+            [q, k, v].into_iter().for_each(tape::keep);
+        } else {
+            tape::keep_own(x);
+        }
+    }
     let backward = move |output: &Tensor, grad: &Tensor| {
         let mut io = RankBackward::new(&place, &kept, output, grad.detach());
         (place.site.backward)(&mut io)?;

@@ -137,7 +137,8 @@ impl Trainer {
             dp: settings.dp(),
             stage: settings.zero().number(),
             host_optimizer: false,
-            layers: Layers::uniform(Keep::on_device(settings.policy()), workload.model.layers),
+            layers: Layers::of_settings(settings.policies(), workload.model.layers)
+                .unwrap_or_else(|_| Layers::uniform(Keep::ALL[0], workload.model.layers)),
             groups: settings.groups(),
             mlp_tiles: 1,
             loss_tiles: workload.loss_tiles.max(1),

@@ -137,6 +137,37 @@ impl Zoo {
         }
     }
 
+    /// A mutant of a model: ranks give what one device gives, and where it means something else, not what the original gives.
+    ///
+    /// # Panics
+    /// With what differs, or does not.
+    pub fn check_mutant(
+        &self,
+        name: &str,
+        annotated: Model,
+        plain: Model,
+        original: Option<Model>,
+    ) {
+        let start = self.start(plain);
+        let tokens = tokens(self.rows, self.seq_len, self.vocabulary, 3);
+        let on_one = |model: Model| {
+            let found = self.on_one(&start, model, &tokens);
+            found.unwrap_or_else(|e| panic!("{name}, one device: {e}"))
+        };
+        let expected = on_one(plain);
+        if let Some(original) = original {
+            let other = (on_one(original).out - &expected.out).expect("the same shape");
+            let apart = other.abs().and_then(|d| d.max_all()?.to_scalar::<f32>());
+            assert!(apart.is_ok_and(|d| d > 1e-3), "{name} changes nothing");
+        }
+        for sp in [2, 4] {
+            let found = self
+                .on_ranks(&start, annotated, &tokens, sp)
+                .unwrap_or_else(|e| panic!("{name}, sp {sp}: {e}"));
+            self.compare(&format!("{name}, sp {sp}"), &found, &expected);
+        }
+    }
+
     /// The plain model's last row after every beginning of the sequence.
     fn every_beginning(&self, start: &Tensors, plain: Model, tokens: &Tensor) -> Result<Found> {
         let vars = autosp_reference::variables(start)?;

@@ -21,6 +21,12 @@ zoo!(qwen2_last: qwen2, Zoo { kind: Kind::Last, ..qwen2() }, |m, json, vb, token
     m::ModelForCausalLM::new(&config, vb)?.forward(tokens, 0)
 });
 
+// The model without its head, which is a public function on the way to the attention.
+zoo!(qwen2_base: qwen2, qwen2(), |m, json, vb, tokens| {
+    let config: m::Config = config(json)?;
+    m::Model::new(&config, vb)?.forward(tokens, 0, None)
+});
+
 // The head is a layer of candle-transformers, whose weights are not seen.
 zoo_loss!(qwen2_loss: qwen2, Zoo { kind: Kind::Last, ..qwen2() }, |m, json, vb, tokens, labels| {
     m::ModelForCausalLM::new(&config(json)?, vb)?.forward_loss(tokens, 0, labels)

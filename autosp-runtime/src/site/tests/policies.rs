@@ -1,7 +1,7 @@
 //! Checkpoint policies around sites: the same bits, no attention in the backward where it was kept, and bytes equal to the formulas.
 
 use autosp_plan::cost;
-use autosp_plan::settings::Policy;
+use autosp_plan::settings::{Keep, Policies, Policy};
 use candle_core::{Result, Tensor, Var};
 use proptest::prelude::*;
 
@@ -10,7 +10,7 @@ use crate::memory::checkpoint;
 use crate::schedule::Timeline;
 use crate::scope::Shard;
 use crate::scores::{scores, softmax};
-use crate::{Error, Settings, run_with};
+use crate::{Error, Purpose, Settings, run_with};
 
 const BLOCKS: usize = 3;
 const HEADS: usize = 4;
@@ -30,8 +30,10 @@ struct Case {
 struct Found {
     /// The bits of the result, the gradient of the input, and that of the weight that all blocks share.
     bits: Vec<u32>,
-    /// Bytes that the scopes held after the forward, and after all was dropped.
-    held: [u64; 2],
+    /// Bytes that the scopes held after the forward, at most, and after all was dropped.
+    held: [u64; 3],
+    /// The same on the host, and the memory that was allocated there.
+    host: [u64; 4],
     /// Exchanged bytes of forward and backward.
     exchanged: [u64; 2],
     /// Computed attentions of forward and backward.
@@ -48,11 +50,11 @@ fn block(x: &Tensor, weight: &Tensor, kv_heads: usize) -> Result<Tensor> {
     Tensor::cat(&[&(out + q)?, &k, &v], 1)
 }
 
-fn run(case: Case, policy: Policy) -> Vec<Found> {
+fn run(case: Case, keep: Keep) -> Vec<Found> {
     let settings = Settings::default()
         .with_sp(case.sp)
         .with_groups(case.groups)
-        .with_policy(policy);
+        .with_policies(Policies::uniform(keep));
     run_with(settings, |sp| {
         let shard = Shard::new(case.valid, sp.sp_rank(), case.sp);
         let all = HEADS + 2 * case.kv_heads;
@@ -72,6 +74,7 @@ fn run(case: Case, policy: Policy) -> Vec<Found> {
             Ok(y)
         })?;
         let (middle, held) = (marks(), ledger.held());
+        let host = ledger.bytes(Purpose::Host);
         let mut grads = out.sqr()?.sum_all()?.backward()?;
         crate::memory::collect(&mut grads)?;
         let end = marks();
@@ -80,7 +83,17 @@ fn run(case: Case, policy: Policy) -> Vec<Found> {
         drop((out, grads));
         Ok(Found {
             bits: found.concat().into_iter().map(f32::to_bits).collect(),
-            held: [held, ledger.held()],
+            held: [held, ledger.most(Purpose::Kept), ledger.held()],
+            host: [
+                host,
+                ledger.most(Purpose::Host),
+                ledger.bytes(Purpose::Host),
+                if keep.offload {
+                    sp.shelf()?.allocated()
+                } else {
+                    0
+                },
+            ],
             exchanged: [middle.0 - start.0, end.0 - middle.0],
             attentions: [middle.1 - start.1, end.1 - middle.1],
         })
@@ -108,20 +121,40 @@ fn check(case: Case) {
         4,
     );
     let blocks = BLOCKS as u64;
-    let all = run(case, Policy::All);
-    for policy in Policy::ALL {
-        for (found, all) in run(case, policy).iter().zip(&all) {
-            assert!(found.bits == all.bits, "{case:?} {policy:?}");
-            let held = match policy {
-                Policy::All => 0,
-                _ => blocks * (input + site.kept_bytes(policy)),
+    let all = run(case, Keep::on_device(Policy::All));
+    for keep in Keep::ALL {
+        let policy = keep.policy;
+        for (found, all) in run(case, keep).iter().zip(&all) {
+            assert!(found.bits == all.bits, "{case:?} {keep}");
+            let of_block = match policy {
+                // What the tape has of its own: what was exchanged, or what attention made; the rest is in candle's graph.
+                Policy::All if case.sp > 1 => site.kept_bytes(Policy::Qkv),
+                Policy::All => site.kept_bytes(Policy::Attention),
+                _ => input + site.kept_bytes(policy),
             };
-            assert_eq!(found.held, [held, 0], "{case:?} {policy:?}");
+            if keep.offload {
+                // Two of the blocks are on the device, all are on the host.
+                let host = blocks * of_block;
+                assert_eq!(
+                    found.held,
+                    [2 * of_block, 2 * of_block, 0],
+                    "{case:?} {keep}"
+                );
+                assert_eq!(found.host, [host, host, 0, host], "{case:?} {keep}");
+            } else {
+                let held = if policy == Policy::All {
+                    0
+                } else {
+                    blocks * of_block
+                };
+                assert_eq!(found.held, [held, held, 0], "{case:?} {keep}");
+                assert_eq!(found.host, [0; 4], "{case:?} {keep}");
+            }
             let exchanged = [site.forward_bytes(), site.backward_bytes(policy)];
             assert_eq!(
                 found.exchanged,
                 exchanged.map(|bytes| bytes * blocks),
-                "{case:?} {policy:?}"
+                "{case:?} {keep}"
             );
             let again = if policy == Policy::Input {
                 all.attentions[0]
@@ -131,7 +164,7 @@ fn check(case: Case) {
             assert_eq!(
                 found.attentions,
                 [all.attentions[0], again],
-                "{case:?} {policy:?}"
+                "{case:?} {keep}"
             );
             assert!(all.attentions[0] >= blocks);
         }
