@@ -198,8 +198,7 @@ struct Left {
     memos: replay::Memos,
     /// What is on the host: what the tape keeps, or the input and the memos' tensors.
     stash: Option<Stash>,
-    #[expect(dead_code, reason = "counted for as long as it is there")]
-    held: Option<Held>,
+    held: Mutex<Option<Held>>,
 }
 
 /// Runs a block and makes one operation of it. Where the memory of `x` is its `own`, it is taken.
@@ -233,14 +232,18 @@ where
         };
         drop(y);
         let kept = tape.take_kept();
-        let stash = match shelf {
-            Some(shelf) => Some(shelf.leave(kept, &[])?),
-            None => None,
+        let (stash, held) = if let Some(shelf) = shelf {
+            (Some(shelf.leave(kept, &[])?), None)
+        } else {
+            let extents = kept.iter().filter_map(Extent::of);
+            let bytes = extents.map(|extent| extent.bytes() as u64).sum();
+            (None, Some(Held::new(scope.sp(), bytes)))
         };
         let left = Left {
             tape: Mutex::new(Some(tape)),
             input: (!own).then(|| x.detach()),
             stash,
+            held: Mutex::new(held),
             ..Left::default()
         };
         (result, left)
@@ -263,7 +266,7 @@ where
         } else {
             let sites = memos.iter().map(|memo| memo.bytes()).sum::<u64>();
             Left {
-                held: Some(Held::new(scope.sp(), site::bytes(&input) + sites)),
+                held: Mutex::new(Some(Held::new(scope.sp(), site::bytes(&input) + sites))),
                 input: Some(input),
                 memos,
                 ..Left::default()
@@ -304,8 +307,17 @@ impl Left {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .take();
+        // What the tape keeps is freed while it walks back; what a policy keeps stays for as long as candle's graph.
+        let mut used = None;
         let tape = match (tape, &self.input, &mut fetched) {
-            (Some(tape), _, _) => tape,
+            (Some(tape), _, _) => {
+                used = self
+                    .held
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .take();
+                tape
+            }
             (None, Some(x), _) => again(f, x, wanted, &self.memos)?,
             (None, None, Some(fetched)) if !fetched.tensors.is_empty() => {
                 let mut tensors = std::mem::take(&mut fetched.tensors).into_iter();
@@ -318,7 +330,9 @@ impl Left {
             }
             (None, None, _) => return Err(second_backward()),
         };
-        tape.backward(grad, &mut sink)
+        let of_input = tape.backward(grad, &mut sink);
+        drop(used);
+        of_input
     }
 }
 
@@ -365,37 +379,38 @@ fn sink(variable: &Tensor, grad: Tensor) -> Result<()> {
     SINK.with_borrow_mut(|sink| {
         let grad = match sink.remove(&variable.id()) {
             None => grad,
-            Some((earlier, _)) => {
-                let sum = wide(variable.dtype());
-                // What was cast, now or for an earlier sum, is nobody else's.
-                let own = sum != variable.dtype();
-                accumulate(cast(&earlier, sum)?, own, &cast(&grad, sum)?)?
-            }
+            Some((earlier, _)) => added(&earlier, &grad, variable.dtype())?,
         };
         sink.insert(variable.id(), (grad.detach(), variable.dtype()));
         Ok(())
     })
 }
 
-/// Takes what the sink has of the variables that `wanted` knows.
-pub(crate) fn take(wanted: impl Fn(TensorId) -> bool) -> Result<Vec<(TensorId, Tensor)>> {
+/// The sum of two gradients of a variable of type `dtype`, in a type that is wide enough for many. Nobody else reads `earlier`.
+pub(crate) fn added(earlier: &Tensor, grad: &Tensor, dtype: DType) -> Result<Tensor> {
+    let sum = wide(dtype);
+    // What was cast, now or for an earlier sum, is nobody else's.
+    let own = sum != dtype;
+    accumulate(cast(earlier, sum)?, own, &cast(grad, sum)?)
+}
+
+/// Takes what the sink has of the variables that `wanted` knows: sums in the type of [`added`], what was found once in that of its variable.
+pub(crate) fn take(wanted: impl Fn(TensorId) -> bool) -> Vec<(TensorId, Tensor)> {
     SINK.with_borrow_mut(|sink| {
         let taken = sink.extract_if(|id, _| wanted(*id));
-        taken
-            .map(|(id, (grad, dtype))| Ok((id, cast(&grad, dtype)?)))
-            .collect()
+        taken.map(|(id, (grad, _))| (id, grad)).collect()
     })
 }
 
 /// Moves the gradients that recomputed blocks found on this thread into candle's store.
 pub(crate) fn collect(grads: &mut GradStore) -> Result<()> {
     for (id, (grad, dtype)) in SINK.take() {
-        let grad = cast(&grad, dtype)?;
         let sum = match grads.get_id(id) {
             None => grad,
-            Some(earlier) => (earlier + grad)?.detach(),
+            Some(outside) => added(&grad, &outside.detach(), dtype)?,
         };
-        grads.insert_id(id, sum);
+        // Rounded once, after everything was added.
+        grads.insert_id(id, cast(&sum, dtype)?.detach());
     }
     Ok(())
 }

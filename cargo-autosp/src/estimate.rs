@@ -37,7 +37,7 @@ pub(crate) struct Arguments {
     /// Sequences of a step on each replica
     #[arg(long, default_value_t = 1)]
     batch: usize,
-    /// Type of parameters and activations: f32, bf16 or f16; that of the file, else bf16
+    /// Type of parameters and activations: f64, f32, bf16 or f16; that of the file, else bf16
     #[arg(long, value_parser = float)]
     dtype: Option<Float>,
     /// A settings file, whose values are kept

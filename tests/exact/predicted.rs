@@ -106,9 +106,7 @@ fn a_step_needs_what_the_planner_says() {
             if zero != Zero::Stage2 {
                 exact("gradients");
             }
-            if policy != Policy::All {
-                exact("kept");
-            }
+            exact("kept");
             assert!(rank.iter().all(Checked::holds), "{rank:?}");
             // Shares of buckets are rounded up to whole elements, in two lists of four bytes.
             let optimizer = find("optimizer").unwrap();

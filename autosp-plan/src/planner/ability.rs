@@ -78,8 +78,14 @@ impl Abilities {
     /// All.
     pub const ALL: Self = Self::of(&Ability::ALL);
 
-    /// What the trainer of this version does.
-    pub const TRAINER: Self = Self::of(&[Ability::Zero2]);
+    /// What the trainer of this version does, but for [`Ability::Offload`]: that has not run on a GPU yet, and is chosen where it is asked
+    /// for.
+    pub const TRAINER: Self = Self::of(&[
+        Ability::Mixed,
+        Ability::MlpTiles,
+        Ability::LossTiles,
+        Ability::Zero2,
+    ]);
 
     /// These.
     pub const fn of(list: &[Ability]) -> Self {

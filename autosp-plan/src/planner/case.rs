@@ -1,11 +1,11 @@
 //! All of a choice but what the blocks keep, worked out for one length.
 
-use super::graph::{Graph, exchanged};
+use super::graph::Graph;
 use super::{Choice, Job, Model};
 use crate::cost::{Site, input_bytes};
 use crate::settings::Policy;
 
-/// Bytes of an element of what is summed and of the optimizer's state.
+/// Bytes of an element of what is summed and of the optimizer's state, where the parameters have no more.
 const WIDE: u64 = 4;
 
 /// Bytes of a bucket of gradients that goes to the host.
@@ -64,35 +64,39 @@ impl<'a> Case<'a> {
         self.tokens * width as u64 * self.e
     }
 
-    /// Bytes of a block's graph.
-    pub(super) fn graph_bytes(&self) -> u64 {
-        self.rows(self.graph.width(self.choice.mlp_tiles)) + exchanged(&self.site)
+    /// Bytes that a block's tape keeps.
+    fn graph_bytes(&self, mlp_tiles: usize) -> u64 {
+        self.rows(self.graph.width(mlp_tiles)) + self.site.kept_bytes(Policy::Qkv)
     }
 
-    /// Bytes of a block's graph without tiles: what its forward writes, in whatever portions.
+    /// What a block's forward writes is taken to be in proportion to this.
     pub(super) fn traffic_bytes(&self) -> u64 {
-        self.rows(self.graph.width(1)) + exchanged(&self.site)
+        self.graph_bytes(1)
     }
 
-    /// What a block keeps from its forward to its backward.
+    /// What a block keeps from its forward to its backward. Under [`Policy::All`] nothing runs in tiles.
     pub(super) fn kept(&self, policy: Policy) -> u64 {
-        let model = self.model();
         match policy {
-            Policy::All => self.graph_bytes(),
+            Policy::All => self.graph_bytes(1),
             _ => {
-                input_bytes(1, self.tokens as usize, model.hidden, self.job.dtype_bytes)
-                    + self.site.kept_bytes(policy)
+                let (tokens, hidden) = (self.tokens as usize, self.model().hidden);
+                input_bytes(1, tokens, hidden, self.job.dtype_bytes) + self.site.kept_bytes(policy)
             }
         }
     }
 
-    /// The part of a block's graph that its recomputation makes again.
+    /// The part of a block's graph that its recomputation makes again: a copy of its input too, and on one rank of the attention's result.
     pub(super) fn again(&self, policy: Policy) -> u64 {
-        match policy {
-            Policy::All => 0,
-            _ if self.site.ranks == 1 => self.graph_bytes(),
-            _ => self.graph_bytes() - self.site.kept_bytes(policy),
-        }
+        let kept = match policy {
+            Policy::All => return 0,
+            Policy::Input => 0,
+            _ if self.site.ranks == 1 => {
+                let width = self.site.heads * self.site.value_width;
+                self.site.kept_bytes(policy) - self.rows(width)
+            }
+            _ => self.site.kept_bytes(policy),
+        };
+        self.graph_bytes(self.choice.mlp_tiles) - kept
     }
 
     /// What the backward of the feed-forward holds beside the block's graph.
@@ -135,8 +139,17 @@ impl<'a> Case<'a> {
         // cuDNN's backward: dQ in f32 and a row of sums, h s (4 d + 4); with grouped queries dK and dV of every query head, 4 h s d.
         let grouped = if kv_heads < heads { 4 * key_width } else { 0 };
         let workspace = (heads / ranks * batch * padded * (4 * key_width + 4 + grouped)) as u64;
+        // Gate and up are gone by then.
+        let gone = if self.choice.mlp_tiles > 1 {
+            0
+        } else {
+            self.graph.inside
+        };
+        let Graph {
+            attention_moment, ..
+        } = self.graph;
         [
-            self.rows(self.graph.attention_moment),
+            self.rows(attention_moment.saturating_sub(gone)),
             exchange,
             workspace.div_ceil(groups),
         ]
@@ -174,8 +187,12 @@ impl<'a> Case<'a> {
         let tiles = self.choice.loss_tiles as u64;
         if tiles > 1 {
             (2 * self.logits()).div_ceil(tiles) + self.rows(self.model().hidden)
+        } else if self.e < WIDE {
+            // As measured on GPUs in bf16.
+            self.tokens * self.model().vocabulary as u64 * self.e
         } else {
-            self.logits()
+            // candle's zeros, the gradient, and their sum.
+            3 * self.logits()
         }
     }
 
@@ -192,6 +209,11 @@ impl<'a> Case<'a> {
 
     pub(super) fn index_fits(&self) -> bool {
         self.largest() <= INDEX
+    }
+
+    /// Bytes of an element of sums.
+    fn wide(&self) -> u64 {
+        WIDE.max(self.e)
     }
 
     /// Parameters that a rank holds.
@@ -212,21 +234,21 @@ impl<'a> Case<'a> {
             return self.e * n;
         }
         let arriving = self.model().block_parameters() + self.model().embedding();
-        WIDE * n.div_ceil(self.world) + self.e * arriving + BUCKET
+        self.wide() * n.div_ceil(self.world) + self.e * arriving + BUCKET
     }
 
     /// What the update holds beside them: a bucket joined, reduced and gathered.
-    pub(super) fn buckets() -> u64 {
-        3 * BUCKET
+    pub(super) fn buckets(&self) -> u64 {
+        3 * BUCKET.min(self.wide() * self.model().parameters())
     }
 
     /// Gradients in the update, where their sums take the place of what each rank has found.
     pub(super) fn sums(&self) -> u64 {
         let n = self.model().parameters();
         let share = if self.choice.stage == 0 {
-            WIDE * n
+            self.wide() * n
         } else {
-            WIDE * n.div_ceil(self.world)
+            self.wide() * n.div_ceil(self.world)
         };
         let own = if self.choice.stage < 2 { self.e * n } else { 0 };
         share.max(own)
@@ -240,7 +262,7 @@ impl<'a> Case<'a> {
             self.world
         };
         let master = if self.e < WIDE { WIDE } else { 0 };
-        (2 * WIDE.max(self.e) + master) * self.model().parameters().div_ceil(share)
+        (2 * self.wide() + master) * self.model().parameters().div_ceil(share)
     }
 
     /// The optimizer's bytes on the device.

@@ -23,11 +23,6 @@ impl Machine {
         (self.device_bytes / 50 * 49).saturating_sub(CONTEXT)
     }
 
-    /// The memory of a device whose usable part is `bytes`.
-    pub fn device_for(bytes: u64) -> u64 {
-        (bytes + CONTEXT).div_ceil(49) * 50
-    }
-
     /// Ranks that share a host's memory.
     pub fn ranks_of_host(&self) -> u64 {
         self.gpus.min(self.gpus_per_host) as u64

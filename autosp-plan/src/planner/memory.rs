@@ -134,6 +134,10 @@ pub(super) struct Numbers {
     parameters: u64,
     optimizer: u64,
     gradients: u64,
+    /// The same where they are divided while the backward runs.
+    divided: Option<u64>,
+    /// Gradients of a block.
+    block: u64,
     sums: u64,
     buckets: u64,
     /// Gradient of the output projection, which comes first.
@@ -159,8 +163,10 @@ impl Numbers {
             parameters: case.parameters(),
             optimizer: case.optimizer(),
             gradients: case.gradients(),
+            divided: (case.choice.stage >= 2).then(|| case.gradients()),
+            block: case.model().block_parameters() * case.e,
             sums: case.sums(),
-            buckets: Case::buckets(),
+            buckets: case.buckets(),
             table: case.model().embedding() * case.e,
             head: case.head(),
             loss_moment: case.loss_moment(),
@@ -173,15 +179,16 @@ impl Numbers {
         }
     }
 
-    /// Bytes that stay on the device, and that go to the host, of what blocks keep. Of those that go, one is being copied and one is in
-    /// use.
+    /// Bytes that stay on the device, and that go to the host, of what blocks keep. Of those that go, the device has the last two that ran.
     fn kept(&self, runs: &[(Keep, usize)]) -> [u64; 2] {
-        let (mut kept, mut staged, mut hosted) = (0, 0, 0);
+        let (mut kept, mut staged, mut hosted, mut previous) = (0, 0, 0, 0);
         for &(keep, count) in runs {
             let block = self.kept[index(keep)];
             if keep.offload {
                 hosted += block * count as u64;
-                staged = staged.max(block * 2.min(count as u64));
+                let two = if count > 1 { 2 * block } else { block };
+                staged = staged.max(two).max(previous + block);
+                previous = block;
             } else {
                 kept += block * count as u64;
             }
@@ -189,28 +196,46 @@ impl Numbers {
         [kept + staged, hosted]
     }
 
-    /// Four moments: the loss at the turn from forward to backward, the feed-forward and the attention of a block in the backward, and
-    /// the update. candle holds the whole graph until its backward ends, so that nothing kept is freed before.
-    fn moments(&self, kept: u64, runs: &[(Keep, usize)]) -> [Moment; 4] {
-        let again = runs.iter().map(|(keep, _)| self.again[index(*keep)]).max();
-        let again = again.unwrap_or(0);
-        let (grads, head) = (self.gradients, self.head);
-        let [gradients, exchange, workspace] = self.attention_moment;
-        [
-            (
-                "the loss",
-                [self.table, kept, head + self.loss_moment, 0, 0, 0],
-            ),
-            (
-                "the backward of a feed-forward",
-                [grads, kept, head, again + self.mlp_moment, 0, 0],
-            ),
-            (
-                "the backward of an attention",
-                [grads, kept, head, again + gradients, exchange, workspace],
-            ),
-            ("the update", [self.sums, 0, 0, 0, self.buckets, 0]),
-        ]
+    /// The loss at the turn from forward to backward; the feed-forward and the attention of the first and of the last block of each run
+    /// that walks back; the update. Between the first and the last of a run memory grows or falls evenly. candle holds on to its graph until its
+    /// backward ends, and with it to what blocks keep under all policies but `all`; what a tape keeps is freed when it has walked back.
+    fn moments(&self, kept: u64, runs: &[(Keep, usize)]) -> Vec<Moment> {
+        let head = self.head;
+        let mut moments = vec![(
+            "the loss",
+            [self.table, kept, head + self.loss_moment, 0, 0, 0],
+        )];
+        let [attention, exchange, workspace] = self.attention_moment;
+        let (mut walked, mut left) = (0, kept);
+        for &(keep, count) in runs.iter().rev() {
+            let (again, block) = (self.again[index(keep)], self.kept[index(keep)]);
+            let freed = match keep {
+                Keep {
+                    policy: Policy::All,
+                    offload: false,
+                } => block,
+                _ => 0,
+            };
+            for before in [0, count as u64 - 1] {
+                let found = self.table + (walked + before + 1) * self.block;
+                let grads = self.divided.unwrap_or(found.min(self.gradients));
+                let kept = left - before * freed;
+                let mlp = again + self.mlp_moment;
+                moments.push((
+                    "the backward of a feed-forward",
+                    [grads, kept, head, mlp, 0, 0],
+                ));
+                let attention = again + attention;
+                moments.push((
+                    "the backward of an attention",
+                    [grads, kept, head, attention, exchange, workspace],
+                ));
+            }
+            walked += count as u64;
+            left -= count as u64 * freed;
+        }
+        moments.push(("the update", [self.sums, 0, 0, 0, self.buckets, 0]));
+        moments
     }
 
     /// Peak of a device and bytes of a host.

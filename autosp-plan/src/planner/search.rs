@@ -185,8 +185,9 @@ impl Job {
             .map(|&keep| Layers::uniform(keep, layers))
             .collect();
         if self.abilities.has(Ability::Mixed) {
-            for (i, &a) in kinds.iter().enumerate() {
-                for &b in &kinds[i + 1..] {
+            // The order matters: blocks that walk back first free what their tape keeps before others fill the gradients.
+            for &a in kinds {
+                for &b in kinds.iter().filter(|&&b| b != a) {
                     all.extend((1..layers).map(|n| Layers::two(a, n, b, layers - n)));
                 }
             }

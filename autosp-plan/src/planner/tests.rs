@@ -156,11 +156,11 @@ fn advice_leads_further() {
             layers: Some(Layers::uniform(Keep::ALL[0], 32)),
             ..Pins::default()
         },
-        abilities: Abilities::NONE,
+        abilities: Abilities::of(&[Ability::LossTiles]),
         ..Job::new(llama_8b(), h200(8))
     };
-    let found = estimate(&job, 1 << 17).unwrap();
-    assert!(!found.feasible && found.max_seq < 1 << 17);
+    let found = estimate(&job, 1 << 20).unwrap();
+    assert!(!found.feasible && found.max_seq < 1 << 20);
     let whats: Vec<&str> = found
         .advice
         .iter()

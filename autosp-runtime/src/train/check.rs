@@ -140,10 +140,17 @@ impl Trainer {
             layers: Layers::of_settings(settings.policies(), workload.model.layers)
                 .unwrap_or_else(|_| Layers::uniform(Keep::ALL[0], workload.model.layers)),
             groups: settings.groups(),
-            mlp_tiles: 1,
+            mlp_tiles: self.tiles(workload),
             loss_tiles: workload.loss_tiles.max(1),
         };
         (job, choice)
+    }
+
+    /// Tiles of a feed-forward in the blocks that are computed again.
+    fn tiles(&self, workload: &Workload) -> usize {
+        let settings = self.sp.settings();
+        let tokens = workload.batch * workload.seq.div_ceil(settings.sp());
+        tokens.div_ceil(settings.tile()).max(1)
     }
 
     /// What the ledger and the device have, beside what was predicted.
@@ -160,7 +167,7 @@ impl Trainer {
                 _ => Purpose::Kept,
             };
             let measured = ledger.most(purpose);
-            // Where nothing is counted nothing can be compared: under `all` candle's graph keeps what blocks keep.
+            // Where nothing is counted nothing can be compared: a model without blocks keeps everything in candle's graph.
             if measured > 0 {
                 checked.push(Checked {
                     what: purpose.name(),

@@ -13,6 +13,7 @@ use candle_core::{Tensor, TensorId, Var};
 
 use super::flat::Bucket;
 use super::reduce;
+use crate::ops::wide;
 use crate::site::bytes;
 use crate::{Purpose, Result, Sp, memory};
 
@@ -28,14 +29,18 @@ pub(crate) struct Divider {
     buckets: Vec<Bucket>,
     /// The place of each variable in the order of names.
     places: HashMap<TensorId, usize>,
-    /// For the n-th block of a backward, the buckets that are reduced after it.
-    schedule: Vec<Vec<usize>>,
+    /// For the n-th block of a backward, the buckets that are reduced after it, and whether they travel as sums, in a wide type.
+    schedule: Vec<Vec<(usize, bool)>>,
     /// Blocks of this backward that have walked back.
     blocks: usize,
     /// Gradients that were not reduced yet.
     pending: Vec<Option<Tensor>>,
     /// Variables that had a gradient here.
     had: Vec<bool>,
+    /// Variables whose pending gradient is a sum.
+    summed: Vec<bool>,
+    /// Bytes of the shares of earlier micro-batches.
+    earlier: u64,
     /// This rank's share of the sum of each bucket.
     shares: Vec<Option<Tensor>>,
 }
@@ -52,27 +57,37 @@ impl Divider {
             blocks: 0,
             pending: vec![None; vars.len()],
             had: vec![false; vars.len()],
+            summed: vec![false; vars.len()],
+            earlier: 0,
             shares: vec![None; buckets.len()],
         }
     }
 
+    /// There are the shares of earlier micro-batches beside those of this one.
+    pub(super) fn beside(&mut self, earlier: &[Option<Tensor>]) {
+        self.earlier = earlier.iter().flatten().map(bytes).sum();
+    }
+
     /// A block has walked back.
     fn block(&mut self) -> Result<()> {
-        for (id, grad) in memory::take(|id| self.places.contains_key(&id))? {
+        for (id, grad) in memory::take(|id| self.places.contains_key(&id)) {
             self.add(self.places[&id], grad)?;
         }
         self.count();
         if self.blocks == self.schedule.len() {
-            let here = reduce::here(&self.pending);
-            let anywhere = reduce::presence(&self.sp, &here, &[])?.anywhere;
+            let mut bits = reduce::here(&self.pending);
+            bits.extend(&self.summed);
+            let anywhere = reduce::presence(&self.sp, &bits, &[])?.anywhere;
+            let (anywhere, summed) = anywhere.split_at(self.vars.len());
             let complete = |&at: &usize| {
                 self.shares[at].is_none() && self.buckets[at].vars.clone().all(|var| anywhere[var])
             };
-            let buckets = (0..self.buckets.len()).filter(complete).collect();
-            self.schedule.push(buckets);
+            let as_sum = |at: usize| (at, self.buckets[at].vars.clone().any(|var| summed[var]));
+            let buckets = (0..self.buckets.len()).filter(complete).map(as_sum);
+            self.schedule.push(buckets.collect());
         }
-        for at in self.schedule[self.blocks].clone() {
-            self.reduce(at)?;
+        for (at, summed) in self.schedule[self.blocks].clone() {
+            self.reduce(at, summed)?;
         }
         self.blocks += 1;
         self.count();
@@ -95,8 +110,10 @@ impl Divider {
         let had = self.had.iter().zip(&left).map(|(had, left)| had | left);
         let mut bits: Vec<bool> = had.collect();
         bits.extend(&left);
+        bits.extend(&self.summed);
         let anywhere = reduce::presence(&self.sp, &bits, &[])?.anywhere;
         let (had, left) = anywhere.split_at(self.vars.len());
+        let (left, summed) = left.split_at(self.vars.len());
         found.resize(self.vars.len(), false);
         for (found, had) in found.iter_mut().zip(had) {
             *found |= had;
@@ -104,7 +121,8 @@ impl Divider {
         for at in 0..self.buckets.len() {
             let more = self.buckets[at].vars.clone().any(|var| left[var]);
             if more || self.shares[at].is_none() {
-                self.reduce(at)?;
+                let summed = self.buckets[at].vars.clone().any(|var| summed[var]);
+                self.reduce(at, summed)?;
             }
         }
         let shares = std::mem::take(&mut self.shares);
@@ -117,27 +135,37 @@ impl Divider {
         self.blocks = 0;
         self.pending = vec![None; self.vars.len()];
         self.had = vec![false; self.vars.len()];
+        self.summed = vec![false; self.vars.len()];
         self.shares = vec![None; self.buckets.len()];
     }
 
     fn add(&mut self, var: usize, grad: Tensor) -> Result<()> {
+        let dtype = self.vars[var].dtype();
         let sum = match self.pending[var].take() {
             None => grad,
-            Some(earlier) => (earlier + grad)?,
+            Some(earlier) => memory::added(&earlier, &grad, dtype)?,
         };
+        self.summed[var] |= sum.dtype() != dtype;
         self.pending[var] = Some(sum.detach());
         Ok(())
     }
 
-    /// Sums what is pending of a bucket over the ranks and adds it to this rank's share.
-    fn reduce(&mut self, at: usize) -> Result<()> {
+    /// Sums what is pending of a bucket over the ranks and adds it to this rank's share. What was `summed` on some rank travels as it is on
+    /// all, in the wide type; the rest is rounded nowhere either way.
+    fn reduce(&mut self, at: usize, summed: bool) -> Result<()> {
         let bucket = &self.buckets[at];
         for var in bucket.vars.clone() {
             self.had[var] |= self.pending[var].is_some();
+            self.summed[var] = false;
         }
         let grads = self.pending[bucket.vars.clone()].iter_mut();
         let grads = grads.map(Option::take);
-        let sum = reduce::reduce(&self.sp, bucket, grads, &self.vars, (bucket.dtype, true))?;
+        let travels = if summed {
+            wide(bucket.dtype)
+        } else {
+            bucket.dtype
+        };
+        let sum = reduce::reduce(&self.sp, bucket, grads, &self.vars, (travels, true))?;
         self.shares[at] = Some(match self.shares[at].take() {
             None => sum,
             Some(earlier) => (earlier + sum)?,
@@ -148,9 +176,10 @@ impl Divider {
     /// Tells the ledger how many bytes of gradients and shares there are.
     fn count(&self) {
         let all = self.pending.iter().chain(&self.shares).flatten();
-        self.sp
-            .ledger()
-            .set(Purpose::Gradients, all.map(bytes).sum());
+        self.sp.ledger().set(
+            Purpose::Gradients,
+            self.earlier + all.map(bytes).sum::<u64>(),
+        );
     }
 }
 

@@ -73,7 +73,7 @@ impl Trainer {
     ///
     /// # Errors
     /// Those of `loss`; AS0512 if a variable has no gradient on any rank; AS0513 if the loss or the gradient is not finite, unless
-    /// such steps are skipped; AS0509 if the loss is no scalar. After an error the variables are what they were.
+    /// such steps are skipped; AS0509 if the loss is no scalar. After an error before the update the variables are what they were.
     pub fn step<E>(&mut self, loss: impl FnOnce() -> Result<Tensor, E>) -> Result<StepReport>
     where
         Error: From<E>,
@@ -153,6 +153,9 @@ impl Trainer {
     {
         loss::take_targets();
         let (sp, named, divider) = (&self.sp, &self.named, &mut self.divider);
+        if let Some(divider) = divider {
+            divider.beside(&gathered.grads);
+        }
         let (value, own) = sp.scope(|| -> Result<_> {
             let loss = loss()?;
             let value = scalar(&loss)?;

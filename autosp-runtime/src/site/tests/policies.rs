@@ -142,11 +142,7 @@ fn check(case: Case) {
                 );
                 assert_eq!(found.host, [host, host, 0, host], "{case:?} {keep}");
             } else {
-                let held = if policy == Policy::All {
-                    0
-                } else {
-                    blocks * of_block
-                };
+                let held = blocks * of_block;
                 assert_eq!(found.held, [held, held, 0], "{case:?} {keep}");
                 assert_eq!(found.host, [0; 4], "{case:?} {keep}");
             }
