@@ -76,13 +76,11 @@ impl<'a> Case<'a> {
 
     /// What a block keeps from its forward to its backward. Under [`Policy::All`] nothing runs in tiles.
     pub(super) fn kept(&self, policy: Policy) -> u64 {
-        match policy {
-            Policy::All => self.graph_bytes(1),
-            _ => {
-                let (tokens, hidden) = (self.tokens as usize, self.model().hidden);
-                input_bytes(1, tokens, hidden, self.job.dtype_bytes) + self.site.kept_bytes(policy)
-            }
+        if policy == Policy::All {
+            return self.graph_bytes(1);
         }
+        let (tokens, hidden) = (self.tokens as usize, self.model().hidden);
+        input_bytes(1, tokens, hidden, self.job.dtype_bytes) + self.site.kept_bytes(policy)
     }
 
     /// The part of a block's graph that its recomputation makes again: a copy of its input too, and on one rank of the attention's result.
