@@ -79,9 +79,14 @@ fn sharded(
     ))
 }
 
+/// Gradients are differences of probabilities, over at most some twenty targets: where a probability is nearly one, they are small, and
+/// their rounding is not.
+const ROUNDING: f64 = 0.05;
+
 fn close(a: &[f64], b: &[f64], tolerance: f64) -> bool {
     let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
-    norm(&mut a.iter().zip(b).map(|(a, b)| a - b)) <= tolerance * norm(&mut b.iter().copied())
+    let apart = norm(&mut a.iter().zip(b).map(|(a, b)| a - b));
+    apart <= tolerance * (norm(&mut b.iter().copied()) + ROUNDING)
 }
 
 proptest! {
@@ -96,7 +101,8 @@ proptest! {
         let (loss, grad) = expected(&x, &targets);
         for (dtype, tolerance) in [(DType::F64, 1e-12), (DType::F32, 1e-6)] {
             let (values, found) = sharded(&x, &targets, size, dtype).unwrap();
-            prop_assert!(values.iter().all(|value| (value - loss).abs() <= tolerance * loss), "{values:?} {loss}");
+            // A loss is a difference of logits, and may be small where they are not.
+            prop_assert!(values.iter().all(|value| (value - loss).abs() <= tolerance * (1.0 + loss)), "{values:?} {loss}");
             prop_assert!(values.windows(2).all(|pair| pair[0].to_bits() == pair[1].to_bits()));
             prop_assert!(close(&found, &grad, 10.0 * tolerance));
         }

@@ -108,6 +108,7 @@ fn what_an_allocator_counts_is_predicted() {
                 memory.region
             );
             table.push_str(&row);
+            assert!(off.abs() < 10.0, "\n{table}");
         }
     }
     insta::assert_snapshot!(table);
