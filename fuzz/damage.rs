@@ -106,7 +106,10 @@ fn damaged(model: &str, program: &[u8]) -> String {
                 let part = words[at..end].to_vec();
                 words.splice(at..at, part);
             }
-            _ => words.swap(at, (at + how) % words.len().max(1)),
+            _ => {
+                let other = (at + how) % words.len();
+                words.swap(at, other);
+            }
         }
     }
     words.concat()

@@ -9,7 +9,7 @@ use common::as_in_rustc;
 use proptest::prelude::*;
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 16, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn damaged_models_come_back(model in 0u8..3, program in prop::collection::vec(any::<u8>(), 0..64)) {
