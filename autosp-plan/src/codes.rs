@@ -234,6 +234,9 @@ codes! {
     CHECKPOINT = "AS0561", "a checkpoint is of another model or optimizer",
         "A run goes on with the variables and the optimizer that wrote the checkpoint; mesh, ZeRO stage, policy, learning rate and data may change. The message names what differs. To begin a new run with the same parameters, load `parameters.safetensors` of the checkpoint with `load_trainable`.";
 
+    OUT_OF_MEMORY = "AS0562", "a rank has no memory left on its device",
+        "The device is full, or more was held than `memory_limit` allows. The message says what the memory was wanted for, what else is held there, and which setting makes it less. The step was not taken: unless the message is of the update, parameters and optimizer are what they were before it and can be saved; a checkpoint on disk is what it was. `cargo autosp estimate` says beforehand what fits.";
+
     RATES = "AS0611", "a file of measured rates that cannot be used",
         "`cargo autosp estimate --rates FILE` reads rates in FLOP/s and bytes/s, as numbers above 0 under the names that `doctor` writes. Leave the file out to plan with the rates of an H200.";
     UNREADABLE_FILE = "AS0601", "a file named on the command line cannot be read",

@@ -9,6 +9,7 @@
 
 mod ability;
 mod advice;
+mod auto;
 mod case;
 mod choice;
 mod graph;
@@ -29,7 +30,7 @@ pub use machine::Machine;
 pub use memory::{Limiter, Memory, Part};
 pub use model::{Model, Window};
 pub use rates::{Coefficients, Rates, RatesError};
-pub use search::{Estimate, Job, estimate};
+pub use search::{Estimate, Job, choose, estimate};
 pub use time::Time;
 
 #[cfg(test)]

@@ -126,6 +126,37 @@ impl Zero {
     }
 }
 
+/// Who says what a step keeps and cuts, where nobody has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Memory {
+    /// The planner, for a trainer that knows what it trains.
+    Auto,
+    /// The defaults.
+    Fixed,
+}
+
+/// Which memory something is in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// That of the device.
+    Device,
+    /// That of the host.
+    Host,
+}
+
+impl Place {
+    /// As a settings file writes it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Device => "device",
+            Self::Host => "host",
+        }
+    }
+}
+
+/// The bytes of a limit that is none, an EiB.
+pub const NO_LIMIT: u64 = 1 << 60;
+
 /// The settings of a run. Each value remembers its [`Source`].
 ///
 /// ```
@@ -327,11 +358,51 @@ impl Settings {
         self
     }
 
+    /// Takes a value that the planner has chosen, unless somebody has said another.
+    pub(crate) fn choose(&mut self, name: &str, value: Value) {
+        if let Some(index) = find(name)
+            && matches!(self.values[index].1, Source::Default | Source::Chosen)
+        {
+            self.values[index] = (value, Source::Chosen);
+        }
+    }
+
+    /// What the planner has chosen, for other ranks: a line each.
+    pub fn chosen(&self) -> String {
+        let chosen = self
+            .entries()
+            .filter(|(_, _, source)| **source == Source::Chosen);
+        let line = |(key, value, _): (&Key, Value, &Source)| {
+            format!("{}={}\n", key.name, value.to_string().trim_matches('"'))
+        };
+        chosen.map(line).collect()
+    }
+
+    /// Takes what the planner has [chosen](Self::chosen) on another rank.
+    ///
+    /// # Errors
+    /// As [`set`](Self::set).
+    pub fn with_chosen(mut self, text: &str) -> Result<Self, SettingsError> {
+        for (name, value) in text.lines().filter_map(|line| line.split_once('=')) {
+            self.set(name, value, Source::Chosen)?;
+        }
+        Ok(self)
+    }
+
+    /// Whether somebody has said the value of `name`: it is neither the default nor chosen.
+    pub fn is_said(&self, name: &str) -> bool {
+        !matches!(
+            self.source(name),
+            None | Some(Source::Default | Source::Chosen)
+        )
+    }
+
     /// A program may change its mind; two files, two spellings of a variable or two flags that disagree are refused, since which of
     /// them was meant cannot be known.
     fn put(&mut self, index: usize, value: Value, source: Source) -> Result<(), SettingsError> {
         let (known, from) = &self.values[index];
-        if source.strength() == from.strength() && source != Source::Program && *known != value {
+        let own = matches!(source, Source::Program | Source::Chosen);
+        if source.strength() == from.strength() && !own && *known != value {
             return Err(SettingsError {
                 code: codes::SETTINGS_CONTRADICT,
                 message: format!(

@@ -25,7 +25,7 @@ pub(crate) mod ops;
 pub mod probe;
 mod watch;
 
-pub(crate) use device::{Gpu, open};
+pub(crate) use device::{Gpu, open, total_memory};
 pub use device::{Memory, memory};
 pub(crate) use failure::Explain;
 pub use library::{Versions, versions};

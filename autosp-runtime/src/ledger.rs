@@ -2,6 +2,7 @@
 
 use std::ops::{Add, Sub};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// Counts the bytes of one rank, where a buffer is handed to a peer. What a rank hands to itself is not sent. Counts also the bytes that
 /// checkpoint scopes hold, and how often attention runs.
@@ -9,8 +10,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 pub struct Ledger {
     sent: AtomicU64,
     exchange: AtomicU64,
-    gauges: [Gauge; 5],
+    gauges: [Gauge; Purpose::ALL.len()],
     attentions: AtomicU64,
+    /// The most bytes on the device; 0 for no limit.
+    limit: AtomicU64,
+    /// What was held first beyond the limit, and how much there was then.
+    breach: Mutex<Option<(Purpose, u64)>>,
 }
 
 /// What memory that this crate allocates is for. The rest of what a rank uses is activations in candle's graph and what operations hold
@@ -26,17 +31,20 @@ pub enum Purpose {
     Optimizer,
     /// What checkpoint scopes hold on the device.
     Kept,
-    /// What they hold in memory of the host.
+    /// What a block that is computed again holds on its tape until it has walked back.
+    Working,
+    /// What checkpoint scopes hold in memory of the host, and the optimizer's state where it lies there.
     Host,
 }
 
 impl Purpose {
     /// All of them.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::Parameters,
         Self::Gradients,
         Self::Optimizer,
         Self::Kept,
+        Self::Working,
         Self::Host,
     ];
 
@@ -47,6 +55,7 @@ impl Purpose {
             Self::Gradients => "gradients",
             Self::Optimizer => "optimizer",
             Self::Kept => "kept",
+            Self::Working => "working",
             Self::Host => "host",
         }
     }
@@ -120,6 +129,13 @@ impl Ledger {
         let gauge = &self.gauges[purpose as usize];
         let now = gauge.now.fetch_add(bytes, Ordering::Relaxed) + bytes;
         gauge.most.fetch_max(now, Ordering::Relaxed);
+        self.watch(purpose);
+    }
+
+    /// As [`hold`](Self::hold), until what is returned is dropped.
+    pub(crate) fn holding(self: &Arc<Self>, purpose: Purpose, bytes: u64) -> Holding {
+        self.hold(purpose, bytes);
+        Holding(Arc::clone(self), purpose, bytes)
     }
 
     pub(crate) fn release(&self, purpose: Purpose, bytes: u64) {
@@ -133,6 +149,42 @@ impl Ledger {
         let gauge = &self.gauges[purpose as usize];
         gauge.now.store(bytes, Ordering::Relaxed);
         gauge.most.fetch_max(bytes, Ordering::Relaxed);
+        self.watch(purpose);
+    }
+
+    /// Bytes that this rank holds now on its device, for all purposes that are counted.
+    pub fn on_device(&self) -> u64 {
+        let all = Purpose::ALL.into_iter();
+        all.filter(|purpose| *purpose != Purpose::Host)
+            .map(|purpose| self.bytes(purpose))
+            .sum()
+    }
+
+    /// Watches from now on that no more than `bytes` are held on the device.
+    pub(crate) fn set_limit(&self, bytes: u64) {
+        self.limit.store(bytes, Ordering::Relaxed);
+    }
+
+    /// What was held first beyond the limit, and all bytes at that time; then forgets it.
+    pub(crate) fn take_breach(&self) -> Option<(Purpose, u64)> {
+        self.breach
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take()
+    }
+
+    fn watch(&self, purpose: Purpose) {
+        let limit = self.limit.load(Ordering::Relaxed);
+        if limit == 0 || purpose == Purpose::Host {
+            return;
+        }
+        let now = self.on_device();
+        if now > limit {
+            self.breach
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .get_or_insert((purpose, now));
+        }
     }
 
     pub(crate) fn attended(&self) {
@@ -142,6 +194,16 @@ impl Ledger {
     /// What was sent since an earlier [`snapshot`](Self::snapshot), for one step.
     pub fn since(&self, earlier: Bytes) -> Bytes {
         self.snapshot() - earlier
+    }
+}
+
+/// Bytes that are held until this is dropped.
+#[derive(Debug)]
+pub(crate) struct Holding(Arc<Ledger>, Purpose, u64);
+
+impl Drop for Holding {
+    fn drop(&mut self) {
+        self.0.release(self.1, self.2);
     }
 }
 

@@ -6,12 +6,13 @@
 //! [`Ledger::held`](crate::Ledger::held) counts the bytes, and [`autosp_plan::cost`] has the formula. With `+offload` what a block keeps
 //! lies on the host (`memory/shelf.rs`). Each block has its own policy, by its place in the forward.
 
+pub(crate) mod limit;
 pub(crate) mod link;
 pub(crate) mod replay;
 mod shelf;
 mod tiles;
 
-pub(crate) use link::{Extent, link_to};
+pub(crate) use link::{Extent, Link, Mark, Memory, link_to};
 pub(crate) use shelf::{Shelf, Stash};
 pub use tiles::tiled;
 
@@ -24,6 +25,7 @@ use autosp_plan::settings::{Keep, Policy};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Result, Tensor, TensorId, Var};
 
+use crate::ledger::Holding;
 use crate::ops::{accumulate, cast, owned, record_gradient, taken, tape, tensor, tracked, wide};
 use crate::scope::{self, Scope};
 use crate::site;
@@ -97,7 +99,9 @@ where
                     || Ok(tape::values(|| f(&x.detach()))?.detach()),
                 );
             }
+            let sp = scope.sp().clone();
             let result = during(keep.policy, || block(x, own, keep, scope, f))?;
+            limit::expect_within(&sp)?;
             LAST.set(Some(result.id()));
             Ok(result)
         }
@@ -171,22 +175,6 @@ pub(crate) fn is_forward_only() -> bool {
     FORWARD_ONLY.get()
 }
 
-/// Bytes that a scope holds, in the ledger of its rank while it does.
-struct Held(Sp, u64);
-
-impl Held {
-    fn new(sp: &Sp, bytes: u64) -> Self {
-        sp.ledger().hold(Purpose::Kept, bytes);
-        Self(sp.clone(), bytes)
-    }
-}
-
-impl Drop for Held {
-    fn drop(&mut self) {
-        self.0.ledger().release(Purpose::Kept, self.1);
-    }
-}
-
 /// What a block has for its backward.
 #[derive(Default)]
 struct Left {
@@ -198,7 +186,7 @@ struct Left {
     memos: replay::Memos,
     /// What is on the host: what the tape keeps, or the input and the memos' tensors.
     stash: Option<Stash>,
-    held: Mutex<Option<Held>>,
+    held: Mutex<Option<Holding>>,
 }
 
 /// Runs a block and makes one operation of it. Where the memory of `x` is its `own`, it is taken.
@@ -237,7 +225,8 @@ where
         } else {
             let extents = kept.iter().filter_map(Extent::of);
             let bytes = extents.map(|extent| extent.bytes() as u64).sum();
-            (None, Some(Held::new(scope.sp(), bytes)))
+            let ledger = scope.sp().shared_ledger();
+            (None, Some(ledger.holding(Purpose::Kept, bytes)))
         };
         let left = Left {
             tape: Mutex::new(Some(tape)),
@@ -265,8 +254,10 @@ where
             }
         } else {
             let sites = memos.iter().map(|memo| memo.bytes()).sum::<u64>();
+            let ledger = scope.sp().shared_ledger();
+            let held = ledger.holding(Purpose::Kept, site::bytes(&input) + sites);
             Left {
-                held: Mutex::new(Some(Held::new(scope.sp(), site::bytes(&input) + sites))),
+                held: Mutex::new(Some(held)),
                 input: Some(input),
                 memos,
                 ..Left::default()
@@ -285,8 +276,9 @@ where
         expect_all_blocks(&scope)?;
         scope.run(|| {
             during(keep.policy, || {
-                let of_input = left.backward(&f, wanted, grad)?;
+                let of_input = left.backward(scope.sp(), &f, wanted, grad)?;
                 crate::train::divide::block_done()?;
+                limit::expect_within(scope.sp())?;
                 Ok([of_input])
             })
         })
@@ -297,6 +289,7 @@ impl Left {
     /// The gradient of the input, if it is `wanted`; those of variables go to the sink.
     fn backward(
         &self,
+        sp: &Sp,
         f: &dyn Fn(&Tensor) -> Result<Tensor>,
         wanted: bool,
         grad: &Tensor,
@@ -318,13 +311,13 @@ impl Left {
                     .take();
                 tape
             }
-            (None, Some(x), _) => again(f, x, wanted, &self.memos)?,
+            (None, Some(x), _) => again(sp, f, x, wanted, &self.memos, &mut used)?,
             (None, None, Some(fetched)) if !fetched.tensors.is_empty() => {
                 let mut tensors = std::mem::take(&mut fetched.tensors).into_iter();
                 let x = tensors.next();
                 let memos = replay::filled(&self.memos, &mut tensors)?;
                 match x {
-                    Some(x) => again(f, &x, wanted, &memos)?,
+                    Some(x) => again(sp, f, &x, wanted, &memos, &mut used)?,
                     None => return Err(second_backward()),
                 }
             }
@@ -363,14 +356,20 @@ fn expect_collected(scope: &Scope) -> Result<()> {
 
 /// Computes a block again: one that kept less than all, or whose record a first backward has used up.
 fn again(
+    sp: &Sp,
     f: &dyn Fn(&Tensor) -> Result<Tensor>,
     x: &Tensor,
     wanted: bool,
     memos: &replay::Memos,
+    working: &mut Option<Holding>,
 ) -> Result<tape::Block> {
     let _span = tracing::debug_span!("recomputation").entered();
     let input = tape::input(x, wanted)?;
-    let (_, tape) = replay::again(memos, || tape::record(&input, f))?;
+    let (_, mut tape) = replay::again(memos, || tape::record(&input, f))?;
+    let kept = tape.take_kept();
+    let extents = kept.iter().filter_map(Extent::of);
+    let bytes = extents.map(|extent| extent.bytes() as u64).sum();
+    *working = Some(sp.shared_ledger().holding(Purpose::Working, bytes));
     Ok(tape)
 }
 

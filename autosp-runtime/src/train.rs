@@ -10,6 +10,7 @@ mod report;
 mod settings;
 mod state;
 mod step;
+mod update;
 
 use std::path::Path;
 
@@ -24,7 +25,7 @@ pub use settings::{Decay, Optimizer, Schedule, TrainSettings};
 pub use state::Resumed;
 
 use crate::comm::{Tag, barrier, broadcast};
-use crate::{Bytes, Error, Parameters, Purpose, Result, Sp, site};
+use crate::{Bytes, Error, Parameters, Purpose, Result, Sp, memory, site};
 
 /// Trains the variables of a [`Parameters`] on every rank alike.
 ///
@@ -58,6 +59,10 @@ pub struct Trainer {
     /// The parts of variables that this rank updates, bucket by bucket: the slots of the updater.
     pieces: Vec<Vec<flat::Piece>>,
     updater: optimizer::Updater,
+    /// With the optimizer on the host, once it has stepped.
+    desk: Option<optimizer::Desk>,
+    /// Bytes of the host that the optimizer takes, as the ledger has them.
+    hosted: u64,
     /// Under `zero = 2`.
     divider: Option<divide::Divider>,
     /// What the first steps are held against.
@@ -119,12 +124,14 @@ impl Trainer {
             .map(|bucket| bucket.pieces(&share(bucket)))
             .collect();
         let types = pieces.iter().flatten().map(|piece| vars[piece.var].dtype());
-        let updater = optimizer::Updater::new(settings.optimizer, types);
+        let mut updater = optimizer::Updater::new(settings.optimizer, types);
+        updater.keep_on(sp.settings().optimizer());
         let manners = groups::manners(&settings, &[], &named)?;
         let divider = (zero == Zero::Stage2).then(|| divide::Divider::new(sp, &vars, &buckets));
         let held = parameters.all();
         let held = held.iter().map(|(_, var)| site::bytes(var)).sum();
         sp.ledger().set(Purpose::Parameters, held);
+        memory::limit::expect_within(sp)?;
         let mark = sp.ledger().snapshot();
         Ok(Self {
             expected: None,
@@ -138,6 +145,8 @@ impl Trainer {
             buckets,
             pieces,
             updater,
+            desk: None,
+            hosted: 0,
             steps: 0,
             mark,
         })

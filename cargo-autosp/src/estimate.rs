@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use autosp_plan::config::{ConfigError, Float, ModelConfig};
 use autosp_plan::planner::{Abilities, Job, Layers, Machine, Model, Pins, Rates, estimate};
-use autosp_plan::settings::{Settings, Source};
+use autosp_plan::settings::{Place, Settings, Source};
 use autosp_plan::{codes, io_reason, units};
 use clap::Args;
 
@@ -145,18 +145,24 @@ fn pins(arguments: &Arguments, model: &Model) -> Result<(Pins, Sources), Failure
             Some(source @ Source::File { .. }) => Some(source.to_string()),
             _ => None,
         };
-        for name in ["sp", "groups", "zero", "policy"] {
+        for name in ["sp", "groups", "zero", "policy", "optimizer"] {
             let Some(source) = said(name) else { continue };
             match name {
                 "sp" => pins.sp = Some(settings.sp()),
                 "groups" => pins.groups = Some(settings.groups()),
                 "zero" => pins.stage = Some(settings.zero().number()),
+                "optimizer" => pins.host_optimizer = Some(settings.optimizer() == Place::Host),
                 _ => {
                     let layers = Layers::of_settings(settings.policies(), model.layers);
                     let refuse = |text| wrong(&format!("{}: `policy`: {text}", path.display()));
                     pins.layers = Some(layers.map_err(refuse)?);
                 }
             }
+            let name = if name == "optimizer" {
+                "host_optimizer"
+            } else {
+                name
+            };
             sources.push((name, source));
         }
     }
@@ -179,6 +185,7 @@ fn pins(arguments: &Arguments, model: &Model) -> Result<(Pins, Sources), Failure
     let pins = Pins {
         sp: flags.sp.or(pins.sp),
         stage: flags.stage.or(pins.stage),
+        host_optimizer: flags.host_optimizer.or(pins.host_optimizer),
         layers: flags.layers.or(pins.layers),
         groups: flags.groups.or(pins.groups),
         ..flags

@@ -78,8 +78,8 @@ impl Abilities {
     /// All.
     pub const ALL: Self = Self::of(&Ability::ALL);
 
-    /// What the trainer of this version does, but for [`Ability::Offload`]: that has not run on a GPU yet, and is chosen where it is asked
-    /// for.
+    /// What the trainer of this version does, but for [`Ability::Offload`] and [`Ability::HostOptimizer`]: those have not run on a GPU yet,
+    /// and are chosen where they are asked for.
     pub const TRAINER: Self = Self::of(&[
         Ability::Mixed,
         Ability::MlpTiles,

@@ -8,8 +8,8 @@ use crate::settings::Policy;
 /// Bytes of an element of what is summed and of the optimizer's state, where the parameters have no more.
 const WIDE: u64 = 4;
 
-/// Bytes of a bucket of gradients that goes to the host.
-const HOST_BUCKET: u64 = 1 << 30;
+/// The most bytes of a load that goes to the host and back.
+const HOST_LOAD: u64 = 1 << 30;
 
 /// Bytes of a bucket of gradients that is reduced, `TrainSettings::bucket_bytes`.
 const BUCKET: u64 = 32 << 20;
@@ -263,10 +263,22 @@ impl<'a> Case<'a> {
         (2 * self.wide() + master) * self.model().parameters().div_ceil(share)
     }
 
-    /// The optimizer's bytes on the device.
+    /// A load of the optimizer on the host: of a bucket of gradients, or of the largest variable, this rank's share, with old and new values.
+    fn load(&self) -> u64 {
+        let most = (BUCKET / self.wide()).max(self.model().embedding());
+        let share = if self.choice.stage == 0 {
+            1
+        } else {
+            self.world
+        };
+        let elements = most.min(self.model().parameters()).div_ceil(share);
+        (elements * (self.wide() + 2 * self.e)).min(HOST_LOAD)
+    }
+
+    /// The optimizer's bytes on the device: its state, or two loads that pass through.
     pub(super) fn optimizer(&self) -> u64 {
         if self.choice.host_optimizer {
-            2 * HOST_BUCKET.min(self.state())
+            2 * self.load()
         } else {
             self.state()
         }
@@ -275,7 +287,7 @@ impl<'a> Case<'a> {
     /// Bytes on the host for one rank, without what blocks keep there.
     pub(super) fn host(&self) -> u64 {
         if self.choice.host_optimizer {
-            self.state() + 2 * HOST_BUCKET.min(self.state())
+            self.state() + 2 * self.load()
         } else {
             0
         }

@@ -23,6 +23,14 @@ impl Machine {
         (self.device_bytes / 50 * 49).saturating_sub(CONTEXT)
     }
 
+    /// A device of which tensors may fill `usable` bytes.
+    pub(super) fn around(usable: u64) -> u64 {
+        usable
+            .saturating_add(CONTEXT)
+            .div_ceil(49)
+            .saturating_mul(50)
+    }
+
     /// Ranks that share a host's memory.
     pub fn ranks_of_host(&self) -> u64 {
         self.gpus.min(self.gpus_per_host) as u64

@@ -335,18 +335,27 @@ impl Estimate {
     }
 }
 
+/// The fastest choice for sequences of `seq` tokens, or the one that comes closest; and whether it fits.
+///
+/// # Errors
+/// As [`Job::check`]; if `seq` is 0.
+pub fn choose(job: &Job, seq: usize) -> Result<(Choice, bool), String> {
+    job.check()?;
+    if seq == 0 {
+        return Err("expected a sequence of at least 1 token, found 0".to_owned());
+    }
+    Ok(match job.fastest(seq) {
+        Some(choice) => (choice, true),
+        None => (job.closest(seq), false),
+    })
+}
+
 /// Finds the fastest choice for sequences of `seq` tokens, the longest sequence, and what would let it be longer.
 ///
 /// # Errors
 /// As [`Job::check`]; if `seq` is 0.
 pub fn estimate(job: &Job, seq: usize) -> Result<Estimate, String> {
-    job.check()?;
-    if seq == 0 {
-        return Err("expected a sequence of at least 1 token, found 0".to_owned());
-    }
-    let fastest = job.fastest(seq);
-    let feasible = fastest.is_some();
-    let choice = fastest.unwrap_or_else(|| job.closest(seq));
+    let (choice, feasible) = choose(job, seq)?;
     let memory = Memory::of(job, &choice, seq);
     let max_seq = job.longest();
     let limiter = memory.limiter(job).or_else(|| {

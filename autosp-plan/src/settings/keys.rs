@@ -130,6 +130,27 @@ pub static KEYS: &[Key] = &[
         doc: "ZeRO stage of the trainer: 0, every rank holds the whole optimizer state; 1, each of the dp x sp ranks holds and updates its share; 2, and of the gradients too, which are divided block by block during the backward",
         read: ReadAt::Start,
     },
+    Key {
+        name: "memory",
+        kind: Kind::Choice(&["auto", "fixed"]),
+        default: Value::Choice("auto"),
+        doc: "who says what a step keeps and cuts: with `auto` a trainer that is told what it trains (`trainer.expect`) chooses `policy`, `groups`, `tile`, `loss_bytes` and `optimizer`, each where nobody has said it, so that a step is fast and fits into the memory of the device and of the host (on the CPU where `memory_limit` says how much there is); with `fixed` what nobody has said has its default",
+        read: ReadAt::Start,
+    },
+    Key {
+        name: "memory_limit",
+        kind: Kind::Bytes,
+        default: Value::Bytes(super::NO_LIMIT),
+        doc: "the most memory of its device that a rank takes; a step that needs more ends with an error that says for what, and changes nothing. On the CPU what this library keeps is counted: parameters, gradients, optimizer, what blocks keep, exchanges. The default is no limit",
+        read: ReadAt::Start,
+    },
+    Key {
+        name: "optimizer",
+        kind: Kind::Choice(&["device", "host"]),
+        default: Value::Choice("device"),
+        doc: "where the trainer's optimizer has its state (moments, master weights) and steps: on the `device` beside the parameters, or on the `host`, where gradients go and new parameters come from in buckets of at most 1 GiB",
+        read: ReadAt::Start,
+    },
 ];
 
 /// The row of `name`.

@@ -9,6 +9,8 @@ use crate::codes::Code;
 pub enum Source {
     /// Nobody set it.
     Default,
+    /// Nobody set it, and the planner has chosen it (`memory = "auto"`).
+    Chosen,
     /// The program, through [`Settings::with`](super::Settings::with) or one of its typed forms.
     Program,
     /// A file, with the line that names it.
@@ -28,7 +30,7 @@ impl Source {
     /// The stronger source wins: flag, variable, file, program, default.
     pub(super) fn strength(&self) -> u8 {
         match self {
-            Self::Default => 0,
+            Self::Default | Self::Chosen => 0,
             Self::Program => 1,
             Self::File { .. } => 2,
             Self::Variable(_) => 3,
@@ -41,6 +43,7 @@ impl fmt::Display for Source {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Default => write!(f, "default"),
+            Self::Chosen => write!(f, "the planner"),
             Self::Program => write!(f, "the program"),
             Self::File { path, line } => write!(f, "{path}:{line}"),
             Self::Variable(name) => write!(f, "variable {name}"),

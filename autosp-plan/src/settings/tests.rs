@@ -35,6 +35,26 @@ fn every_row_is_sound_and_every_accessor_names_one() {
     );
     assert_eq!(settings.zero(), Zero::Stage0);
     assert_eq!(settings.device(), Device::Cpu);
+    assert_eq!(
+        (
+            settings.memory(),
+            settings.memory_limit(),
+            settings.optimizer()
+        ),
+        (Memory::Auto, None, Place::Device)
+    );
+}
+
+#[test]
+fn what_is_chosen_gives_way_to_whatever_is_said() {
+    let mut settings = Settings::default().with_groups(3);
+    settings.choose("groups", Value::Count(8));
+    settings.choose("tile", Value::Count(64));
+    settings.choose("tile", Value::Count(128));
+    assert_eq!((settings.groups(), settings.tile()), (3, 128));
+    assert!(settings.is_said("groups") && !settings.is_said("tile"));
+    assert_eq!(settings.source("tile").unwrap().to_string(), "the planner");
+    assert_eq!(settings.with_tile(5).tile(), 5);
 }
 
 #[test]
@@ -51,7 +71,18 @@ fn typed_setters_reach_their_row() {
         .with_tile(512)
         .with_loss_bytes(4096)
         .with_host_memory(3 << 30)
-        .with_zero(Zero::Stage1);
+        .with_zero(Zero::Stage1)
+        .with_memory(Memory::Fixed)
+        .with_memory_limit(5 << 30)
+        .with_optimizer(Place::Host);
+    assert_eq!(
+        (
+            settings.memory(),
+            settings.memory_limit(),
+            settings.optimizer()
+        ),
+        (Memory::Fixed, Some(5 << 30), Place::Host)
+    );
     assert_eq!((settings.tile(), settings.zero()), (512, Zero::Stage1));
     assert_eq!(settings.device(), Device::CudaShared);
     assert_eq!(
@@ -121,7 +152,7 @@ fn an_unknown_name_lists_the_known_ones() {
         .unwrap_err();
     assert_eq!(
         error.to_string(),
-        "unknown setting `gruops` (autosp.toml:2:2), expected one of `sp`, `dp`, `groups`, `deadline`, `start_deadline`, `attention`, `device`, `loss_bytes`, `policy`, `host_memory`, `tile`, `zero`\n  \
+        "unknown setting `gruops` (autosp.toml:2:2), expected one of `sp`, `dp`, `groups`, `deadline`, `start_deadline`, `attention`, `device`, `loss_bytes`, `policy`, `host_memory`, `tile`, `zero`, `memory`, `memory_limit`, `optimizer`\n  \
          help: did you mean `groups`? [AS0308]"
     );
     let far = Settings::default().with("colour", "red").unwrap_err();

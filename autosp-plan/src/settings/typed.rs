@@ -2,7 +2,10 @@
 
 use std::time::Duration;
 
-use super::{Attention, Device, Keep, Policies, Policy, Settings, Source, Value, Zero, find};
+use super::{
+    Attention, Device, Keep, Memory, NO_LIMIT, Place, Policies, Policy, Settings, Source, Value,
+    Zero, find,
+};
 
 impl Settings {
     /// Sets the number of ranks that share one sequence.
@@ -96,6 +99,30 @@ impl Settings {
         self.program("zero", Value::Choice(zero.name()))
     }
 
+    /// Sets whether what nobody says is chosen by the planner.
+    #[must_use]
+    pub fn with_memory(self, memory: Memory) -> Self {
+        self.program(
+            "memory",
+            Value::Choice(match memory {
+                Memory::Auto => "auto",
+                Memory::Fixed => "fixed",
+            }),
+        )
+    }
+
+    /// Sets the most memory of its device that a rank takes, in bytes.
+    #[must_use]
+    pub fn with_memory_limit(self, bytes: u64) -> Self {
+        self.program("memory_limit", Value::Bytes(bytes))
+    }
+
+    /// Sets where the optimizer has its state and steps.
+    #[must_use]
+    pub fn with_optimizer(self, place: Place) -> Self {
+        self.program("optimizer", Value::Choice(place.name()))
+    }
+
     /// Ranks that share one sequence.
     pub fn sp(&self) -> usize {
         self.count("sp")
@@ -160,6 +187,27 @@ impl Settings {
     /// The most memory of the host that a rank takes for what blocks keep there, in bytes.
     pub fn host_memory(&self) -> u64 {
         self.bytes("host_memory")
+    }
+
+    /// Who says what a step keeps and cuts.
+    pub fn memory(&self) -> Memory {
+        match self.choice("memory") {
+            "fixed" => Memory::Fixed,
+            _ => Memory::Auto,
+        }
+    }
+
+    /// The most memory of its device that a rank takes, in bytes; `None` for no limit.
+    pub fn memory_limit(&self) -> Option<u64> {
+        Some(self.bytes("memory_limit")).filter(|bytes| *bytes < NO_LIMIT)
+    }
+
+    /// Where the optimizer has its state and steps.
+    pub fn optimizer(&self) -> Place {
+        match self.choice("optimizer") {
+            "host" => Place::Host,
+            _ => Place::Device,
+        }
     }
 
     /// What ranks divide of the optimizer.

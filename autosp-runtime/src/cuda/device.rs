@@ -120,3 +120,13 @@ pub fn memory(device: &Device, begin_again: bool) -> Result<Memory> {
     }
     Ok(memory)
 }
+
+/// All memory of a CUDA device, in bytes.
+///
+/// # Errors
+/// AS0411 if the driver refuses; candle's error for another device.
+pub(crate) fn total_memory(device: &Device) -> Result<u64> {
+    let stream = device.as_cuda_device()?.cuda_stream();
+    let total = stream.context().total_mem();
+    Ok(total.explain("asking for the device's memory")? as u64)
+}

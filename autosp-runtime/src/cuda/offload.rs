@@ -194,4 +194,13 @@ impl Link for Streams {
             None => Ok(()),
         }
     }
+
+    fn wait(&self, mark: &Mark) -> Result<()> {
+        match event(mark) {
+            Some(done) => done
+                .synchronize()
+                .explain("waiting on the host for a copy from the device"),
+            None => Ok(()),
+        }
+    }
 }

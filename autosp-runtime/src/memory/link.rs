@@ -78,6 +78,12 @@ pub(crate) trait Link: Send + Sync {
     /// # Errors
     /// Those of the device.
     fn join(&self, mark: &Mark) -> Result<()>;
+
+    /// Waits on the host until the copies have come to `mark`, so that the processor may use the memory.
+    ///
+    /// # Errors
+    /// Those of the device.
+    fn wait(&self, mark: &Mark) -> Result<()>;
 }
 
 /// The link of a device.
@@ -169,6 +175,10 @@ impl Link for Plain {
     }
 
     fn join(&self, _: &Mark) -> Result<()> {
+        Ok(())
+    }
+
+    fn wait(&self, _: &Mark) -> Result<()> {
         Ok(())
     }
 }

@@ -18,7 +18,7 @@ const SHARDS: usize = 16;
 
 /// One rank of a run. Clones are the same rank.
 #[derive(Clone)]
-pub struct Sp(Arc<Inner>);
+pub struct Sp(Arc<Inner>, Arc<Settings>);
 
 struct Inner {
     mesh: Mesh,
@@ -27,7 +27,6 @@ struct Inner {
     dp_group: Box<dyn Engine>,
     world_group: Box<dyn Engine>,
     device: Device,
-    settings: Settings,
     ledger: Arc<Ledger>,
     shared: Arc<World>,
     steps: AtomicU64,
@@ -56,21 +55,29 @@ impl Sp {
         shared: Arc<World>,
     ) -> Self {
         let Groups { sp, dp, world } = groups;
-        Self(Arc::new(Inner {
+        let inner = Inner {
             mesh,
             rank,
             sp_group: sp,
             dp_group: dp,
             world_group: world,
             device,
-            settings,
             ledger,
             shared,
             steps: AtomicU64::new(0),
             seed: AtomicU64::new(0),
             shards: Mutex::default(),
             shelf: OnceLock::new(),
-        }))
+        };
+        if let Some(limit) = settings.memory_limit() {
+            inner.ledger.set_limit(limit);
+        }
+        Self(Arc::new(inner), Arc::new(settings))
+    }
+
+    /// The same rank, with other settings for what it runs in its scopes.
+    pub(crate) fn with_settings(&self, settings: Settings) -> Self {
+        Self(Arc::clone(&self.0), Arc::new(settings))
     }
 
     /// The mesh.
@@ -123,14 +130,20 @@ impl Sp {
         &self.0.device
     }
 
-    /// The settings of the run.
+    /// The settings of the run; of the rank inside of a trainer's scopes those with what the planner has chosen
+    /// ([`Trainer::expect`](crate::Trainer::expect)).
     pub fn settings(&self) -> &Settings {
-        &self.0.settings
+        &self.1
     }
 
     /// What this rank has handed to its peers.
     pub fn ledger(&self) -> &Ledger {
         &self.0.ledger
+    }
+
+    /// The ledger, for those who hold on to it.
+    pub(crate) fn shared_ledger(&self) -> Arc<Ledger> {
+        Arc::clone(&self.0.ledger)
     }
 
     /// Sets the seed of what models draw while they run (dropout), on every rank the same; 0 at first.

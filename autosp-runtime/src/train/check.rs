@@ -1,9 +1,15 @@
 //! What a step was predicted to need, and what it needed.
 
-use autosp_plan::planner::{Choice, Job, Keep, Layers, Machine, Memory, Model, Part, Time};
+use autosp_plan::codes;
+use autosp_plan::planner::{
+    self, Abilities, Ability, Choice, Job, Keep, Layers, Machine, Memory, Model, Part, Pins, Rates,
+    Time,
+};
+use autosp_plan::settings::{self, Place, Settings};
 
 use super::Trainer;
-use crate::{Purpose, Result};
+use crate::comm::Tag;
+use crate::{Error, Purpose, Result, Sp};
 
 /// How far a figure may be off before it is a warning.
 const ALLOWED: f64 = 0.1;
@@ -35,7 +41,7 @@ pub struct Checked {
     pub predicted: f64,
     /// What it was on this rank.
     pub measured: f64,
-    /// Whether the prediction is only a bound: of gradients that are divided during the backward.
+    /// Whether the prediction is only a bound: of gradients that are divided during the backward, and of an optimizer on the host.
     pub bound: bool,
 }
 
@@ -58,15 +64,112 @@ pub(super) struct Expected {
 }
 
 impl Trainer {
-    /// Holds the first steps against what the planner predicts for `workload` with the settings of this run: bytes of parameters,
+    /// Says what is trained, before the first step.
+    ///
+    /// With the setting `memory = "auto"`, which is the default, the planner then chooses `policy`, `groups`, `tile`, `loss_bytes` and
+    /// `optimizer` for this trainer's scopes, each where nobody has said it, so that a step is fast and fits into the memory of the device
+    /// (of the CPU into `memory_limit`; without it nothing is chosen there) and, for what lies on the host, into `host_memory` of each rank.
+    /// Rank 0 chooses, by the rates of `autosp-rates.toml` if the working folder has that file, and all ranks take what it has chosen. If
+    /// nothing fits, that is a warning of `tracing`, and what needs least is taken.
+    ///
+    /// The first steps are held against what the planner predicts for `workload` with the settings then: bytes of parameters,
     /// gradients, optimizer state and what blocks keep, and on a GPU the peak after the first step and the time of the second (the
     /// first makes plans and buffers). Each is told to subscribers of `tracing`, as a warning if it is off by more than a tenth.
-    pub fn expect(&mut self, workload: Workload) {
+    ///
+    /// # Errors
+    /// AS0352 for a `policy` of other blocks than the model has; AS0611 for a file of rates that cannot be used; AS0516 for sizes that
+    /// cannot be; as [`wait`](crate::comm::Engine::wait).
+    pub fn expect(&mut self, workload: Workload) -> Result<()> {
+        self.choose(&workload)?;
         self.sp.ledger().forget_most();
         self.expected = Some(Expected {
             workload,
             checked: Vec::new(),
         });
+        Ok(())
+    }
+
+    /// The settings of this trainer's scopes: those of the run, with what the planner has chosen.
+    pub fn settings(&self) -> &Settings {
+        self.sp.settings()
+    }
+
+    /// Chooses what nobody has said.
+    fn choose(&mut self, workload: &Workload) -> Result<()> {
+        let settings = self.sp.settings().clone();
+        let Some(usable) = self.usable()? else {
+            return Ok(());
+        };
+        if settings.memory() == settings::Memory::Fixed {
+            return Ok(());
+        }
+        let own = if self.sp.is_main() {
+            let settled = self.settled(settings.clone(), workload, usable)?;
+            Some(settled.chosen())
+        } else {
+            None
+        };
+        let chosen = self.said_by_main(Tag::new("planner", "choice"), own)?;
+        let settings = settings.with_chosen(&chosen)?;
+        tracing::info!(chosen = %chosen.trim_end().replace('\n', ", "), "the planner has chosen");
+        self.updater.keep_on(settings.optimizer());
+        self.sp = self.sp.with_settings(settings);
+        Ok(())
+    }
+
+    /// Bytes that tensors may fill on this rank's device, if that is known: on the CPU only `memory_limit` says it.
+    #[cfg_attr(not(feature = "cuda"), allow(clippy::unnecessary_wraps))]
+    fn usable(&self) -> Result<Option<u64>> {
+        let limit = self.sp.settings().memory_limit();
+        #[cfg(feature = "cuda")]
+        if self.sp.device().is_cuda() {
+            let total = crate::cuda::total_memory(self.sp.device())?;
+            let machine = machine(&self.sp, limit.map_or(total, |limit| limit.min(total)));
+            return Ok(Some(machine.usable()));
+        }
+        Ok(limit)
+    }
+
+    fn settled(&self, settings: Settings, workload: &Workload, usable: u64) -> Result<Settings> {
+        let Workload {
+            model, seq, batch, ..
+        } = workload;
+        let whole = workload.loss_tiles <= 1;
+        let refuse =
+            |text: String| Error::new(codes::TRAIN_SETTING, format!("the planner: {text}"));
+        let pins = Pins::of_settings(&settings, model, (*batch, *seq), whole);
+        let pins = pins.map_err(|text| Error::new(codes::POLICIES, text))?;
+        let mut abilities = Abilities::TRAINER;
+        if self.sp.device().is_cpu() {
+            // Tried there.
+            abilities = abilities
+                .with(Ability::Offload)
+                .with(Ability::HostOptimizer);
+        }
+        let rates = match std::fs::read_to_string(Rates::FILE) {
+            Ok(text) => Rates::read(&text)
+                .map_err(|error| Error::new(codes::RATES, format!("`{}`: {error}", Rates::FILE)))?,
+            Err(_) => Rates::default(),
+        };
+        let job = Job {
+            pins,
+            rates,
+            abilities,
+            ..self.job(workload, machine(&self.sp, 0).with_usable(usable))
+        };
+        let (choice, fits) = planner::choose(&job, *seq).map_err(refuse)?;
+        if !fits {
+            let memory = Memory::of(&job, &choice, *seq);
+            let limiter = memory.limiter(&job).map(|limiter| limiter.to_string());
+            tracing::warn!(
+                seq,
+                peak = memory.peak,
+                usable,
+                limiter = limiter.unwrap_or_default(),
+                "no choice is predicted to fit; the one that needs least is taken"
+            );
+        }
+        Ok(choice.settle(settings, &job, *seq))
     }
 
     /// What was predicted and measured by now; empty before the first step, and without [`expect`](Self::expect).
@@ -114,43 +217,36 @@ impl Trainer {
         Ok(())
     }
 
+    fn job(&self, workload: &Workload, machine: Machine) -> Job {
+        let dtype = self.vars.first().map(|var| var.dtype());
+        Job {
+            dtype_bytes: dtype.map_or(4, |dtype| dtype.size_in_bytes()),
+            batch: workload.batch,
+            ..Job::new(workload.model.clone(), machine)
+        }
+    }
+
     /// The settings of this run as a choice of the planner.
     fn planned(&self, workload: &Workload) -> (Job, Choice) {
         let settings = self.sp.settings();
-        let machine = Machine {
-            gpus: self.sp.world_size(),
-            gpus_per_host: self.sp.world_size(),
-            device_bytes: u64::MAX,
-            host_bytes: u64::MAX,
-        };
-        let dtype = self
-            .vars
-            .first()
-            .map_or(4, |var| var.dtype().size_in_bytes());
-        let job = Job {
-            dtype_bytes: dtype,
-            batch: workload.batch,
-            ..Job::new(workload.model.clone(), machine)
-        };
-        let choice = Choice {
-            sp: settings.sp(),
-            dp: settings.dp(),
-            stage: settings.zero().number(),
-            host_optimizer: false,
-            layers: Layers::of_settings(settings.policies(), workload.model.layers)
-                .unwrap_or_else(|_| Layers::uniform(Keep::ALL[0], workload.model.layers)),
-            groups: settings.groups(),
-            mlp_tiles: self.tiles(workload),
-            loss_tiles: workload.loss_tiles.max(1),
-        };
+        let job = self.job(workload, machine(&self.sp, u64::MAX));
+        let (lengths, whole) = ((workload.batch, workload.seq), workload.loss_tiles <= 1);
+        let choice = Choice::of_settings(settings, &workload.model, lengths, whole);
+        let choice = choice.unwrap_or_else(|_| {
+            // Policies of other blocks than were said: what is found then is not as predicted.
+            let layers = Layers::uniform(Keep::ALL[0], workload.model.layers);
+            Choice {
+                sp: settings.sp(),
+                dp: settings.dp(),
+                stage: settings.zero().number(),
+                host_optimizer: settings.optimizer() == Place::Host,
+                layers,
+                groups: settings.groups(),
+                mlp_tiles: 1,
+                loss_tiles: 1,
+            }
+        });
         (job, choice)
-    }
-
-    /// Tiles of a feed-forward in the blocks that are computed again.
-    fn tiles(&self, workload: &Workload) -> usize {
-        let settings = self.sp.settings();
-        let tokens = workload.batch * workload.seq.div_ceil(settings.sp());
-        tokens.div_ceil(settings.tile()).max(1)
     }
 
     /// What the ledger and the device have, beside what was predicted.
@@ -173,7 +269,8 @@ impl Trainer {
                     what: purpose.name(),
                     predicted: bytes as f64,
                     measured: measured as f64,
-                    bound: divided && purpose == Purpose::Gradients,
+                    bound: divided && purpose == Purpose::Gradients
+                        || purpose == Purpose::Optimizer && self.updater.place() == Place::Host,
                 });
             }
         }
@@ -187,5 +284,16 @@ impl Trainer {
             });
         }
         Ok(checked)
+    }
+}
+
+/// The ranks of the run, each with so many bytes on its device and `host_memory` of the host.
+fn machine(sp: &Sp, device_bytes: u64) -> Machine {
+    let ranks = sp.world_size();
+    Machine {
+        gpus: ranks,
+        gpus_per_host: ranks,
+        device_bytes,
+        host_bytes: sp.settings().host_memory().saturating_mul(ranks as u64),
     }
 }

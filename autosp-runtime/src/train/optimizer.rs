@@ -1,15 +1,19 @@
-//! The optimizers' arithmetic: `AdamW` of variables on a GPU there, everything else on the host.
+//! The optimizers' arithmetic: `AdamW` of variables on a GPU there, unless its state lies on the host; everything else on the host.
 
 #[cfg(feature = "cuda")]
 mod gpu;
+mod host;
 
 use candle_core::{DType, Device, Tensor, WithDType};
 use rayon::prelude::*;
+
+use autosp_plan::settings::Place;
 
 use super::groups::Manner;
 use super::settings::Optimizer;
 use crate::Result;
 use crate::ops::{Real, wide};
+pub(super) use host::{Batch, Desk, Order};
 
 /// Elements that one task updates.
 const BLOCK: usize = 16 * 1024;
@@ -17,6 +21,8 @@ const BLOCK: usize = 16 * 1024;
 /// The state of the pieces of variables that this rank owns.
 pub(super) struct Updater {
     rule: Optimizer,
+    /// Where the state lies.
+    place: Place,
     slots: Vec<Slot>,
     /// Steps taken.
     pub(super) steps: u64,
@@ -29,6 +35,18 @@ enum Slot {
     /// `AdamW` of a piece on a GPU, which stays there.
     #[cfg(feature = "cuda")]
     Gpu(gpu::State),
+}
+
+impl Slot {
+    /// Whether it has no state yet.
+    fn is_new(&self) -> bool {
+        match self {
+            Self::Single(state) => state.len() == 0,
+            Self::Double(state) => state.len() == 0,
+            #[cfg(feature = "cuda")]
+            Self::Gpu(_) => false,
+        }
+    }
 }
 
 /// One piece's state; each list is empty until it is needed.
@@ -72,9 +90,22 @@ impl Updater {
         };
         Self {
             rule,
+            place: Place::Device,
             slots: pieces.map(slot).collect(),
             steps: 0,
         }
+    }
+
+    /// Keeps the state on the host or on the device from the first step on; later nothing changes.
+    pub(super) fn keep_on(&mut self, place: Place) {
+        if self.slots.iter().all(Slot::is_new) {
+            self.place = place;
+        }
+    }
+
+    /// Where the state lies.
+    pub(super) fn place(&self) -> Place {
+        self.place
     }
 
     /// Begins a step: learning rate, and the factor of all gradients.
@@ -200,19 +231,15 @@ impl<A: Real + WithDType> State<A> {
         } else {
             std::mem::take(&mut self.master)
         };
-        match step.rule {
-            Optimizer::AdamW { .. } => {
-                self.first.resize(values.len(), A::ZERO);
-                self.second.resize(values.len(), A::ZERO);
-                self.adamw(step, decay, &mut values, &grad);
-            }
-            Optimizer::Sgd { momentum, .. } => {
-                if momentum > 0.0 {
-                    self.first.resize(values.len(), A::ZERO);
-                }
-                self.sgd(step, decay, &mut values, &grad);
-            }
-        }
+        self.make_room(step.rule, values.len());
+        let rule = Rule::new(step, decay);
+        let all = values.chunks_mut(BLOCK).zip(grad.chunks(BLOCK));
+        let moments = blocks(&mut self.first).zip(blocks(&mut self.second));
+        let all: Vec<_> = all.zip(moments).collect();
+        all.into_par_iter()
+            .for_each(|((values, grad), (first, second))| {
+                rule.step(values, grad, first, second);
+            });
         if has_master {
             self.master.clone_from(&values);
         }
@@ -221,66 +248,117 @@ impl<A: Real + WithDType> State<A> {
         Ok(updated.to_dtype(var.dtype())?.to_device(var.device())?)
     }
 
-    /// `PyTorch`'s order of operations: decay, moments, bias corrections, update.
-    fn adamw(&mut self, step: Step, decay: f64, values: &mut [A], grad: &[A]) {
-        let Optimizer::AdamW {
-            beta1, beta2, eps, ..
-        } = step.rule
-        else {
-            return;
+    /// Makes the lists that the rule needs as long as the piece.
+    fn make_room(&mut self, rule: Optimizer, len: usize) {
+        let (first, second) = match rule {
+            Optimizer::AdamW { .. } => (true, true),
+            Optimizer::Sgd { momentum, .. } => (momentum > 0.0, false),
         };
-        let one = A::real(1.0);
-        let scale = A::real(step.scale);
-        let keep = A::real(1.0 - step.rate * decay);
-        let (blend1, keep2, blend2) = (A::real(1.0 - beta1), A::real(beta2), A::real(1.0 - beta2));
-        let step_size = A::real(step.rate / (1.0 - beta1.powf(step.number)));
-        let root2 = A::real((1.0 - beta2.powf(step.number)).sqrt());
-        let eps = A::real(eps);
-        let blocks = values.par_chunks_mut(BLOCK).zip(grad.par_chunks(BLOCK));
-        let moments = self
-            .first
-            .par_chunks_mut(BLOCK)
-            .zip(self.second.par_chunks_mut(BLOCK));
-        blocks
-            .zip(moments)
-            .for_each(|((values, grad), (first, second))| {
+        if first {
+            self.first.resize(len, A::ZERO);
+        }
+        if second {
+            self.second.resize(len, A::ZERO);
+        }
+    }
+}
+
+/// The numbers of a step, for elements of type `A`.
+#[derive(Clone, Copy)]
+enum Rule<A> {
+    AdamW {
+        scale: Option<A>,
+        keep: A,
+        blend1: A,
+        keep2: A,
+        blend2: A,
+        size: A,
+        root2: A,
+        eps: A,
+    },
+    Sgd {
+        scale: A,
+        decay: A,
+        momentum: A,
+        rate: A,
+    },
+}
+
+impl<A: Real> Rule<A> {
+    fn new(step: Step, decay: f64) -> Self {
+        match step.rule {
+            Optimizer::AdamW {
+                beta1, beta2, eps, ..
+            } => {
+                let scale = A::real(step.scale);
+                Self::AdamW {
+                    scale: (scale != A::real(1.0)).then_some(scale),
+                    keep: A::real(1.0 - step.rate * decay),
+                    blend1: A::real(1.0 - beta1),
+                    keep2: A::real(beta2),
+                    blend2: A::real(1.0 - beta2),
+                    size: A::real(step.rate / (1.0 - beta1.powf(step.number))),
+                    root2: A::real((1.0 - beta2.powf(step.number)).sqrt()),
+                    eps: A::real(eps),
+                }
+            }
+            Optimizer::Sgd { momentum, .. } => Self::Sgd {
+                scale: A::real(step.scale),
+                decay: A::real(decay),
+                momentum: A::real(momentum),
+                rate: A::real(step.rate),
+            },
+        }
+    }
+
+    /// Steps some values, with their parts of the lists; one that the rule does not need is empty.
+    fn step(self, values: &mut [A], grad: &[A], first: &mut [A], second: &mut [A]) {
+        match self {
+            // `PyTorch`'s order of operations: decay, moments, bias corrections, update.
+            Self::AdamW {
+                scale,
+                keep,
+                blend1,
+                keep2,
+                blend2,
+                size,
+                root2,
+                eps,
+            } => {
                 for (((value, &g), m), v) in values.iter_mut().zip(grad).zip(first).zip(second) {
-                    let g = if scale == one { g } else { g * scale };
+                    let g = scale.map_or(g, |scale| g * scale);
                     *m = *m + (g - *m) * blend1;
                     *v = *v * keep2 + g * g * blend2;
                     let root = Real::sqrt(*v) / root2 + eps;
-                    *value = *value * keep - step_size * (*m / root);
+                    *value = *value * keep - size * (*m / root);
                 }
-            });
-    }
-
-    fn sgd(&mut self, step: Step, decay: f64, values: &mut [A], grad: &[A]) {
-        let Optimizer::Sgd { momentum, .. } = step.rule else {
-            return;
-        };
-        let (rate, scale, decay) = (A::real(step.rate), A::real(step.scale), A::real(decay));
-        let momentum = A::real(momentum);
-        if self.first.is_empty() {
-            values
-                .par_chunks_mut(BLOCK)
-                .zip(grad.par_chunks(BLOCK))
-                .for_each(|(values, grad)| {
-                    for (value, &g) in values.iter_mut().zip(grad) {
-                        *value = *value - rate * (g * scale + decay * *value);
-                    }
-                });
-            return;
-        }
-        let blocks = values.par_chunks_mut(BLOCK).zip(grad.par_chunks(BLOCK));
-        blocks
-            .zip(self.first.par_chunks_mut(BLOCK))
-            .for_each(|((values, grad), buffer)| {
-                for ((value, &g), buffer) in values.iter_mut().zip(grad).zip(buffer) {
+            }
+            Self::Sgd {
+                scale, decay, rate, ..
+            } if first.is_empty() => {
+                for (value, &g) in values.iter_mut().zip(grad) {
+                    *value = *value - rate * (g * scale + decay * *value);
+                }
+            }
+            Self::Sgd {
+                scale,
+                decay,
+                momentum,
+                rate,
+            } => {
+                for ((value, &g), buffer) in values.iter_mut().zip(grad).zip(first) {
                     *buffer = *buffer * momentum + (g * scale + decay * *value);
-                    *value -= rate * *buffer;
+                    *value = *value - rate * *buffer;
                 }
-            });
+            }
+        }
     }
+}
+
+/// Blocks of a list, and empty ones where it is empty.
+fn blocks<A>(list: &mut [A]) -> impl Iterator<Item = &mut [A]> {
+    let none = std::iter::repeat_with(|| -> &mut [A] { &mut [] });
+    list.chunks_mut(BLOCK).chain(none)
 }
 
 #[cfg(test)]

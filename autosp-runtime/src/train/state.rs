@@ -53,7 +53,7 @@ impl Trainer {
         } else {
             None
         };
-        let name = self.said_by_main(own)?;
+        let name = self.said_by_main(Tag::new("checkpoint", "name"), own)?;
         let place = folder.join(&name);
         if self.sp.is_main() {
             self.parameters.save(place.join(PARAMETERS))?;
@@ -104,7 +104,7 @@ impl Trainer {
         } else {
             None
         };
-        let name = self.said_by_main(own)?;
+        let name = self.said_by_main(Tag::new("checkpoint", "name"), own)?;
         if name.is_empty() {
             return Ok(None);
         }
@@ -156,12 +156,12 @@ impl Trainer {
     }
 
     /// A text of the main rank on all ranks.
-    fn said_by_main(&self, own: Option<String>) -> Result<String> {
+    pub(super) fn said_by_main(&self, tag: Tag, own: Option<String>) -> Result<String> {
         let engine = self.sp.world_group();
         let bytes = own.unwrap_or_default().into_bytes();
         let count = bytes.len();
         let bytes = Tensor::from_vec(bytes, count, &Device::Cpu)?;
-        let all = all_gather(engine, Tag::new("checkpoint", "name"), &bytes, 0)?;
+        let all = all_gather(engine, tag, &bytes, 0)?;
         Ok(String::from_utf8_lossy(&all.to_vec1::<u8>()?).into_owned())
     }
 

@@ -6,6 +6,7 @@ use autosp_plan::codes;
 use candle_core::{DType, Tensor};
 
 use super::{Evaluation, StepReport, Trainer, divide, reduce};
+use crate::memory::limit::{Doing, go_on_to};
 use crate::ops::wide;
 use crate::site::bytes;
 use crate::{Bytes, Error, Purpose, Result, loss, memory};
@@ -73,7 +74,8 @@ impl Trainer {
     ///
     /// # Errors
     /// Those of `loss`; AS0512 if a variable has no gradient on any rank; AS0513 if the loss or the gradient is not finite, unless
-    /// such steps are skipped; AS0509 if the loss is no scalar. After an error before the update the variables are what they were.
+    /// such steps are skipped; AS0509 if the loss is no scalar; AS0562 if the device has no memory left, or more was held than
+    /// `memory_limit`. After an error before the update the variables are what they were.
     pub fn step<E>(&mut self, loss: impl FnOnce() -> Result<Tensor, E>) -> Result<StepReport>
     where
         Error: From<E>,
@@ -114,6 +116,18 @@ impl Trainer {
     pub fn step_over<B, E>(
         &mut self,
         batches: impl IntoIterator<Item = B>,
+        loss: impl FnMut(B) -> Result<Tensor, E>,
+    ) -> Result<StepReport>
+    where
+        Error: From<E>,
+    {
+        let done = self.take_step(batches, loss);
+        done.map_err(|error| memory::limit::explained(&self.sp, error))
+    }
+
+    fn take_step<B, E>(
+        &mut self,
+        batches: impl IntoIterator<Item = B>,
         mut loss: impl FnMut(B) -> Result<Tensor, E>,
     ) -> Result<StepReport>
     where
@@ -122,6 +136,7 @@ impl Trainer {
         let started = Instant::now();
         let _span = tracing::info_span!("step", step = self.steps + 1).entered();
         self.expect_same_variables()?;
+        self.sp.ledger().take_breach();
         memory::forget();
         let mut batches = batches.into_iter().peekable();
         let Some(first) = batches.next() else {
@@ -157,8 +172,10 @@ impl Trainer {
             divider.beside(&gathered.grads);
         }
         let (value, own) = sp.scope(|| -> Result<_> {
+            go_on_to(Doing::Forward);
             let loss = loss()?;
             let value = scalar(&loss)?;
+            go_on_to(Doing::Backward);
             let mut grads = divide::during(divider, || loss.backward())?;
             drop(loss);
             memory::collect(&mut grads)?;
@@ -171,6 +188,7 @@ impl Trainer {
                 sp.ledger().set(Purpose::Gradients, all.map(bytes).sum());
                 own
             };
+            memory::limit::expect_within(sp)?;
             Ok((value, own))
         })?;
         gathered.losses.add(value, loss::take_targets())?;
@@ -211,6 +229,7 @@ impl Trainer {
             found,
             losses,
         } = gathered;
+        go_on_to(Doing::Reduction);
         let (total, value) = losses.end()?;
         let single = losses.losses.len() == 1;
         let finite = losses.losses.iter().all(|(_, value)| value.is_finite());
@@ -232,6 +251,7 @@ impl Trainer {
         }
         let ledger = self.sp.ledger();
         ledger.set(Purpose::Gradients, sums.iter().map(bytes).sum());
+        memory::limit::expect_within(&self.sp)?;
         let grad_norm = reduce::global_norm(&self.sp, &sums, sharded)?;
         drop(reduction);
         let skipped = !(presence.unanimous[0] && grad_norm.is_finite());
@@ -250,11 +270,12 @@ impl Trainer {
                 .settings
                 .clip
                 .map_or(1.0, |most| (most / (grad_norm + 1e-6)).min(1.0));
+            go_on_to(Doing::Update);
+            self.expect_room()?;
             self.apply(learning_rate, scale, sums, sharded)?;
         }
-        let ledger = self.sp.ledger();
-        ledger.set(Purpose::Gradients, 0);
-        ledger.set(Purpose::Optimizer, self.updater.bytes());
+        self.sp.ledger().set(Purpose::Gradients, 0);
+        self.count_optimizer();
         self.steps += 1;
         let bytes = self.bytes()?;
         let (seconds, valid_tokens) = (started.elapsed().as_secs_f64(), losses.targets());
@@ -301,38 +322,6 @@ impl Trainer {
             reduce::reduce(&self.sp, bucket, grads, &self.vars, (travels, sharded))
         };
         self.buckets.iter().map(sum).collect()
-    }
-
-    /// Updates the variables from the summed gradients, of which this rank has its pieces, bucket by bucket.
-    fn apply(&mut self, rate: f64, scale: f64, sums: Vec<Tensor>, sharded: bool) -> Result<()> {
-        let _span = tracing::info_span!("optimizer").entered();
-        let step = self.updater.begin(rate, scale);
-        let mut slot = 0;
-        for ((bucket, pieces), sum) in self.buckets.iter().zip(&self.pieces).zip(sums) {
-            let mut updated = Vec::with_capacity(pieces.len());
-            let mut at = 0;
-            for piece in pieces {
-                let var = self.vars[piece.var].as_detached_tensor().flatten_all()?;
-                let var = var.narrow(0, piece.range.start, piece.range.len())?;
-                let grad = sum.narrow(0, at, piece.range.len())?;
-                let manner = self.manners[piece.var];
-                updated.push(self.updater.update(slot, step, manner, &var, &grad)?);
-                at += piece.range.len();
-                slot += 1;
-            }
-            if sharded {
-                let own = match updated.as_slice() {
-                    [] => Tensor::zeros(0, bucket.dtype, self.sp.device())?,
-                    parts => Tensor::cat(parts, 0)?,
-                };
-                let whole = reduce::gather(&self.sp, &own)?;
-                updated = bucket.split(&whole, &self.vars)?;
-            }
-            for (var, value) in self.vars[bucket.vars.clone()].iter().zip(updated) {
-                var.set(&value.reshape(var.shape())?)?;
-            }
-        }
-        Ok(())
     }
 
     /// Runs `loss` in a sharded scope, without a step: for a validation loss. No backward is prepared where blocks are checkpoints, so

@@ -1,4 +1,5 @@
 mod divided;
+mod limits;
 mod sharded;
 
 use autosp_plan::Settings;

@@ -82,6 +82,10 @@ impl Link for Arc<Late> {
         copies.loads.retain(|load| *load != number);
         Ok(())
     }
+
+    fn wait(&self, mark: &Mark) -> Result<()> {
+        self.join(mark)
+    }
 }
 
 /// Numbers that no other tensor has, seen in one of four ways.

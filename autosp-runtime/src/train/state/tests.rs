@@ -2,7 +2,7 @@ use std::fs;
 use std::path::PathBuf;
 
 use autosp_plan::Settings;
-use autosp_plan::settings::Zero;
+use autosp_plan::settings::{Place, Zero};
 use candle_core::{DType, Module};
 use proptest::prelude::*;
 
@@ -35,6 +35,7 @@ impl Drop for Folder {
 struct How {
     mesh: (usize, usize),
     zero: Zero,
+    place: Place,
     optimizer: Optimizer,
     dtype: DType,
     /// Width of the hidden layer.
@@ -46,6 +47,7 @@ struct How {
 const HOW: How = How {
     mesh: (2, 2),
     zero: Zero::Stage1,
+    place: Place::Device,
     optimizer: Optimizer::adamw(),
     dtype: DType::F32,
     width: 7,
@@ -58,7 +60,8 @@ impl How {
         let settings = Settings::default()
             .with_dp(self.mesh.0)
             .with_sp(self.mesh.1)
-            .with_zero(self.zero);
+            .with_zero(self.zero)
+            .with_optimizer(self.place);
         let mut ranks = run_with(settings, |sp| {
             let parameters = Parameters::init(7, self.dtype, &Device::Cpu);
             let vb = parameters.builder();
@@ -119,12 +122,13 @@ proptest! {
     fn a_run_goes_on_as_if_it_had_not_stopped(
         meshes in prop::sample::select(vec![((2, 2), (1, 1)), ((1, 3), (2, 1)), ((1, 1), (3, 2)), ((3, 2), (2, 2))]),
         from in any::<bool>(), to in any::<bool>(), half in any::<bool>(),
+        places in prop::array::uniform2(prop::sample::select(vec![Place::Device, Place::Host])),
         optimizer in prop::sample::select(vec![Optimizer::adamw(), Optimizer::sgd(), Optimizer::Sgd { momentum: 0.9, weight_decay: 0.0 }]),
         cut in 0u64..5,
     ) {
         let zero = |one: bool| if one { Zero::Stage1 } else { Zero::Stage0 };
         let how = How {
-            mesh: meshes.0, zero: zero(from), optimizer,
+            mesh: meshes.0, zero: zero(from), place: places[0], optimizer,
             dtype: if half { DType::BF16 } else { DType::F32 }, ..HOW
         };
         let (whole, parts, other) = (Folder::new("whole"), Folder::new("parts"), Folder::new("other"));
@@ -134,7 +138,8 @@ proptest! {
             let entry = entry.unwrap();
             copy(&entry.path(), &other.0.join(entry.file_name()));
         }
-        let (rest, resumed) = how.train(&parts, 8 - cut).unwrap();
+        // The state may move between device and host.
+        let (rest, resumed) = How { place: places[1], ..how }.train(&parts, 8 - cut).unwrap();
         prop_assert_eq!(resumed, Some(Resumed { step: cut, note: format!("after {cut} steps") }));
         losses.extend(rest);
         prop_assert_eq!(bits(&losses), bits(&expected));

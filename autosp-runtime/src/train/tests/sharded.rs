@@ -1,7 +1,7 @@
 //! ZeRO, micro-batches, groups, frozen variables, validation.
 
 use autosp_plan::Settings;
-use autosp_plan::settings::{Policy, Zero};
+use autosp_plan::settings::{Place, Policy, Zero};
 use candle_core::{DType, Device, Module};
 use proptest::prelude::*;
 
@@ -93,12 +93,12 @@ fn close(a: &[Vec<f32>], b: &[Vec<f32>], tolerance: f32) -> bool {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(12))]
+    #![proptest_config(ProptestConfig::with_cases(16))]
 
-    /// With the optimizer shared out, and the gradients, training is the same, and all ranks together hold what one would.
+    /// With the optimizer shared out, and the gradients, and on the host, training is the same, and all ranks together hold what one would.
     #[test]
     fn zero_changes_no_number(
-        zero in prop::sample::select(vec![Zero::Stage1, Zero::Stage2]),
+        zero in prop::sample::select(Zero::ALL.to_vec()), place in prop::sample::select(vec![Place::Device, Place::Host]),
         dp in 1usize..4, sp in 1usize..3, adam in any::<bool>(), half in any::<bool>(),
         bucket in prop::sample::select(vec![1usize, 100, 1 << 20]), policy in prop::sample::select(Policy::ALL.to_vec()),
     ) {
@@ -110,7 +110,7 @@ proptest! {
         let settings = Settings::default().with_dp(dp).with_sp(sp).with_policy(policy);
         let groups = [Group { rate: 0.5, weight_decay: Some(0.3), ..Group::new("second.*") }];
         let whole = train(settings.clone(), how, dtype, &groups, &[1]);
-        let shared = train(settings.with_zero(zero), how, dtype, &groups, &[1]);
+        let shared = train(settings.with_zero(zero).with_optimizer(place), how, dtype, &groups, &[1]);
         for (shared, whole) in shared.iter().zip(&whole) {
             prop_assert_eq!(&shared.1, &whole.1);
             for (shared, whole) in shared.0.iter().zip(&whole.0) {
@@ -119,6 +119,10 @@ proptest! {
             }
         }
         let total: u64 = shared.iter().map(|rank| rank.2).sum();
+        if zero == Zero::Stage0 {
+            prop_assert!(shared.iter().all(|rank| rank.2 == whole[0].2));
+            return Ok(());
+        }
         prop_assert_eq!(total, whole[0].2);
         let most = shared.iter().map(|rank| rank.2).max().unwrap_or(0);
         // A bucket of one element more or less, in three lists of up to eight bytes, for each of up to four buckets.
@@ -140,6 +144,48 @@ fn clipping_is_by_the_norm_of_all_shares() {
         let shared = train(settings.clone().with_zero(zero), how, DType::F32, &[], &[1]);
         assert!(close(&shared[0].1, &whole[0].1, 1e-6));
         assert!((shared[2].0[2].grad_norm / whole[0].0[2].grad_norm - 1.0).abs() < 1e-6);
+    }
+}
+
+/// On the host lie the state and two loads; on the device nothing of the optimizer from step to step.
+#[test]
+fn the_ledger_knows_where_the_optimizer_is() {
+    for (place, half) in [
+        (Place::Device, false),
+        (Place::Host, false),
+        (Place::Host, true),
+    ] {
+        let dtype = if half { DType::BF16 } else { DType::F32 };
+        let settings = Settings::default()
+            .with_dp(2)
+            .with_zero(Zero::Stage1)
+            .with_optimizer(place);
+        run_with(settings, |sp| {
+            let parameters = Parameters::init(1, dtype, &Device::Cpu);
+            let model = Model::new(&parameters)?;
+            let mut trainer = Trainer::new(sp, parameters, TrainSettings::default())?;
+            for _ in 0..2 {
+                let (x, labels) = batch(sp, 1, dtype)?;
+                trainer.step(|| model.loss(&x, &labels))?;
+                let (state, ledger) = (trainer.optimizer_bytes(), sp.ledger());
+                let found =
+                    [Purpose::Optimizer, Purpose::Host].map(|purpose| ledger.bytes(purpose));
+                if place == Place::Device {
+                    assert_eq!(found, [state, 0]);
+                    continue;
+                }
+                // All variables are one bucket: one load of a gradient, an old and a new value for each element of this rank.
+                let elements = state / if half { 12 } else { 8 };
+                let load = elements * if half { 8 } else { 12 };
+                assert_eq!(found, [0, state + load]);
+                // Gradients, old values but for those with master weights, and new values pass through the device.
+                let most = elements * if half { 4 + 2 + 2 } else { 4 + 4 + 4 };
+                assert!(ledger.most(Purpose::Optimizer) <= most);
+                assert!(ledger.most(Purpose::Optimizer) > 0);
+            }
+            Ok(())
+        })
+        .unwrap();
     }
 }
 
