@@ -509,6 +509,30 @@ fn tensors_from_nothing_are_the_same_on_every_rank_and_have_the_shape_of_their_r
             Box::new(|| Tensor::ones((2, 3), DType::F32, d)),
         ),
         (
+            "full",
+            ShapeRule::FilledWith,
+            vec![2, 3],
+            Box::new(|| Tensor::full(2.5f32, (2, 3), d)),
+        ),
+        (
+            "tril2",
+            ShapeRule::Square,
+            vec![3, 3],
+            Box::new(|| Tensor::tril2(3, DType::U8, d)),
+        ),
+        (
+            "triu2",
+            ShapeRule::Square,
+            vec![3, 3],
+            Box::new(|| Tensor::triu2(3, DType::U8, d)),
+        ),
+        (
+            "eye",
+            ShapeRule::Square,
+            vec![3, 3],
+            Box::new(|| Tensor::eye(3, DType::F32, d)),
+        ),
+        (
             "from_slice",
             ShapeRule::FromHost,
             vec![2, 2],

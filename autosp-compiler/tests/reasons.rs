@@ -122,7 +122,7 @@ fn the_first_reason_is_true() {
             "chinese_clip/text_model.rs",
             "AS0211",
             "self.dropout.forward(&attention_probs, false)?",
-            "drops attention weights at random",
+            "stands between the softmax and the values",
             "",
         ),
     ] {

@@ -81,6 +81,10 @@ rules! {
         Scalar = "scalar",
         /// The sizes of the first argument, all elements alike.
         Filled = "filled",
+        /// The sizes of the second argument, all elements the number that the first argument is.
+        FilledWith = "filled_with",
+        /// The size of the first argument twice, elements by their place.
+        Square = "square",
         /// The sizes of the second argument, from host data.
         FromHost = "from_host",
         /// `[end - start]` consecutive numbers.

@@ -479,7 +479,7 @@ impl Placer<'_, '_, '_> {
     /// its sizes were read from a shard, it is made as a shard.
     fn uniform(&self, node: NodeId, row: &Row) -> Place {
         let alike = match row.shape {
-            ShapeRule::Filled => true,
+            ShapeRule::Filled | ShapeRule::FilledWith => true,
             ShapeRule::Expand => match &self.trace.nodes[node].shape {
                 Shape::Known(dims) => dims
                     .iter()
@@ -489,7 +489,9 @@ impl Placer<'_, '_, '_> {
             },
             _ => false,
         };
-        if !alike || self.sequence_dims(node).is_empty() {
+        // What has a place for each two tokens is a mask, of which no rank has a part.
+        let square = row.shape != ShapeRule::Expand && self.sequence_dims(node).len() > 1;
+        if !alike || square || self.sequence_dims(node).is_empty() {
             return Place::Replicated;
         }
         let sized = self

@@ -201,11 +201,20 @@ impl Finder<'_, '_, '_> {
                         out = out.or(Some(node));
                     }
                     Op::Row(row) if matches!(row.place, PlaceRule::Random | PlaceRule::Dropout) => {
-                        self.refusals.push(
+                        let refusal = if switched_off(self.trace, n) {
+                            Refusal::new(
+                                codes::RANDOM,
+                                n.at.span,
+                                format!("`{}` stands between the softmax and the values", n.text),
+                            )
+                            .note("it is switched off by its argument and changes nothing here")
+                            .help("leave the call out, and take what it is given as it is")
+                        } else {
                             Refusal::new(codes::RANDOM, n.at.span, format!("`{}` drops attention weights at random", n.text))
                                 .note("the weights of one rank's heads would be dropped differently than on one device")
-                                .help("set the attention dropout to 0"),
-                        );
+                                .help("leave the call out; elements of the attention's output can be dropped")
+                        };
+                        self.refusals.push(refusal);
                         return None;
                     }
                     Op::Row(row) if row.scores && n.inputs.len() == 1 && !nodes.contains(&node) => {
@@ -475,11 +484,24 @@ fn two_kinds(n: &crate::trace::graph::Node) -> Refusal {
     refusal
 }
 
+/// Whether a dropout is called with a literal that says that nothing is dropped.
+fn switched_off(trace: &Trace<'_, '_>, n: &crate::trace::graph::Node) -> bool {
+    let function = trace.acts[n.at.act].function;
+    let call = trace.scope.functions[function].numbers.get(n.at.expr);
+    matches!(
+        call,
+        Some(syn::Expr::MethodCall(m)) if matches!(
+            m.args.last(),
+            Some(syn::Expr::Lit(syn::ExprLit { lit: syn::Lit::Bool(train), .. })) if !train.value
+        )
+    )
+}
+
 /// Whether all elements are one number: a scalar, repeated or filled.
 pub(crate) fn constant(trace: &Trace<'_, '_>, node: NodeId) -> bool {
     let n = &trace.nodes[node];
     match n.row().map(|r| r.shape) {
-        Some(ShapeRule::Scalar | ShapeRule::Filled) => true,
+        Some(ShapeRule::Scalar | ShapeRule::Filled | ShapeRule::FilledWith) => true,
         Some(ShapeRule::Expand | ShapeRule::Same | ShapeRule::Unsqueeze | ShapeRule::Reshape) => {
             n.inputs.iter().all(|i| constant(trace, i.node))
         }

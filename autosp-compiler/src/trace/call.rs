@@ -470,9 +470,15 @@ impl<'a> Trace<'_, 'a> {
         let reason = Reason {
             code: codes::UNKNOWN_CALL,
             message: format!("unknown call `{what}` on a sharded value"),
-            help: format!(
-                "move `{name}` into the annotated module, or write it with candle's own operations"
-            ),
+            help: if self.scope.functions.iter().any(|f| f.name == name) {
+                format!(
+                    "name the type that has `{name}`, in the place of `dyn` or of a type parameter"
+                )
+            } else {
+                format!(
+                    "move `{name}` into the annotated module, or write it with candle's own operations"
+                )
+            },
             span: Some(at.span),
         };
         let closure = args.iter().any(|(v, _)| matches!(v, Value::Closure(_)));

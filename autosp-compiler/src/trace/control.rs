@@ -388,6 +388,15 @@ impl<'a> Trace<'_, 'a> {
             Value::Bool(_) => Value::Bool(Cond::Unknown),
             Value::Object { ty, path } => Value::Object { ty, path },
             Value::Opaque | Value::Unit | Value::Never => Value::Opaque,
+            // Numbers on the host that a loop writes one by one, as masks are.
+            Value::Copies(of, _) | Value::List { any: of, .. }
+                if matches!(*of, Value::Num(_) | Value::Size(_)) =>
+            {
+                let message =
+                    format!("cannot follow `{name}`, which a loop fills number by number");
+                let help = "let data: Vec<_> = (0..n).flat_map(|i| (0..n).map(move |j| if j > i { f32::NEG_INFINITY } else { 0. })).collect();";
+                Value::Unknown(Self::reason(message, help).into())
+            }
             _ => Self::lost(&format!(
                 "{name}, which changes from round to round of a loop"
             )),

@@ -180,12 +180,28 @@ pub(crate) struct Trace<'s, 'a> {
 }
 
 impl<'s, 'a> Trace<'s, 'a> {
-    /// Evaluates a root function on its own parameters.
+    /// Evaluates a root function on its own parameters; once more where an operation had to know how many dimensions an input
+    /// has before the function reads them.
     pub(crate) fn run(
         scope: &'s Scope<'a>,
         table: &'static Table,
         root: usize,
         untaken: Vec<(branch::Branch, String)>,
+    ) -> Self {
+        let first = Self::once(scope, table, root, untaken.clone(), &[]);
+        let ranks = first.read_too_late();
+        if ranks.is_empty() {
+            return first;
+        }
+        Self::once(scope, table, root, untaken, &ranks)
+    }
+
+    fn once(
+        scope: &'s Scope<'a>,
+        table: &'static Table,
+        root: usize,
+        untaken: Vec<(branch::Branch, String)>,
+        ranks: &[(String, usize)],
     ) -> Self {
         let mut trace = Self {
             scope,
@@ -247,6 +263,7 @@ impl<'s, 'a> Trace<'s, 'a> {
                 }
             }
         }
+        trace.take_ranks(ranks);
         trace.activate(root, None, params);
         trace
     }

@@ -101,6 +101,37 @@ impl Trace<'_, '_> {
         }
     }
 
+    /// The inputs of which the function reads the dimensions, and how many they are, if that came too late for an operation that
+    /// computes along one of them.
+    pub(super) fn read_too_late(&self) -> Vec<(String, usize)> {
+        use crate::ops::ShapeRule::{Reduce, ReduceKeep};
+        let late = self.nodes.iter().any(|n| {
+            let of = n.inputs.first().map(|i| &self.nodes[i.node].shape);
+            n.row()
+                .is_some_and(|r| matches!(r.shape, Reduce | ReduceKeep))
+                && matches!(n.shape, Shape::Partial(_))
+                && matches!(of, Some(Shape::Known(_)))
+        });
+        let rank = |n: &super::graph::Node| match (&n.op, &n.shape) {
+            (Op::Param(name), Shape::Known(dims)) => Some((name.clone(), dims.len())),
+            _ => None,
+        };
+        let ranks = self.nodes.iter().filter(|_| late).filter_map(rank);
+        ranks.collect()
+    }
+
+    /// Takes inputs to have these numbers of dimensions from the beginning, which is compared when the model is entered.
+    pub(super) fn take_ranks(&mut self, ranks: &[(String, usize)]) {
+        for node in 0..self.nodes.len() {
+            let Op::Param(name) = &self.nodes[node].op else {
+                continue;
+            };
+            if let Some((_, rank)) = ranks.iter().find(|(known, _)| known == name) {
+                self.assume_rank(node, *rank);
+            }
+        }
+    }
+
     /// Takes an input to have `rank` dimensions, which is compared when the model is entered.
     pub(super) fn assume_rank(&mut self, node: NodeId, rank: usize) {
         let Some((_, name)) = self.unread_input(node) else {

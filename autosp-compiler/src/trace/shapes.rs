@@ -62,6 +62,8 @@ impl<'a> Trace<'_, 'a> {
                 }
                 None => plain(Shape::Partial(Vec::new())),
             },
+            (ShapeRule::FilledWith, _) => plain(self.filled_with(node, args, at)),
+            (ShapeRule::Square, _) => plain(self.square(args, at)),
             (ShapeRule::Arange, _) => plain(self.arange(args, at)),
             (ShapeRule::BroadcastLeft, Some(first)) => {
                 plain(self.broadcast_left(node, first, args, at))

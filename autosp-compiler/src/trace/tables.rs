@@ -55,6 +55,30 @@ impl<'a> Trace<'_, 'a> {
         }
     }
 
+    /// `Tensor::full(number, sizes, device)`. A number that is a length is one of the whole sequence.
+    pub(super) fn filled_with(&mut self, node: NodeId, args: &[Arg<'a>], at: At) -> Shape {
+        if let Some((Value::Size(number), Some(e))) = args.first() {
+            let at = self.at(at.act, e);
+            self.use_size(at, &number.clone(), Role::Valid);
+        }
+        match args.get(1).and_then(|a| self.sizes(a, at)) {
+            Some(given) => Shape::Known(self.filled(node, &given)),
+            None => Shape::Partial(Vec::new()),
+        }
+    }
+
+    /// `Tensor::tril2(n, dtype, device)`: rows and columns are all n, whatever part of them a rank has elsewhere.
+    pub(super) fn square(&mut self, args: &[Arg<'a>], at: At) -> Shape {
+        let Some((Value::Size(n), Some(e))) = args.first() else {
+            return Shape::Partial(Vec::new());
+        };
+        let n = n.clone();
+        let at = self.at(at.act, e);
+        self.use_size(at, &n, Role::Valid);
+        let side = Dim::of(self.dimension(&n));
+        Shape::Known(vec![side.clone(), side])
+    }
+
     /// Whether a reshape of a table, of which only the first dimensions are known, keeps these in front and regroups widths.
     pub(super) fn rows_stay(&self, table: NodeId, known: &[(usize, Dim)], given: &[Given]) -> bool {
         let tokens = |d: usize| {
