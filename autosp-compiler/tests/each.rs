@@ -2,18 +2,10 @@
 
 mod common;
 
-use common::llama;
-
-/// The model with this in front of a block, where `x` is `[b, s, h]`.
-fn with(before: &str) -> String {
-    let block = "let residual = x;";
-    assert!(llama().contains(block));
-    llama().replacen(block, &format!("{before} {block}"), 1)
-}
+use common::{llama, with};
 
 fn refusals(before: &str) -> Vec<String> {
-    let analysis = autosp_compiler::analyse(&with(before)).expect("Rust");
-    analysis.refusals.iter().map(|r| r.text(None)).collect()
+    common::refusals(&with(before, ""))
 }
 
 #[test]

@@ -3,20 +3,7 @@
 
 mod common;
 
-use common::{edit, llama};
-
-/// The model with this in front of a block, where `x` is `[b, s, h]`, and with these items at its end.
-fn with(before: &str, items: &str) -> String {
-    let block = "let residual = x;";
-    assert!(llama().contains(block));
-    let source = llama().replacen(block, &format!("{before} {block}"), 1);
-    source + "\n" + items
-}
-
-fn refusals(source: &str) -> Vec<String> {
-    let analysis = autosp_compiler::analyse(source).expect("Rust");
-    analysis.refusals.iter().map(|r| r.text(None)).collect()
-}
+use common::{edit, llama, refusals, with};
 
 const HOLDER: &str = "struct Holder { t: Tensor }";
 

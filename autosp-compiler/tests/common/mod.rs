@@ -25,6 +25,20 @@ pub(crate) fn edit(source: &str, from: &str, to: &str) -> String {
     edit_n(source, 1, from, to)
 }
 
+/// The model with this in front of a block, where `x` is `[b, s, h]`, and with these items at its end.
+pub(crate) fn with(before: &str, items: &str) -> String {
+    let block = "let residual = x;";
+    let source = llama();
+    assert!(source.contains(block));
+    source.replacen(block, &format!("{before} {block}"), 1) + "\n" + items
+}
+
+/// Why a source is refused, if it is.
+pub(crate) fn refusals(source: &str) -> Vec<String> {
+    let analysis = autosp_compiler::analyse(source).expect("Rust");
+    analysis.refusals.iter().map(|r| r.text(None)).collect()
+}
+
 /// On a thread with the stack that rustc's own threads have, 8 MB.
 pub(crate) fn as_in_rustc(run: impl FnOnce() + Send + 'static) {
     let thread = std::thread::Builder::new().stack_size(8 << 20);

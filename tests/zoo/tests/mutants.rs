@@ -118,19 +118,23 @@ fn zoo_of(model: &str) -> Zoo {
     }
 }
 
+/// A function that calls the model of a module.
+macro_rules! caller {
+    ($function:ident, $model:ident, $($module:tt)+) => {
+        fn $function(json: &Value, vb: VarBuilder, tokens: &Tensor) -> candle::Result<Tensor> {
+            use $($module)+ as m;
+            call!($model, m, json, vb, tokens)
+        }
+    };
+}
+
 /// The same model, written otherwise, against the model as it was.
 macro_rules! kept {
     ($name:ident, $model:ident) => {
         #[test]
         fn $name() {
-            fn annotated(json: &Value, vb: VarBuilder, tokens: &Tensor) -> candle::Result<Tensor> {
-                use crate::models::$name as m;
-                call!($model, m, json, vb, tokens)
-            }
-            fn plain(json: &Value, vb: VarBuilder, tokens: &Tensor) -> candle::Result<Tensor> {
-                use crate::slow::models::$model as m;
-                call!($model, m, json, vb, tokens)
-            }
+            caller!(annotated, $model, crate::models::$name);
+            caller!(plain, $model, crate::slow::models::$model);
             zoo_of(stringify!($model)).check_mutant(stringify!($name), annotated, plain, None);
         }
     };
@@ -141,18 +145,9 @@ macro_rules! changed {
     ($name:ident, $model:ident) => {
         #[test]
         fn $name() {
-            fn annotated(json: &Value, vb: VarBuilder, tokens: &Tensor) -> candle::Result<Tensor> {
-                use crate::models::$name as m;
-                call!($model, m, json, vb, tokens)
-            }
-            fn plain(json: &Value, vb: VarBuilder, tokens: &Tensor) -> candle::Result<Tensor> {
-                use crate::slow::models::$name as m;
-                call!($model, m, json, vb, tokens)
-            }
-            fn original(json: &Value, vb: VarBuilder, tokens: &Tensor) -> candle::Result<Tensor> {
-                use crate::slow::models::$model as m;
-                call!($model, m, json, vb, tokens)
-            }
+            caller!(annotated, $model, crate::models::$name);
+            caller!(plain, $model, crate::slow::models::$name);
+            caller!(original, $model, crate::slow::models::$model);
             let (name, zoo) = (stringify!($name), zoo_of(stringify!($model)));
             zoo.check_mutant(name, annotated, plain, Some(original));
         }

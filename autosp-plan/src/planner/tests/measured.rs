@@ -13,6 +13,20 @@ const ALL: [Row; 4] = [
     (131_072, 50.642, 2619.89),
 ];
 
+/// Two ranks on one sequence, four blocks alike, two head groups, nothing in tiles.
+fn choice(policy: Policy, stage: u8) -> Choice {
+    Choice {
+        sp: 2,
+        dp: 1,
+        stage,
+        host_optimizer: false,
+        layers: Layers::uniform(Keep::on_device(policy), 4),
+        groups: 2,
+        mlp_tiles: 1,
+        loss_tiles: 1,
+    }
+}
+
 fn predicted(policy: Policy, seq: usize) -> (f64, f64) {
     let model = Model {
         layers: 4,
@@ -25,16 +39,7 @@ fn predicted(policy: Policy, seq: usize) -> (f64, f64) {
         "the number that the benchmark reports"
     );
     let job = Job::new(model, h200(2));
-    let choice = Choice {
-        sp: 2,
-        dp: 1,
-        stage: 1,
-        host_optimizer: false,
-        layers: Layers::uniform(Keep::on_device(policy), 4),
-        groups: 2,
-        mlp_tiles: 1,
-        loss_tiles: 1,
-    };
+    let choice = choice(policy, 1);
     let peak = Memory::of(&job, &choice, seq).peak as f64 / f64::from(1 << 30);
     (peak, 1e3 * Time::of(&job, &choice, seq).total())
 }
@@ -87,16 +92,7 @@ fn what_an_allocator_counts_is_predicted() {
     let mut table = String::new();
     for (seq, all, attention) in CPU {
         for (policy, measured) in [(Policy::All, all), (Policy::Attention, attention)] {
-            let choice = Choice {
-                sp: 2,
-                dp: 1,
-                stage: 0,
-                host_optimizer: false,
-                layers: Layers::uniform(Keep::on_device(policy), 4),
-                groups: 2,
-                mlp_tiles: 1,
-                loss_tiles: 1,
-            };
+            let choice = choice(policy, 0);
             let memory = Memory::of(&job, &choice, seq);
             // The processor's attention has no workspace of cuDNN's size.
             let beyond = memory.peak - memory.fixed - memory.part(Part::Workspace);

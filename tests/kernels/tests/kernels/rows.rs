@@ -122,6 +122,45 @@ fn norm(rows: Rows, n: usize, remove_mean: bool) {
     }
 }
 
+/// What the rope kernel takes beside x and its tables.
+struct Turn {
+    /// [b, h, t, d], or [b, t, h, d] with the sequence first.
+    dims: [usize; 4],
+    /// Of all but the last.
+    strides: [usize; 3],
+    /// From one batch's tables to the next's.
+    table: usize,
+    interleaved: bool,
+    sequence_first: bool,
+    sign: f32,
+}
+
+impl Turn {
+    /// The elements of x, turned.
+    fn of(&self, rows: Rows, x: &Buffer, [cosine, sine]: [&Buffer; 2]) -> Vec<f64> {
+        let [b, h, t, d] = self.dims;
+        let [sb, sh, st] = self.strides;
+        let count = b * h * t;
+        let arguments = [
+            A::In(x),
+            A::In(cosine),
+            A::In(sine),
+            A::Out(count * d * rows.element.bytes()),
+            A::Longs(&[h, t, sb, sh, st].map(|x| x as i64)),
+            A::Long(count as i64),
+            A::Int((d / 2) as i32),
+            A::Long(self.table as i64),
+            A::Long(self.table as i64),
+            A::Int(i32::from(self.interleaved)),
+            A::Int(i32::from(self.sequence_first)),
+            A::Float(self.sign),
+        ];
+        let blocks = (count * (d / 2 / rows.pack)).div_ceil(256);
+        let mut found = run(&module(rows), "rope", blocks, &arguments);
+        found[0].elements(rows.element)
+    }
+}
+
 /// Tables for all rows alike and for each batch, and x that is a transposed view.
 #[test]
 #[cfg_attr(no_compiler, ignore = "no C++ compiler")]
@@ -162,31 +201,16 @@ fn positions_are_those_of_the_processor() {
                 &[(&x, &dims), (&cosine, &shape), (&sine, &shape)],
                 Some(&dy),
             );
-            let (steps, table) = (
-                [dims[1], dims[2], dims[1] * dims[2] * d, dims[2] * d, d],
-                tables / b,
-            );
-            let steps = steps.map(|x| x as i64);
-            let table = if batched { table as i64 } else { 0 };
             let turn = |from: &Buffer, sign: f32| {
-                let packs = b * h * t * (d / 2 / rows.pack);
-                let arguments = [
-                    A::In(from),
-                    A::In(&at_cosine),
-                    A::In(&at_sine),
-                    A::Out(b * h * t * d * element.bytes()),
-                    A::Longs(&steps),
-                    A::Long((b * h * t) as i64),
-                    A::Int((d / 2) as i32),
-                    A::Long(table),
-                    A::Long(table),
-                    A::Int(i32::from(interleaved)),
-                    A::Int(i32::from(sequence_first)),
-                    A::Float(sign),
-                ];
-                run(&name, "rope", packs.div_ceil(256), &arguments)
-                    .remove(0)
-                    .elements(element)
+                let how = Turn {
+                    dims,
+                    strides: [dims[1] * dims[2] * d, dims[2] * d, d],
+                    table: if batched { tables / b } else { 0 },
+                    interleaved,
+                    sequence_first,
+                    sign,
+                };
+                how.of(rows, from, [&at_cosine, &at_sine])
             };
             // Near zeros of a c - b s the rounding of the operands' product counts.
             let near = 2.0 * tolerance(element);
@@ -215,29 +239,16 @@ fn positions_follow_strides() {
             ],
             None,
         );
-        let steps = [h, t, t * h * d, d, h * d].map(|x| x as i64);
-        let arguments = [
-            A::In(&at_x),
-            A::In(&at_cosine),
-            A::In(&at_sine),
-            A::Out(b * h * t * d * element.bytes()),
-            A::Longs(&steps),
-            A::Long((b * h * t) as i64),
-            A::Int((d / 2) as i32),
-            A::Long(0),
-            A::Long(0),
-            A::Int(0),
-            A::Int(0),
-            A::Float(1.0),
-        ];
-        let blocks = (b * h * t * (d / 2 / rows.pack)).div_ceil(256);
-        let mut found = run(&name, "rope", blocks, &arguments);
-        assert_close(
-            &name,
-            &found[0].elements(element),
-            &expected[0],
-            2.0 * tolerance(element),
-        );
+        let how = Turn {
+            dims: [b, h, t, d],
+            strides: [t * h * d, d, h * d],
+            table: 0,
+            interleaved: false,
+            sequence_first: false,
+            sign: 1.0,
+        };
+        let found = how.of(rows, &at_x, [&at_cosine, &at_sine]);
+        assert_close(&name, &found, &expected[0], 2.0 * tolerance(element));
     }
 }
 
