@@ -103,7 +103,7 @@ proptest! {
             }).unwrap();
             prop_assert_eq!(next, sizes.len());
             for (near, far) in near.iter().zip(&far) {
-                let different = values(near).iter().zip(values(far)).position(|(a, b)| *a != b);
+                let different = values(near).iter().zip(values(far)).position(|(a, b)| a.to_bits() != b.to_bits());
                 prop_assert_eq!(different, None);
             }
             for (slot, (_, n)) in pieces.iter().enumerate() {
