@@ -5,7 +5,7 @@
 //! refusal is deserved. A row without an operation here fails, as does an operation without a row.
 
 use autosp_compiler::ops::{PlaceRule, Row, ShapeRule, candle};
-use candle_core::{DType, Device, Module, Result, Tensor, Var};
+use candle_core::{DType, Device, IndexOp, Module, Result, Tensor, Var};
 use candle_nn::{Activation, Dropout, Embedding, LayerNorm, Linear, RmsNorm, ops, rotary_emb};
 use proptest::prelude::*;
 

@@ -1,7 +1,6 @@
 //! Rows beside the rule: tensors from nothing, reads to the host, windows and scans.
 
 use super::*;
-use candle_core::IndexOp;
 
 /// An operation without operands.
 type Make<'d> = Box<dyn Fn() -> Result<Tensor> + 'd>;
